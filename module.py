@@ -1,0 +1,88 @@
+"""Blocks that several networks are built of: residual block, self-attention, resampling, embeddings of z and time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util import sinusoidal_encoding
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation (Wu and He 2018) with groups of 16 channels, as far as that divides."""
+    groups = max(1, channels // 16)
+    return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Sets the layer to zero, so that the residual branch it ends starts as nothing and the block as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class Embedding(nn.Module):
+    """Numbers [B] (slice index z, diffusion time) to vectors [B, dim]: sinusoidal encoding, then a small MLP."""
+
+    def __init__(self, dim: int, encoding: int = 64):
+        super().__init__()
+        self.encoding = encoding
+        self.mlp = nn.Sequential(nn.Linear(encoding, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.mlp(sinusoidal_encoding(values, self.encoding))
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + embedding))), with SiLU as act (He et al. 2016, pre-activation).
+
+    The embedding [B, embedding_dim], of z or of time and z, is added to every position after the first convolution.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.conv1 = norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.embed = nn.Linear(embedding_dim, channels_out)
+        self.norm2, self.conv2 = norm(channels_out), zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.embed(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class SelfAttention(nn.Module):
+    """x + projection(softmax(q k^T / sqrt(d)) v) over all positions; q, k, v by 1x1 convolutions (Vaswani et al. 2017)."""
+
+    def __init__(self, channels: int, head_channels: int = 32):
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.project = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H * W, C / heads]
+        return x + self.project(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Downsample(nn.Conv2d):
+    """[B, C, H, W] to [B, channels_out, H / 2, W / 2]: a strided convolution."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(channels_in, channels_out, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """[B, C, H, W] to [B, channels_out, *size]: nearest neighbour, then a convolution, which leaves no checkerboard."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

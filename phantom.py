@@ -1,0 +1,220 @@
+"""A phantom: generated brain-like heads in the form of the OASIS-1 slices, for those who have no OASIS data.
+
+What it is: an implicit model of a head. Every surface (scalp, skull, pia, sulci, ventricles, nuclei) is the zero level
+of a signed distance in mm that varies smoothly with z, so 32 neighbouring axial cuts of one head come out together.
+What it is not: anatomy. Folds, textures and proportions are invented, no person was measured, and nothing learnt from
+it says anything about brains; it serves examples and tests only, never diagnosis.
+
+Conventions are those of the preprocessed 2-D OASIS-1 release (Marcus et al. 2007, J. Cogn. Neurosci. 19:1498-1507):
+256 x 256 pixels of about 1 mm, anterior to the right, z = 0 at the basal ganglia and z = 31 above the lateral
+ventricles, content inside rows 40..215 and columns 24..231, each slice scaled by itself to a maximum of 255, and
+tissue masks on the brain only: 0 background, 85 cerebrospinal fluid, 170 grey matter, 255 white matter.
+"""
+import numpy as np
+
+SLICES, SIZE = 32, 256
+TOP, LEFT, ROWS, COLS = 40, 24, 176, 208  # the content box
+CSF, GREY, WHITE = 85, 170, 255
+
+# Spindles along z, as rows of (z, x, y, radius, x, y, radius): two ends in mm from the brain's centre, x to the front,
+# y to the side. A negative radius means absent; between rows everything is interpolated.
+FRONTAL_HORN = [(0, 25, 5, 0.4, 42, 11, 1.6), (8, 20, 4, 1.8, 42, 12, 3.0), (16, 12, 4, 2.4, 39, 10, 4.8),
+                (22, 2, 6, 3.6, 35, 10, 4.4), (27, 0, 8, 3.4, 26, 13, 2.8), (31, 0, 13, 0.4, 15, 15, 0.4)]
+OCCIPITAL_HORN = [(0, -22, 24, 2.6, -47, 29, 0.6), (8, -18, 20, 2.8, -46, 28, 2.2), (16, -3, 8, 1.4, -39, 25, 3.8),
+                  (22, 2, 6, 3.6, -36, 20, 3.2), (27, 0, 8, 3.4, -25, 16, 2.2), (31, 0, 13, 0.4, -15, 16, 0.3)]
+THIRD_VENTRICLE = [(0, -14, 0, 1.4, 16, 0, 1.0), (8, -12, 0, 1.2, 14, 0, 0.8), (13, -8, 0, -1.0, 8, 0, -1.0)]
+CISTERN = [(0, -39, 0, 4.5, -20, 0, 6.5), (5, -35, 0, 3.8, -22, 0, 4.5), (11, -34, 0, -3.0, -28, 0, -3.0)]
+VERMIS = [(0, -40, 0, 3.6, -27, 0, 4.0), (4, -38, 0, 2.4, -28, 0, 2.4), (7, -36, 0, -3.0, -30, 0, -3.0)]
+CAUDATE = [(0, 20, 11, 4.0, 36, 13, 4.0), (10, 16, 11, 4.4, 34, 16, 4.0), (18, -6, 13, 2.4, 28, 15, 4.6),
+           (25, -10, 15, 2.2, 18, 16, 3.0), (29, -10, 17, -1.5, 14, 17, -1.5)]
+PUTAMEN = [(0, -9, 29, 1.5, 24, 22, 6.0), (9, -11, 30, 1.0, 22, 25, 5.0), (17, -6, 31, 0.0, 14, 28, 1.6),
+           (21, -6, 30, -4.0, 14, 28, -4.0)]
+PALLIDUM = [(0, -2, 20, 2.0, 12, 17, 4.0), (9, 0, 21, 1.0, 10, 19, 2.0), (13, 0, 20, -4.0, 10, 20, -4.0)]
+THALAMUS = [(0, -14, 12, 6.0, 5, 8, 4.0), (9, -15, 13, 6.5, 7, 8, 4.0), (16, -12, 15, 3.0, 2, 13, 1.6),
+            (19, -12, 15, -4.0, 0, 14, -4.0)]
+
+
+def smooth_noise(rng, spacing):
+    """Gaussian noise of unit variance, float32 [32, 176, 208], smooth over `spacing` = (z, y, x) voxels."""
+    weights = []
+    for size, step in zip((SLICES, ROWS, COLS), spacing):
+        knots = np.arange(int(np.ceil(size / step)) + 4) - 1.5
+        t = np.abs(np.arange(size)[:, None] / step - knots[None])
+        w = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)  # cubic B-spline
+        weights.append((w / np.linalg.norm(w, axis=1, keepdims=True)).astype(np.float32))
+    wz, wy, wx = weights
+    field = rng.standard_normal((wz.shape[1], wy.shape[1], wx.shape[1]), dtype=np.float32)
+    field = np.tensordot(wz, field, 1)
+    return np.matmul(np.matmul(wy, field), wx.T)
+
+
+def along_z(rows):
+    """Table rows (z, value, ...) interpolated to every slice: one float32 [32, 1, 1] per value."""
+    table = np.array(rows, np.float32)
+    z = np.arange(SLICES)
+    return [np.interp(z, table[:, 0], column).astype(np.float32)[:, None, None] for column in table.T[1:]]
+
+
+def distance(a, b):
+    """sqrt(a^2 + b^2); np.hypot guards against overflow and takes three times as long."""
+    return np.sqrt(a * a + b * b)
+
+
+def spindle(x, y, rows, swell=1.0, bow=0.0):
+    """Signed distance in mm to a spindle bowed to the side, negative inside: float32 [32, 176, 208]."""
+    ax, ay, ar, bx, by, br = along_z(rows)
+    dx, dy = bx - ax, by - ay
+    t = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx**2 + dy**2), 0, 1)
+    radius = ar + t * (br - ar) + 0.8 * (ar + br) * t * (1 - t)
+    return distance(x - ax - t * dx, y - ay - t * dy - bow * t * (1 - t)) - swell * radius
+
+
+def smooth_min(a, b, radius):
+    """Minimum of two distances with the crease between them rounded over `radius` mm."""
+    crease = np.maximum(radius - np.abs(a - b), 0)
+    return np.minimum(a, b) - crease**2 / (4 * radius)
+
+
+def inside(height, softness=1.4):
+    """Share of a voxel on the positive side of a surface: the partial volume of a scan."""
+    return np.clip(0.5 + height / softness, 0, 1)
+
+
+def hull_depth(x, y, length, width, taper, temple):
+    """Depth in mm under an egg-shaped outline (narrower in front), [176, 208], negative outside."""
+    half = width * (1 - taper * np.tanh(x / 60)) * (1 - temple / (1 + np.exp((32 - x) / 9)))
+    rho = (np.abs(x / length) ** 2.25 + np.abs(y / half) ** 2.25 + 1e-6) ** (1 / 2.25)
+    slope = distance(*np.gradient(rho))
+    return (1 - rho) / np.maximum(slope, 0.5 / length)
+
+
+def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
+    """One head as 32 neighbouring axial slices.
+
+    Returns images uint8 [32, 256, 256] (0..255, maximum 255 in every slice, exactly 0 outside the head) and masks
+    uint8 [32, 256, 256] (0 background, 85 CSF, 170 grey, 255 white; brain only). The result depends on (seed, case)
+    alone, not on which other cases are made. Both must be >= 0 (ValueError).
+    """
+    if seed < 0 or case < 0:
+        raise ValueError(f"seed and case must be >= 0, got seed={seed}, case={case}")
+    rng = np.random.default_rng((seed, case))
+    age = np.float32(rng.beta(1.3, 1.6))  # 0 young .. 1 old: wide ventricles come with wide sulci
+    z = np.arange(SLICES, dtype=np.float32)[:, None, None] / (SLICES - 1)
+
+    # Head coordinates: x to the front, y to the side, with a small tilt, shift and a bent midline.
+    row, col = np.mgrid[:ROWS, :COLS].astype(np.float32)
+    angle, shift_x, shift_y = rng.normal(0, (0.02, 1.2, 1.0))
+    x = (col - 103 - shift_x) * np.cos(angle) + (row - 89 - shift_y) * np.sin(angle)
+    y = (row - 89 - shift_y) * np.cos(angle) - (col - 103 - shift_x) * np.sin(angle)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    midline = rng.normal(0, 0.8) * np.sin(x / 30 + rng.uniform(0, 6)) + rng.normal(0, 0.8) * (x / 85) ** 2
+    midline = midline.astype(np.float32)
+
+    # Brain hull: narrow temples below, an egg above.
+    length, width = 86.5 + rng.normal(0, 1.3), 68.2 + rng.normal(0, 1.4)
+    taper = rng.normal(0.06, 0.025)
+    low = hull_depth(x, y, length, width, taper, 0.07)
+    high = hull_depth(x + 1, y, length - 5, width - 1.5, taper + 0.05, 0.0)
+    outline = low + z**1.5 * (high - low) + 0.5 * smooth_noise(rng, (16, 24, 24))
+    depth = outline + 0.8 * smooth_noise(rng, (12, 11, 11))
+
+    # Interhemispheric fissure, open in front of and behind the corpus callosum.
+    wobble = smooth_noise(rng, (12, 14, 14))
+    side = np.abs(y - midline + 0.5 * wobble)
+    genu, splenium = along_z([(0, 40, -42), (8, 50, -36), (16, 47, -32), (24, 40, -36), (28, 25, -24), (31, 4, -4)])
+    callosum = np.maximum(np.minimum(genu - x, x - splenium), 0)
+    fissure = distance(side, callosum)
+
+    # Sulci: zero lines of a wave that runs along the surface from front to back. Confocal elliptic coordinates make
+    # them meet the convexity at right angles and x the medial wall; the noise bends, joins and ends them, and dividing
+    # by the slope turns the wave into a distance.
+    nu = np.arccosh((x + 1j * np.abs(y)) / 52 + 1e-4j).imag
+    convex = (76 * nu - 4.5 * np.sin(2 * nu)).astype(np.float32)
+    medial = 1.4 * (85 - x)
+    share = np.abs(y) / (np.abs(y) + np.maximum(low, 0) + 4)
+    arc = medial + share**2 * (3 - 2 * share) * (convex - medial)
+    phase = arc * (2 * np.pi / 25) + 0.8 * np.tanh(y / 4)
+    phase = phase + (2.2 - 0.9 * share) * smooth_noise(rng, (14, 13, 13))
+    wave = np.sin(phase) + (1.0 - 0.45 * share) * smooth_noise(rng, (8, 7.5, 7.5))
+    slope = np.sqrt(sum(g**2 for g in np.gradient(wave)))
+    bank = np.minimum(depth, np.maximum(2 + 0.9 * wobble, 1.3) * fissure + 2 * callosum)
+    local = smooth_noise(rng, (12, 11, 11))
+    sulci = distance(wave / (slope + 0.06), np.maximum(bank - 17 - 6 * np.cos(phase) - 5 * local, 0))
+    sulci -= (0.35 + 1.2 * age + 0.6 * local) * np.clip(1.4 - bank / 18, 0.3, 1.2)
+
+    # Sylvian fissure: a stem that dives from the temple and opens over the insula.
+    insula_x = rng.normal(10, 2)
+    reach = 20 * np.sqrt(np.clip(1 - z / 0.55, 0, 1)) - 2
+    insula = distance(depth - 20 - 4 * ((x - insula_x) / 20) ** 2 - 2 * wobble, np.maximum(np.abs(x - insula_x) - reach, 0))
+    stem = distance(x - insula_x - 16 + 0.4 * depth + 2 * wobble, np.maximum(depth - 20, 0))
+    sylvian = np.minimum(insula, stem) - (0.8 + 1.6 * age) * (1 + 0.7 * local) + 8 * np.clip(z - 0.45, 0, 1)
+
+    pia = smooth_min(depth - (0.6 + 1.1 * age), sulci, 4.5)
+    pia = smooth_min(pia, fissure - (0.5 + 0.7 * age) * (1 + 0.4 * local), 3.0)
+    pia = smooth_min(pia, sylvian, 3.0)
+
+    # Ventricles and nuclei are spindles in slightly bent space, so that the two sides are no mirror images.
+    bent_x = x + 2.0 * smooth_noise(rng, (14, 16, 16))
+    bent_y = side + 1.2 * smooth_noise(rng, (14, 16, 16))
+    swell = 0.6 + 0.9 * age + rng.normal(0, 0.08)
+    spread = bent_y - 3 * (swell - 1)
+    (bow,) = along_z([(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
+    lateral = smooth_min(spindle(bent_x, spread, FRONTAL_HORN, swell, -4),
+                         spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 2.0) + 0.8 * wobble
+    lateral = np.maximum(lateral, 1.2 - side)  # septum pellucidum
+    ventricles = np.minimum(lateral, spindle(bent_x, side, THIRD_VENTRICLE, 0.7 + 1.3 * age))
+    cistern = spindle(bent_x, bent_y, CISTERN, 0.8 + 0.4 * age) + 1.5 * local
+    vermis = spindle(bent_x, bent_y, VERMIS) + local
+    nuclei = np.minimum(spindle(bent_x, spread, CAUDATE), spindle(bent_x, bent_y, PUTAMEN, 1.0, 8))
+    pale = np.minimum(spindle(bent_x, bent_y, PALLIDUM), spindle(bent_x, bent_y, THALAMUS))
+    deep = np.minimum(np.minimum(lateral, nuclei), np.minimum(pale, cistern))
+    pia = np.maximum(pia, 4 - deep)  # no sulcus runs into the deep structures
+
+    ribbon = 3.9 - 0.4 * age + 0.3 * wobble
+    grey = np.maximum(inside(ribbon - pia, 3.0), 0.8 * inside(-nuclei, 2.5))
+    grey = np.maximum(grey, 0.4 * inside(-pale, 4.0))
+    fluid = np.maximum(inside(-pia, 2.0), inside(-ventricles, 1.8))
+    fluid = np.maximum(fluid, inside(-cistern, 2.0) * (1 - inside(-vermis, 4.0) * (0.7 + 0.15 * np.cos(1.5 * bent_x))))
+
+    # T1 contrast, white matter = 1.
+    fluid_level, grey_level = rng.normal(0.17, 0.03), rng.normal(0.59, 0.03)
+    brain = 1 - (1 - grey_level) * grey
+    brain += 0.025 * smooth_noise(rng, (2, 3, 3))
+    brain += (fluid_level - brain) * fluid
+
+    # Layers of the head outside the brain, by height above the hull.
+    height = -outline
+    bone = height - 0.7 - 0.4 * age
+    skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, (16, 40, 40))
+    scalp = rng.normal(5.6, 0.7) + 0.9 * smooth_noise(rng, (14, 28, 28))
+    muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(y) - 25, 20) * np.clip(1.1 - z, 0, 1)
+    flesh = bone - np.maximum(skull, 2)
+    fat = flesh - muscle
+    skin = fat - np.maximum(scalp, 3)
+    marrow = np.clip(skull - 3.3, 0, 2) * np.clip(0.25 + 0.2 * smooth_noise(rng, (8, 10, 10)), 0, 0.6)
+    head = brain + inside(height) * (0.25 - brain)
+    head += inside(bone) * (0.2 + marrow * np.exp(-(((bone - 0.55 * skull) / 1.1) ** 2)) - head)
+    head += inside(flesh) * (0.6 - head)
+    head += inside(fat, 2.0) * (rng.normal(1.5, 0.1) + 0.16 * smooth_noise(rng, (6, 9, 9)) - head)
+    head *= 1 - inside(skin + 1.5, 5.0)
+
+    # The coil: a smooth bias, Rician noise, a little blur, and each slice scaled by itself.
+    head *= np.exp(0.07 * smooth_noise(rng, (40, 90, 90)) - 0.004 * np.minimum(depth, 30))
+    sigma = rng.uniform(0.03, 0.07)
+    noise = rng.standard_normal((2, SLICES, ROWS, COLS), dtype=np.float32) * sigma
+    head = distance(head + noise[0], noise[1])
+    head[:, 1:-1] += 0.2 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
+    head[:, :, 1:-1] += 0.2 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
+    head *= skin < 1
+    head *= 255 / head.max(axis=(1, 2), keepdims=True)
+
+    tissue = np.where(pia < ribbon, GREY, WHITE)
+    tissue[(nuclei < 0) | (pale < -2)] = GREY
+    tissue[fluid > 0.5] = CSF
+    tissue[depth < 0] = 0
+
+    box = slice(TOP, TOP + ROWS), slice(LEFT, LEFT + COLS)
+    images, masks = np.zeros((2, SLICES, SIZE, SIZE), np.uint8)
+    images[:, *box] = np.round(head)
+    masks[:, *box] = tissue
+    return images, masks

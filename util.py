@@ -1,0 +1,557 @@
+"""What every script shares: flags and presets, runs and checkpoints, seeds and steps, and the mathematics with no layer.
+
+Randomness is a function of (seed, step, rank) and the order of the data of (seed, epoch), so a resumed run repeats an
+uninterrupted one without any generator state on disk.
+"""
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what, where and what to do, in one line."""
+
+
+# ----------------------------------------------------------------------------------------------- flags and presets
+
+# One row per setting: demo (64 px, CPU minutes), small (256 px, CPU hours), base (256 px, one CUDA GPU).
+PRESETS: dict[str, dict[str, tuple]] = {
+    "every script": {
+        "image_size": (64, 256, 256),
+    },
+    "prestage_train.py": {
+        "steps": (800, 3600, 60_000),
+        "batch_size": (32, 16, 32),
+        "channels": (32, 64, 96),
+        "channel_multipliers": ((1, 2), (1, 2), (1, 2)),
+        "patch": (2, 4, 4),
+        "blocks": (1, 2, 3),
+        "codebook_size": (256, 1024, 1024),
+        "learning_rate": (1e-3, 8e-4, 3e-4),
+        "discriminator_start": (500, 2600, 20_000),
+        "gan_start": (600, 2800, 22_000),
+        "report_every": (200, 400, 1000),
+    },
+    "stable_diffusion.py": {
+        "steps": (1500, 6000, 100_000),
+        "batch_size": (64, 32, 128),
+        "channels": (48, 64, 128),
+        "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
+        "blocks": (1, 2, 2),
+        "learning_rate": (1e-3, 5e-4, 2e-4),
+        "report_every": (250, 500, 5000),
+    },
+    "pixelCNN.py": {
+        "steps": (800, 4000, 40_000),
+        "batch_size": (32, 16, 64),
+        "channels": (48, 64, 128),
+        "layers": (6, 8, 12),
+        "learning_rate": (1e-3, 6e-4, 3e-4),
+        "report_every": (100, 250, 1000),
+    },
+}
+PRESET_NAMES = ("demo", "small", "base")
+
+# What may differ between the first and a later start of one run without making it another experiment.
+FREE_ON_RESUME = {"data", "steps", "minutes", "device", "preset", "report_every", "compile", "sample", "out", "brains"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"error: {message} ({self.prog} --help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser whose errors are one line."""
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every training script has."""
+    parser = plain_parser(description)
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="FOLDER",
+        help="folder that holds keras_png_slices_*; default: $OASIS_DATA, "
+        "else data/keras_png_slices_data, else the built-in phantom",
+    )
+    add("--name", help="name of the run: model_ckpt/NAME, log/NAME, NAME_vis; default: the model's name")
+    add(
+        "--preset",
+        choices=PRESET_NAMES,
+        help="sizes and lengths: demo 64 px for CPU minutes, small 256 px for CPU "
+        "hours, base 256 px for a GPU; default: base on CUDA, else small, or demo on the phantom; "
+        "flags without a default below take theirs from here",
+    )
+    add("--image-size", type=int, choices=(64, 128, 256), help="pixels a side, by area resampling")
+    add("--steps", type=positive_int, help="optimiser steps of the whole run; raise it to train a finished run further")
+    add("--minutes", type=positive_float, help="stop and save after this many minutes; default: no limit")
+    add("--batch-size", type=positive_int, help="slices per step and process")
+    add("--learning-rate", type=positive_float, help="Adam's, after warm-up")
+    add("--report-every", type=positive_int, help="steps between reports, each with validation, pictures, checkpoint")
+    add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16 is autocast: quantiser, losses "
+        "and metrics stay float32; auto takes bf16 where the processor has it in hardware (default: %(default)s)",
+    )
+    add("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on a GPU")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def preset_settings(script: str, preset: str) -> dict:
+    """The preset's column for `script`, as {flag: value}."""
+    column = PRESET_NAMES.index(preset)
+    return {flag: values[column] for table in ("every script", script) for flag, values in PRESETS[table].items()}
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """Parses argv. Returns the settings with their plain defaults, and {flag: value} of what was typed."""
+    plain, unset = vars(parser.parse_args([])), object()
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(plain, unset))))
+    typed = {flag: value for flag, value in typed.items() if value is not unset}
+    return argparse.Namespace(**{**plain, **typed}), typed
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except torch.OutOfMemoryError:
+        sys.exit(_complain("the GPU is out of memory; choose a smaller --batch-size, --preset small, or --device cpu"))
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space and run the same command again",
+            errno.EDQUOT: "free some space and run the same command again",
+            errno.EACCES: "check the permissions, or work in a folder of your own",
+            errno.EROFS: "work in a folder that can be written",
+        }
+        if error.errno not in advice:
+            raise
+        sys.exit(_complain(f"{error.strerror}: {error.filename or 'while writing'}; {advice[error.errno]}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+# ------------------------------------------------------------------------------------------- devices and processes
+
+
+def start_processes() -> tuple[int, int]:
+    """Joins torchrun's processes if it started us. Returns (rank, world size), which is (0, 1) otherwise."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    return dist.get_rank(), dist.get_world_size()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process for a --device flag. Raises UserError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
+        device = torch.device(
+            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        )
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """A phrase for people: the GPU's name, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of --precision. On a CPU, auto is bf16 only where matrix units (AMX) multiply it."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# -------------------------------------------------------------------------------------------------- seeds and steps
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, such as (seed, step, rank); unlike sums, no two tuples collide in practice."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0, world: int = 1) -> Tensor:
+    """int64 [batch_size]: which of `count` slices process `rank` sees in `step`; every epoch is one permutation."""
+    position = step * batch_size * world + rank * batch_size + np.arange(batch_size)
+    epoch = position // count
+    shuffled = {e: np.random.default_rng((seed, e)).permutation(count) for e in np.unique(epoch)}
+    return torch.tensor([shuffled[e][p % count] for e, p in zip(epoch, position)])
+
+
+def training_steps(start: int, stop: int, minutes: float | None, title: str) -> Iterator[int]:
+    """Yields start .. stop - 1 under a progress bar; ends early, after a whole step, on the time limit or Ctrl-C.
+
+    A second Ctrl-C interrupts at once. Under torchrun all processes end after the same step.
+    """
+    interrupted = []
+
+    def note_signal(signum, frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(signum)
+
+    began = time.monotonic()
+    previous = {s: signal.signal(s, note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(range(start, stop), desc=title, initial=start, total=stop, unit="step", disable=None, dynamic_ncols=True)
+    try:
+        for step in bar:
+            yield step
+            late = minutes is not None and time.monotonic() - began > 60 * minutes
+            if any_process(bool(interrupted) or late):
+                break
+    finally:
+        bar.close()
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def any_process(flag: bool) -> bool:
+    """True when the flag is set in any of torchrun's processes."""
+    if not dist.is_initialized():
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total > 0)
+
+
+def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float = 0.05) -> float:
+    """Linear warm-up, then half a cosine from 1 to `final` at the last step."""
+    ramp = min(1.0, (step + 1) / warm_up)
+    return ramp * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def check_finite(losses: dict[str, Tensor], step: int) -> None:
+    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite."""
+    if torch.isfinite(torch.stack([value.detach().float() for value in losses.values()])).all():
+        return
+    for name, value in losses.items():
+        if not torch.isfinite(value):
+            raise UserError(
+                f"{name} became {value.item()} at step {step}; the last checkpoint is good: "
+                "run the same command with another --name and a lower --learning-rate, or --precision fp32"
+            )
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float = 0.999) -> None:
+    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)); buffers are copied, not averaged."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    for kept, current in zip(ema.buffers(), model.buffers()):
+        kept.copy_(current)
+
+
+# ------------------------------------------------------------------------------------------- files, runs, checkpoints
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes a training state of tensors, numbers, strings and containers of these."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads what save_checkpoint wrote, never running code from the file. Raises UserError on anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many types on a damaged file
+        raise UserError(
+            f"{path} is no readable checkpoint ({type(error).__name__}); delete it or choose another --name"
+        ) from None
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> None:
+    """Writes a safetensors file whose metadata holds `description` (JSON values: the model's kind, keywords, ...)."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"project": "stable-diffusion-on-oasis", "description": json.dumps(description)}
+    write_file(path, safetensors.torch.save(weights, metadata))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Reads (weights, description) from a file of save_weights. Raises UserError when it is not one."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train one first, or give the path of a .safetensors file") from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} is no readable safetensors file ({type(error).__name__}); is the copy whole?"
+        ) from None
+    if metadata.get("project") != "stable-diffusion-on-oasis":
+        raise UserError(
+            f"{path} was not written by this project; give a model.safetensors from model_ckpt/ or pretrained/"
+        )
+    return weights, json.loads(metadata["description"])
+
+
+def find_weights(run: str | Path) -> Path:
+    """The weights meant by a file, a run's folder or a run's name (model_ckpt/NAME/model.safetensors)."""
+    path = Path(run)
+    if path.is_file():
+        return path
+    for folder in (path, Path("model_ckpt") / run):
+        if (folder / "model.safetensors").is_file():
+            return folder / "model.safetensors"
+    raise UserError(
+        f"there are no weights at {run}: no such file, and no model_ckpt/{path.name}/model.safetensors; "
+        "train that run first, or name another"
+    )
+
+
+def fill_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """Loads weights into a model, every key and shape, or raises UserError."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path} holds weights of another model; name the run that fits this script") from None
+    return model
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """16 hexadecimal digits that tell one set of weights from another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_run(script: str, args: argparse.Namespace, typed: dict, phantom: bool) -> argparse.Namespace:
+    """Completes the settings of a training run: those typed, else the existing run's, else the preset's, else plain.
+
+    Args:
+        script: file name of the training script, which owns the run.
+        args, typed: from parse_flags; args.name and args.device are set.
+        phantom: whether the data are the phantom, which chooses the default preset on a CPU.
+    Raises UserError when log/NAME belongs to something else or a typed setting contradicts the existing run.
+    """
+    log = Path("log") / args.name
+    if (log / "run.json").is_file():
+        try:
+            recorded = json.loads((log / "run.json").read_text())
+            settings, owner = recorded["settings"], recorded["script"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{log}/run.json is no description of a run; choose another --name or remove {log}"
+            ) from None
+        if owner != script:
+            raise UserError(f"{log} is a run of {owner}; choose another --name")
+        for flag, value in typed.items():
+            value = list(value) if isinstance(value, tuple) else value
+            if flag not in FREE_ON_RESUME and flag in settings and settings[flag] != value:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
+                    f"{settings[flag]}; leave the flag out to resume, or choose another --name"
+                )
+        settings = {flag: value for flag, value in settings.items() if flag in vars(args) and flag != "device"}
+        return argparse.Namespace(**{**vars(args), **settings, **typed})
+    for folder in (log, Path("model_ckpt") / args.name):
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty and no run of ours (log/{args.name}/run.json is missing); "
+                "choose another --name or remove the folder"
+            )
+    gpu = pick_device(args.device).type == "cuda"
+    args.preset = args.preset or ("base" if gpu else "demo" if phantom else "small")
+    return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
+
+
+def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
+    """What run.json records: settings, data digest, versions, commit and machine."""
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
+    )
+    return {
+        "script": script,
+        "settings": vars(args),
+        "data": data,
+        **more,
+        "commit": git.stdout.strip() or "not a git checkout",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": describe_device(pick_device(args.device)),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- mathematics
+
+
+def sinusoidal_encoding(values: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+    """Sine and cosine features of positions or times (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        values: [B], any real numbers.
+        dim: number of features, even.
+    Returns float32 [B, dim]: cos(v w_i) then sin(v w_i), with w_i falling geometrically from 1 to about 1 / longest.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even, not {dim}")
+    frequency = torch.exp(torch.arange(dim // 2, device=values.device) * (-math.log(longest) / (dim // 2)))
+    angle = values.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def window_matrix(size: int, like: Tensor) -> Tensor:
+    """[size - 10, size]: row i holds the 11 weights of the gaussian window, sigma 1.5, from column i on."""
+    position = torch.arange(-5, 6, dtype=like.dtype, device=like.device)
+    window = torch.exp(-(position**2) / (2 * 1.5**2))
+    matrix = torch.zeros(size - 10, size, dtype=like.dtype, device=like.device)
+    for k, weight in enumerate(window / window.sum()):
+        matrix.diagonal(k).fill_(weight)
+    return matrix
+
+
+def ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity at every valid position (Wang et al. 2004, eq. 13).
+
+    Gaussian 11x11 window, sigma 1.5, K1 0.01, K2 0.03, population covariance.
+
+    Args:
+        x, y: floating [B, 1, H, W] in [0, 1], at least 11 pixels a side.
+    Returns [B, 1, H - 10, W - 10]; position (i, j) is centred on pixel (i + 5, j + 5).
+    """
+
+    def blur(image):  # two products with banded matrices: on a CPU ten times faster than one-channel convolutions
+        height, width = image.shape[-2:]
+        return window_matrix(height, image) @ image @ window_matrix(width, image).T
+
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    var_x, var_y, cov = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def sheet(
+    rows: list[np.ndarray],
+    *,
+    title: str,
+    row_names: list[str] | None = None,
+    captions: list[str] | None = None,
+    zoom: int = 1,
+) -> Image.Image:
+    """Lays pictures out in rows, pixel for pixel, with a title and, if given, a name per row and a caption per picture.
+
+    Args:
+        rows: each uint8 [columns, H, W] or [columns, H, W, 3].
+        captions: one per picture, in reading order; drawn under the pictures.
+        zoom: every pixel becomes zoom x zoom pixels.
+    """
+    font, gap = ImageFont.load_default(15), 4
+    columns, (height, width) = max(len(row) for row in rows), (n * zoom for n in rows[0].shape[1:3])
+    height = height + (18 if captions else 0)
+    left = gap + (max(int(font.getlength(name)) for name in row_names) + 8 if row_names else 0)
+    size = (max(left + columns * (width + gap), int(font.getlength(title)) + 2 * gap), 26 + len(rows) * (height + gap))
+    page = Image.new("RGB", size, "white")
+    draw, words = ImageDraw.Draw(page), iter(captions or [])
+    draw.text((gap, 4), title, "black", font)
+    for r, row in enumerate(rows):
+        top = 26 + r * (height + gap)
+        if row_names:
+            draw.text((gap, top + height // 2 - 8), row_names[r], "black", font)
+        for c, picture in enumerate(row):
+            at = (left + c * (width + gap), top)
+            picture = Image.fromarray(picture).convert("RGB")
+            page.paste(picture.resize((width, picture.height * zoom), Image.Resampling.NEAREST), at)
+            if captions:
+                draw.text((at[0], at[1] + height - 17), next(words), "black", ImageFont.load_default(12))
+    return page
