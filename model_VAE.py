@@ -405,10 +405,15 @@ def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> VAE
     weights, description = util.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
+    description["digest"] = util.digest_of(weights)
     return build_first_stage(description, weights, path).to(device)
 
 
 def build_first_stage(description: dict, weights: dict[str, Tensor], path: Path) -> VAE | VQVAE:
-    """The frozen autoencoder of weights and their description {"kind", "model_kwargs"}; `path` is for messages."""
+    """The frozen autoencoder of weights and their description {"kind", "model_kwargs", ...}; `path` is for messages.
+
+    The description stays on the model as `description`, for those who store it beside their own weights.
+    """
     model = MODELS[description["kind"]](**description["model_kwargs"])
+    model.description = description
     return util.fill_model(model, weights, path).eval().requires_grad_(False)

@@ -2,8 +2,9 @@
 
 What it is: an implicit model of a head. Every surface (scalp, skull, pia, sulci, ventricles, nuclei) is the zero level
 of a signed distance in mm that varies smoothly with z, so 32 neighbouring axial cuts of one head come out together.
-What it is not: anatomy. Folds, textures and proportions are invented, no person was measured, and nothing learnt from
-it says anything about brains; it serves examples and tests only, never diagnosis.
+What it is not: anatomy. Folds and textures are invented, sizes and contrasts were set by eye and by the release's mean
+statistics, and no one's head is in it. Nothing learnt from it says anything about brains: it serves examples and
+tests, never diagnosis.
 
 Conventions are those of the preprocessed 2-D OASIS-1 release (Marcus et al. 2007, J. Cogn. Neurosci. 19:1498-1507):
 256 x 256 pixels of about 1 mm, anterior to the right, z = 0 at the basal ganglia and z = 31 above the lateral
@@ -19,9 +20,9 @@ CSF, GREY, WHITE = 85, 170, 255
 # Spindles along z, as rows of (z, x, y, radius, x, y, radius): two ends in mm from the brain's centre, x to the front,
 # y to the side. A negative radius means absent; between rows everything is interpolated.
 FRONTAL_HORN = [(0, 25, 5, 0.4, 42, 11, 1.6), (8, 20, 4, 1.8, 42, 12, 3.0), (16, 12, 4, 2.4, 39, 10, 4.8),
-                (22, 2, 6, 3.6, 35, 10, 4.4), (27, 0, 8, 3.4, 26, 13, 2.8), (31, 0, 13, 0.4, 15, 15, 0.4)]
+                (22, 2, 6, 4.4, 35, 10, 4.0), (27, 0, 8, 3.4, 26, 13, 2.8), (31, 0, 13, 0.4, 15, 15, 0.4)]
 OCCIPITAL_HORN = [(0, -22, 24, 2.6, -47, 29, 0.6), (8, -18, 20, 2.8, -46, 28, 2.2), (16, -3, 8, 1.4, -39, 25, 3.8),
-                  (22, 2, 6, 3.6, -36, 20, 3.2), (27, 0, 8, 3.4, -25, 16, 2.2), (31, 0, 13, 0.4, -15, 16, 0.3)]
+                  (22, 2, 6, 4.4, -36, 20, 2.8), (27, 0, 8, 3.4, -25, 16, 2.2), (31, 0, 13, 0.4, -15, 16, 0.3)]
 THIRD_VENTRICLE = [(0, -14, 0, 1.4, 16, 0, 1.0), (8, -12, 0, 1.2, 14, 0, 0.8), (13, -8, 0, -1.0, 8, 0, -1.0)]
 CISTERN = [(0, -39, 0, 4.5, -20, 0, 6.5), (5, -35, 0, 3.8, -22, 0, 4.5), (11, -34, 0, -3.0, -28, 0, -3.0)]
 VERMIS = [(0, -40, 0, 3.6, -27, 0, 4.0), (4, -38, 0, 2.4, -28, 0, 2.4), (7, -36, 0, -3.0, -30, 0, -3.0)]
@@ -34,7 +35,7 @@ THALAMUS = [(0, -14, 12, 6.0, 5, 8, 4.0), (9, -15, 13, 6.5, 7, 8, 4.0), (16, -12
             (19, -12, 15, -4.0, 0, 14, -4.0)]
 
 
-def smooth_noise(rng, spacing):
+def smooth_noise(rng: np.random.Generator, spacing: tuple[float, float, float]) -> np.ndarray:
     """Gaussian noise of unit variance, float32 [32, 176, 208], smooth over `spacing` = (z, y, x) voxels."""
     weights = []
     for size, step in zip((SLICES, ROWS, COLS), spacing):
@@ -48,19 +49,19 @@ def smooth_noise(rng, spacing):
     return np.matmul(np.matmul(wy, field), wx.T)
 
 
-def along_z(rows):
+def along_z(rows: list[tuple]) -> list[np.ndarray]:
     """Table rows (z, value, ...) interpolated to every slice: one float32 [32, 1, 1] per value."""
     table = np.array(rows, np.float32)
     z = np.arange(SLICES)
     return [np.interp(z, table[:, 0], column).astype(np.float32)[:, None, None] for column in table.T[1:]]
 
 
-def distance(a, b):
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """sqrt(a^2 + b^2); np.hypot guards against overflow and takes three times as long."""
     return np.sqrt(a * a + b * b)
 
 
-def spindle(x, y, rows, swell=1.0, bow=0.0):
+def spindle(x: np.ndarray, y: np.ndarray, rows: list[tuple], swell: float = 1.0, bow: float = 0.0) -> np.ndarray:
     """Signed distance in mm to a spindle bowed to the side, negative inside: float32 [32, 176, 208]."""
     ax, ay, ar, bx, by, br = along_z(rows)
     dx, dy = bx - ax, by - ay
@@ -69,19 +70,22 @@ def spindle(x, y, rows, swell=1.0, bow=0.0):
     return distance(x - ax - t * dx, y - ay - t * dy - bow * t * (1 - t)) - swell * radius
 
 
-def smooth_min(a, b, radius):
+def smooth_min(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
     """Minimum of two distances with the crease between them rounded over `radius` mm."""
     crease = np.maximum(radius - np.abs(a - b), 0)
     return np.minimum(a, b) - crease**2 / (4 * radius)
 
 
-def inside(height, softness=1.4):
-    """Share of a voxel on the positive side of a surface: the partial volume of a scan."""
+def inside(height: np.ndarray, softness: float = 1.4) -> np.ndarray:
+    """Share of a voxel on the positive side of a surface, which fades over `softness` mm: partial volume."""
     return np.clip(0.5 + height / softness, 0, 1)
 
 
-def hull_depth(x, y, length, width, taper, temple):
-    """Depth in mm under an egg-shaped outline (narrower in front), [176, 208], negative outside."""
+def hull_depth(x: np.ndarray, y: np.ndarray, length: float, width: float, taper: float, temple: float) -> np.ndarray:
+    """Depth in mm under an egg-shaped outline, [176, 208], negative outside.
+
+    `taper` narrows the front and widens the back, `temple` is an extra step in front of the temporal lobes.
+    """
     half = width * (1 - taper * np.tanh(x / 60)) * (1 - temple / (1 + np.exp((32 - x) / 9)))
     rho = (np.abs(x / length) ** 2.25 + np.abs(y / half) ** 2.25 + 1e-6) ** (1 / 2.25)
     slope = distance(*np.gradient(rho))
@@ -98,24 +102,23 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     if seed < 0 or case < 0:
         raise ValueError(f"seed and case must be >= 0, got seed={seed}, case={case}")
     rng = np.random.default_rng((seed, case))
-    age = np.float32(rng.beta(1.3, 1.6))  # 0 young .. 1 old: wide ventricles come with wide sulci
-    z = np.arange(SLICES, dtype=np.float32)[:, None, None] / (SLICES - 1)
+    age = rng.beta(1.3, 1.6)  # 0 young .. 1 old: wide ventricles come with wide sulci
+    rise = np.linspace(0, 1, SLICES, dtype=np.float32)[:, None, None]  # from the lowest slice to the highest
 
     # Head coordinates: x to the front, y to the side, with a small tilt, shift and a bent midline.
     row, col = np.mgrid[:ROWS, :COLS].astype(np.float32)
-    angle, shift_x, shift_y = rng.normal(0, (0.02, 1.2, 1.0))
+    angle, shift_x, shift_y = rng.normal(0, (0.02, 0.9, 0.9))
     x = (col - 103 - shift_x) * np.cos(angle) + (row - 89 - shift_y) * np.sin(angle)
     y = (row - 89 - shift_y) * np.cos(angle) - (col - 103 - shift_x) * np.sin(angle)
     x, y = x.astype(np.float32), y.astype(np.float32)
     midline = rng.normal(0, 0.8) * np.sin(x / 30 + rng.uniform(0, 6)) + rng.normal(0, 0.8) * (x / 85) ** 2
-    midline = midline.astype(np.float32)
 
     # Brain hull: narrow temples below, an egg above.
-    length, width = 86.5 + rng.normal(0, 1.3), 68.2 + rng.normal(0, 1.4)
+    length, width = 86 + rng.normal(0, 1.3), 67.8 + rng.normal(0, 1.4)
     taper = rng.normal(0.06, 0.025)
     low = hull_depth(x, y, length, width, taper, 0.07)
     high = hull_depth(x + 1, y, length - 5, width - 1.5, taper + 0.05, 0.0)
-    outline = low + z**1.5 * (high - low) + 0.5 * smooth_noise(rng, (16, 24, 24))
+    outline = low + rise**1.5 * (high - low) + 0.5 * smooth_noise(rng, (16, 24, 24))
     depth = outline + 0.8 * smooth_noise(rng, (12, 11, 11))
 
     # Interhemispheric fissure, open in front of and behind the corpus callosum.
@@ -129,7 +132,7 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     # them meet the convexity at right angles and x the medial wall; the noise bends, joins and ends them, and dividing
     # by the slope turns the wave into a distance.
     nu = np.arccosh((x + 1j * np.abs(y)) / 52 + 1e-4j).imag
-    convex = (76 * nu - 4.5 * np.sin(2 * nu)).astype(np.float32)
+    convex = 76 * nu - 4.5 * np.sin(2 * nu)
     medial = 1.4 * (85 - x)
     share = np.abs(y) / (np.abs(y) + np.maximum(low, 0) + 4)
     arc = medial + share**2 * (3 - 2 * share) * (convex - medial)
@@ -139,15 +142,16 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     slope = np.sqrt(sum(g**2 for g in np.gradient(wave)))
     bank = np.minimum(depth, np.maximum(2 + 0.9 * wobble, 1.3) * fissure + 2 * callosum)
     local = smooth_noise(rng, (12, 11, 11))
-    sulci = distance(wave / (slope + 0.06), np.maximum(bank - 17 - 6 * np.cos(phase) - 5 * local, 0))
+    sulci = distance(wave / (slope + 0.06), 1.5 * np.maximum(bank - 19 - 6 * np.cos(phase) - 5 * local, 0))
     sulci -= (0.35 + 1.2 * age + 0.6 * local) * np.clip(1.4 - bank / 18, 0.3, 1.2)
 
     # Sylvian fissure: a stem that dives from the temple and opens over the insula.
     insula_x = rng.normal(10, 2)
-    reach = 20 * np.sqrt(np.clip(1 - z / 0.55, 0, 1)) - 2
-    insula = distance(depth - 20 - 4 * ((x - insula_x) / 20) ** 2 - 2 * wobble, np.maximum(np.abs(x - insula_x) - reach, 0))
-    stem = distance(x - insula_x - 16 + 0.4 * depth + 2 * wobble, np.maximum(depth - 20, 0))
-    sylvian = np.minimum(insula, stem) - (0.8 + 1.6 * age) * (1 + 0.7 * local) + 8 * np.clip(z - 0.45, 0, 1)
+    reach = 20 * np.sqrt(np.clip(1 - rise / 0.55, 0, 1)) - 2
+    along = x - insula_x
+    insula = distance(depth - 20 - along**2 / 100 - 2 * wobble, np.maximum(np.abs(along) - reach, 0))
+    stem = distance(along - 16 + 0.4 * depth + 2 * wobble, np.maximum(depth - 20, 0))
+    sylvian = np.minimum(insula, stem) - (0.8 + 1.6 * age) * (1 + 0.7 * local) + 8 * np.clip(rise - 0.45, 0, 1)
 
     pia = smooth_min(depth - (0.6 + 1.1 * age), sulci, 4.5)
     pia = smooth_min(pia, fissure - (0.5 + 0.7 * age) * (1 + 0.4 * local), 3.0)
@@ -160,7 +164,7 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     spread = bent_y - 3 * (swell - 1)
     (bow,) = along_z([(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
     lateral = smooth_min(spindle(bent_x, spread, FRONTAL_HORN, swell, -4),
-                         spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 2.0) + 0.8 * wobble
+                         spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 4.0) + 0.8 * wobble
     lateral = np.maximum(lateral, 1.2 - side)  # septum pellucidum
     ventricles = np.minimum(lateral, spindle(bent_x, side, THIRD_VENTRICLE, 0.7 + 1.3 * age))
     cistern = spindle(bent_x, bent_y, CISTERN, 0.8 + 0.4 * age) + 1.5 * local
@@ -170,8 +174,8 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     deep = np.minimum(np.minimum(lateral, nuclei), np.minimum(pale, cistern))
     pia = np.maximum(pia, 4 - deep)  # no sulcus runs into the deep structures
 
-    ribbon = 3.9 - 0.4 * age + 0.3 * wobble
-    grey = np.maximum(inside(ribbon - pia, 3.0), 0.8 * inside(-nuclei, 2.5))
+    ribbon = 4.1 - 0.4 * age + 0.3 * wobble
+    grey = np.maximum(inside(ribbon - pia, 2.6), 0.8 * inside(-nuclei, 2.5))
     grey = np.maximum(grey, 0.4 * inside(-pale, 4.0))
     fluid = np.maximum(inside(-pia, 2.0), inside(-ventricles, 1.8))
     fluid = np.maximum(fluid, inside(-cistern, 2.0) * (1 - inside(-vermis, 4.0) * (0.7 + 0.15 * np.cos(1.5 * bent_x))))
@@ -186,8 +190,8 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     height = -outline
     bone = height - 0.7 - 0.4 * age
     skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, (16, 40, 40))
-    scalp = rng.normal(5.6, 0.7) + 0.9 * smooth_noise(rng, (14, 28, 28))
-    muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(y) - 25, 20) * np.clip(1.1 - z, 0, 1)
+    scalp = rng.normal(5.4, 0.7) + 0.9 * smooth_noise(rng, (14, 28, 28))
+    muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(y) - 25, 20) * np.clip(1.1 - rise, 0, 1)
     flesh = bone - np.maximum(skull, 2)
     fat = flesh - muscle
     skin = fat - np.maximum(scalp, 3)
@@ -200,21 +204,21 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
 
     # The coil: a smooth bias, Rician noise, a little blur, and each slice scaled by itself.
     head *= np.exp(0.07 * smooth_noise(rng, (40, 90, 90)) - 0.004 * np.minimum(depth, 30))
-    sigma = rng.uniform(0.03, 0.07)
+    sigma = rng.uniform(0.025, 0.055)
     noise = rng.standard_normal((2, SLICES, ROWS, COLS), dtype=np.float32) * sigma
     head = distance(head + noise[0], noise[1])
-    head[:, 1:-1] += 0.2 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
-    head[:, :, 1:-1] += 0.2 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
+    head[:, 1:-1] += 0.15 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
+    head[:, :, 1:-1] += 0.15 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
     head *= skin < 1
     head *= 255 / head.max(axis=(1, 2), keepdims=True)
 
     tissue = np.where(pia < ribbon, GREY, WHITE)
-    tissue[(nuclei < 0) | (pale < -2)] = GREY
+    tissue[(nuclei < 0) | (pale < -2) | (cistern < 0)] = GREY
     tissue[fluid > 0.5] = CSF
     tissue[depth < 0] = 0
 
-    box = slice(TOP, TOP + ROWS), slice(LEFT, LEFT + COLS)
+    box = np.s_[:, TOP : TOP + ROWS, LEFT : LEFT + COLS]
     images, masks = np.zeros((2, SLICES, SIZE, SIZE), np.uint8)
-    images[:, *box] = np.round(head)
-    masks[:, *box] = tissue
+    images[box] = np.round(head)
+    masks[box] = tissue
     return images, masks

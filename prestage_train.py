@@ -101,13 +101,9 @@ def draw_reconstructions(model: VAE | VQVAE, data: Slices, device: torch.device,
 def draw_prior(model: VAE | VQVAE, device: torch.device, seed: int, step: int):
     """4x8 sheet: a latent from the untrained prior decoded at every z. What a second stage has to improve on."""
     latent = model.prior_latent(1, torch.Generator().manual_seed(seed)).expand(32, -1, -1, -1)
-    pictures = to_uint8(model.decode(latent.to(device), torch.arange(32, device=device)))[:, 0].cpu().numpy()
+    slices = to_uint8(model.decode(latent.to(device), torch.arange(32, device=device)))[:, 0].cpu().numpy()
     prior = "N(0, 1)" if isinstance(model, VAE) else "the code distribution"
-    return util.sheet(
-        list(pictures.reshape(4, 8, *pictures.shape[1:])),
-        captions=[f"z = {z}" for z in range(32)],
-        title=f"decoded draw from {prior} after {step} steps: no second stage yet",
-    )
+    return util.brain_sheet(slices, f"decoded draw from {prior} after {step} steps: no second stage yet")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -118,6 +114,7 @@ def flags():
     parser = util.training_parser(__doc__)
     add = parser.add_argument
     add("--model", choices=sorted(MODELS), default="vqvae", help="default: %(default)s")
+    add("--image-size", type=int, choices=(64, 128, 256), help="pixels a side, by area resampling")
     add("--channels", type=util.positive_int, help="width of the first level")
     add(
         "--channel-multipliers",
@@ -202,7 +199,8 @@ def main() -> None:
     rank, world = util.start_processes()
     args.name = args.name or args.model
     folder = find_data(args.data)
-    args = util.open_run(SCRIPT, args, typed, is_phantom(folder))
+    on_gpu = util.pick_device(args.device).type == "cuda"
+    args = util.open_run(SCRIPT, args, typed, "base" if on_gpu else "demo" if is_phantom(folder) else "small")
     if args.gan_start < args.discriminator_start:
         raise UserError(
             f"--gan-start {args.gan_start} lies before --discriminator-start {args.discriminator_start}; "
@@ -292,7 +290,13 @@ def main() -> None:
         util.save_weights(
             checkpoint.with_name("model.safetensors"),
             ema.state_dict(),
-            {"kind": args.model, "model_kwargs": model_kwargs, "step": step, "data": data["train"]},
+            {
+                "kind": args.model,
+                "model_kwargs": model_kwargs,
+                "step": step,
+                "preset": args.preset,
+                "data": data["train"],
+            },
         )
         logger.pause()
 

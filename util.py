@@ -1,4 +1,4 @@
-"""What every script shares: flags and presets, runs and checkpoints, seeds and steps, and the mathematics with no layer.
+"""What every script shares: flags and presets, runs and checkpoints, seeds and steps, mathematics without layers.
 
 Randomness is a function of (seed, step, rank) and the order of the data of (seed, epoch), so a resumed run repeats an
 uninterrupted one without any generator state on disk.
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import safetensors.torch
 import torch
@@ -36,10 +37,8 @@ class UserError(Exception):
 
 # One row per setting: demo (64 px, CPU minutes), small (256 px, CPU hours), base (256 px, one CUDA GPU).
 PRESETS: dict[str, dict[str, tuple]] = {
-    "every script": {
-        "image_size": (64, 256, 256),
-    },
     "prestage_train.py": {
+        "image_size": (64, 256, 256),
         "steps": (800, 3600, 60_000),
         "batch_size": (32, 16, 32),
         "channels": (32, 64, 96),
@@ -53,27 +52,28 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "report_every": (200, 400, 1000),
     },
     "stable_diffusion.py": {
-        "steps": (1500, 6000, 100_000),
+        "steps": (1500, 4000, 100_000),
         "batch_size": (64, 32, 128),
         "channels": (48, 64, 128),
         "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
         "blocks": (1, 2, 2),
         "learning_rate": (1e-3, 5e-4, 2e-4),
-        "report_every": (250, 500, 5000),
+        "report_every": (500, 500, 5000),
     },
     "pixelCNN.py": {
         "steps": (800, 4000, 40_000),
         "batch_size": (32, 16, 64),
         "channels": (48, 64, 128),
         "layers": (6, 8, 12),
-        "learning_rate": (1e-3, 6e-4, 3e-4),
-        "report_every": (100, 250, 1000),
+        "learning_rate": (1e-3, 8e-4, 3e-4),
+        "report_every": (200, 400, 1000),
     },
 }
 PRESET_NAMES = ("demo", "small", "base")
 
 # What may differ between the first and a later start of one run without making it another experiment.
-FREE_ON_RESUME = {"data", "steps", "minutes", "device", "preset", "report_every", "compile", "sample", "out", "brains"}
+FREE_ON_RESUME = {"data", "steps", "minutes", "device", "report_every", "compile"}
+FREE_ON_RESUME |= {"sample", "out", "brains", "sampler", "sample_steps", "eta", "temperature"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,11 +101,10 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--preset",
         choices=PRESET_NAMES,
-        help="sizes and lengths: demo 64 px for CPU minutes, small 256 px for CPU "
-        "hours, base 256 px for a GPU; default: base on CUDA, else small, or demo on the phantom; "
-        "flags without a default below take theirs from here",
+        help="sizes and lengths: demo 64 px for CPU minutes, small 256 px for CPU hours, base 256 px for a GPU; "
+        "flags without a default below take theirs from here; default: for a first stage base on CUDA, else small, "
+        "or demo on the phantom; for a second stage that of its first",
     )
-    add("--image-size", type=int, choices=(64, 128, 256), help="pixels a side, by area resampling")
     add("--steps", type=positive_int, help="optimiser steps of the whole run; raise it to train a finished run further")
     add("--minutes", type=positive_float, help="stop and save after this many minutes; default: no limit")
     add("--batch-size", type=positive_int, help="slices per step and process")
@@ -117,8 +116,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="bf16 is autocast: quantiser, losses "
-        "and metrics stay float32; auto takes bf16 where the processor has it in hardware (default: %(default)s)",
+        help="bf16 is autocast: quantiser, losses and metrics stay float32; auto takes bf16 where the processor "
+        "has it in hardware (default: %(default)s)",
     )
     add("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on a GPU")
     return parser
@@ -148,7 +147,7 @@ def fraction(text: str) -> float:
 def preset_settings(script: str, preset: str) -> dict:
     """The preset's column for `script`, as {flag: value}."""
     column = PRESET_NAMES.index(preset)
-    return {flag: values[column] for table in ("every script", script) for flag, values in PRESETS[table].items()}
+    return {flag: values[column] for flag, values in PRESETS[script].items()}
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
@@ -403,6 +402,11 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.M
     return model
 
 
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
 def digest_of(weights: dict[str, Tensor]) -> str:
     """16 hexadecimal digits that tell one set of weights from another."""
     digest = hashlib.blake2b(digest_size=8)
@@ -411,13 +415,13 @@ def digest_of(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def open_run(script: str, args: argparse.Namespace, typed: dict, phantom: bool) -> argparse.Namespace:
+def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) -> argparse.Namespace:
     """Completes the settings of a training run: those typed, else the existing run's, else the preset's, else plain.
 
     Args:
         script: file name of the training script, which owns the run.
         args, typed: from parse_flags; args.name and args.device are set.
-        phantom: whether the data are the phantom, which chooses the default preset on a CPU.
+        preset: the default of --preset for a new run.
     Raises UserError when log/NAME belongs to something else or a typed setting contradicts the existing run.
     """
     log = Path("log") / args.name
@@ -446,8 +450,7 @@ def open_run(script: str, args: argparse.Namespace, typed: dict, phantom: bool) 
                 f"{folder} is not empty and no run of ours (log/{args.name}/run.json is missing); "
                 "choose another --name or remove the folder"
             )
-    gpu = pick_device(args.device).type == "cuda"
-    args.preset = args.preset or ("base" if gpu else "demo" if phantom else "small")
+    args.preset = args.preset or preset
     return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
 
 
@@ -555,3 +558,18 @@ def sheet(
             if captions:
                 draw.text((at[0], at[1] + height - 17), next(words), "black", ImageFont.load_default(12))
     return page
+
+
+def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
+    """The 32 slices of one brain, uint8 [32, S, S], as 4 rows of 8 in the order of z; anterior is right."""
+    rows = list(slices.reshape(4, 8, *slices.shape[1:]))
+    zoom = max(1, 128 // slices.shape[1])
+    return sheet(rows, title=title, captions=[f"z = {z}" for z in range(32)], zoom=zoom)
+
+
+def save_gif(path: Path, frames: list[np.ndarray], seconds: float) -> None:
+    """Writes frames, uint8 [H, W] each, as a GIF that loops for ever and rests for 2 s on its last frame."""
+    duration = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
+    buffer = io.BytesIO()
+    imageio.imwrite(buffer, np.stack(frames), extension=".gif", duration=duration, loop=0)
+    write_file(path, buffer.getvalue())

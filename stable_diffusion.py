@@ -1,0 +1,301 @@
+"""Second stage: latent diffusion. Learns the latents of a first stage, and decodes new brains.
+
+    python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
+    python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
+
+A brain is 32 slices from one noise, shared by all z. Training writes model_ckpt/NAME (the weights carry their first
+stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8 sheet and 32 PNG slices per brain
+and process.gif, the way from noise to brain.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import util
+from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8, write_slices
+from logger import Logger
+from model_diffusion import PREDICTIONS, SCHEDULES, LatentDiffusion, sample_ddim, sample_ddpm
+from model_VAE import Autoencoder, build_first_stage, load_first_stage
+from util import UserError
+
+SCRIPT = Path(__file__).name
+
+
+def flags() -> argparse.ArgumentParser:
+    """This script's command line."""
+    parser = util.training_parser(__doc__)
+    add = parser.add_argument
+    add("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file (default: %(default)s)")
+    add("--channels", type=util.positive_int, help="width of the UNet's first level")
+    add(
+        "--channel-multipliers",
+        type=util.positive_int,
+        nargs="+",
+        metavar="M",
+        help="width of each level over the first's",
+    )
+    add("--blocks", type=util.positive_int, help="residual blocks per level")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the noise (default: %(default)s)")
+    add("--prediction", choices=PREDICTIONS, default="v", help="what the UNet predicts (default: %(default)s)")
+    add("--sample", action="store_true", help="draw new brains instead of training")
+    add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm takes all 1000 steps (default: %(default)s)")
+    add("--sample-steps", type=util.positive_int, default=50, help="network evaluations of ddim (default: %(default)s)")
+    add("--eta", type=util.fraction, default=0.0, help="ddim's share of fresh noise, 0 is none (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+class BrainNoise:
+    """Noise [32 n, C, h, w] for n brains: one draw per brain, the same for its 32 slices.
+
+    Brain i depends on (seed, i) alone, so it is the same picture in any batch.
+    """
+
+    def __init__(self, seed: int, brains: range, shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator().manual_seed(util.mix_seed(seed, i)) for i in brains]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return noise.repeat_interleave(SLICES_PER_CASE, 0).to(self.device)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: LatentDiffusion, brains: range, args: argparse.Namespace, device: torch.device
+) -> list[Tensor]:
+    """The model's latents [32 n, C, h, w] of n brains after each step; the last are the samples. z runs 0..31 in each."""
+    draw = BrainNoise(args.seed, brains, model.latent_shape, device)
+    z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
+
+    def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        with util.autocast(device, args.precision):
+            return model.denoise(x, t, z)
+
+    if args.sampler == "ddim":
+        steps = sample_ddim(denoise, draw(), model.alpha, model.sigma, draw, args.sample_steps, args.eta)
+    else:
+        steps = sample_ddpm(denoise, draw(), model.alpha, model.sigma, draw)
+    total = args.sample_steps if args.sampler == "ddim" else model.T
+    every = max(1, total // 24)  # kept for the GIF
+    path = []
+    for n, x0 in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
+        if n % every == 0 or n == total - 1:
+            path.append(x0)
+    return path
+
+
+@torch.no_grad()
+def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
+    """uint8 [n, 32, S, S] of latents [32 n, C, h, w] in the order of z."""
+    z = torch.arange(SLICES_PER_CASE, device=latent.device)
+    pictures = [to_uint8(first_stage.decode(brain, z))[:, 0].cpu().numpy() for brain in latent.split(SLICES_PER_CASE)]
+    return np.stack(pictures)
+
+
+def load_prior(run: str, device: torch.device) -> tuple[LatentDiffusion, Autoencoder, dict]:
+    """The averaged diffusion model of a run, its first stage, and the description of the file."""
+    path = util.find_weights(run)
+    weights, description = util.load_weights(path)
+    if description["kind"] != LatentDiffusion.kind:
+        raise UserError(f"{path} is a {description['kind']}, no diffusion model; give a run of {SCRIPT}")
+    model = LatentDiffusion(**description["model_kwargs"]).eval().requires_grad_(False)
+    util.fill_model(model, util.part_of(weights, "prior."), path)
+    first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path)
+    return model.to(device), first_stage.to(device), description
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Writes sheets, slices and the GIF of args.brains new brains."""
+    device = util.pick_device(args.device)
+    model, first_stage, description = load_prior(args.name, device)
+    if args.sampler == "ddim" and args.sample_steps > model.T:
+        raise UserError(f"--sample-steps {args.sample_steps} is more than the model's {model.T}")
+    steps = args.sample_steps if args.sampler == "ddim" else model.T
+    out = args.out or Path(f"{args.name}_vis") / "samples"
+    out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), seed {args.seed}, "
+        f"{args.sampler} in {steps} steps, on {util.describe_device(device)}"
+    )
+    for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
+        path = sample_latents(model, range(i, i + 1), args, device)
+        slices = decode_brains(first_stage, path[-1])[0]
+        write_slices(out, i, slices)
+        title = f"sampled brain {i}: seed {args.seed}, {args.sampler}, {steps} steps, one noise for all z"
+        util.brain_sheet(slices, title).save(out / f"brain_{i:03d}.png")
+        print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
+        if i == 0:
+            shown = [4, 12, 20, 28]
+            frames = [np.hstack(decode_brains(first_stage, latent)[0][shown]) for latent in path]
+            util.save_gif(out / "process.gif", frames, seconds=4)
+            print(f"from noise to brain, slices z = {shown}: {out}/process.gif")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@torch.no_grad()
+def encode_all(first_stage: Autoencoder, data: Slices, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
+    """Latents float32 [N, C, h, w] and z int64 [N] of a whole split, kept on the device."""
+    latents = []
+    parts = torch.arange(len(data)).split(64)
+    for index in tqdm(parts, desc=f"encode {data.split}", unit="batch", disable=None):
+        x, z, _ = data.batch(index, device)
+        with util.autocast(device, precision):
+            latents.append(first_stage.encode(x, z))
+    return torch.cat(latents), data.z.to(device)
+
+
+@torch.no_grad()
+def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.device, precision: str) -> float:
+    """Loss over held-out latents at fixed noise and steps spread over the whole process."""
+    torch.manual_seed(0)
+    noise, t = torch.randn(latents.shape), torch.linspace(0, model.T - 1, len(latents)).long()
+    losses = []
+    for n in torch.arange(len(latents)).split(64):
+        with util.autocast(device, precision):
+            losses.append(model(latents[n], z[n], t[n].to(device), noise[n].to(device)))
+    return float(torch.cat(losses).mean())
+
+
+def train(args: argparse.Namespace, typed: dict) -> None:
+    """Trains, or resumes, the run args.name."""
+    rank, world = util.start_processes()
+    device = util.pick_device(args.device)
+    first_stage = load_first_stage(args.first_stage, device)
+    folder = find_data(args.data)
+    args = util.open_run(SCRIPT, args, typed, first_stage.description["preset"])
+    print(
+        f"run {args.name}: latent diffusion on {args.first_stage}, preset {args.preset}, {args.steps} steps of "
+        f"{args.batch_size} latents on {util.describe_device(device)}"
+    )
+
+    # data: every slice is encoded once
+    train_slices = load_slices(folder, "train", first_stage.image_size, device)
+    held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
+    latents, z_all = encode_all(first_stage, train_slices, device, args.precision)
+    held_out, held_out_z = encode_all(first_stage, held_out_slices, device, args.precision)
+
+    # network
+    torch.manual_seed(args.seed)
+    model_kwargs = {
+        "latent_shape": first_stage.latent_shape,
+        "channels": args.channels,
+        "channel_multipliers": tuple(args.channel_multipliers),
+        "blocks": args.blocks,
+        "schedule": args.schedule,
+        "prediction": args.prediction,
+    }
+    model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    checkpoint = Path("model_ckpt") / args.name / "last.pt"
+    start = 0
+    if checkpoint.exists():
+        state = util.load_checkpoint(checkpoint)
+        start = state["step"]
+        if state["first_stage"] != first_stage.description["digest"]:
+            raise UserError(
+                f"run {args.name} was trained on another first stage than {args.first_stage} is now; choose another --name"
+            )
+        util.fill_model(model, state["model"], checkpoint)
+        util.fill_model(ema, state["ema"], checkpoint)
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"resumed at step {start}")
+    forward = DistributedDataParallel(model) if world > 1 else model
+    forward = torch.compile(forward) if args.compile else forward
+    data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
+    run = util.describe_run(
+        SCRIPT,
+        args,
+        data,
+        parameters=sum(p.numel() for p in model.parameters()),
+        first_stage=first_stage.description,
+    )
+    if start >= args.steps:
+        print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
+        return
+    logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
+
+    def save(step: int) -> None:
+        util.save_checkpoint(
+            checkpoint,
+            {
+                "step": step,
+                "first_stage": first_stage.description["digest"],
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            },
+        )
+        weights = {f"prior.{name}": tensor for name, tensor in ema.state_dict().items()}
+        weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
+        description = {"kind": model.kind, "model_kwargs": model_kwargs, "step": step, "preset": args.preset}
+        description |= {"first_stage": first_stage.description, "data": data["train"]}
+        util.save_weights(checkpoint.with_name("model.safetensors"), weights, description)
+
+    def report(step: int) -> None:
+        logger.report(step, {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)})
+        quick = argparse.Namespace(**{**vars(args), "sampler": "ddim", "sample_steps": 25, "eta": 0.0})
+        slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
+        title = f"sampled after {step} steps: seed {args.seed}, ddim in 25 steps, one noise for all z"
+        print(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
+
+    # training
+    step = start
+    for step in util.training_steps(start, args.steps, args.minutes, args.name):
+        torch.manual_seed(util.mix_seed(args.seed, step, rank))
+        index = util.batch_index(args.seed, step, args.batch_size, len(latents), rank, world).to(device)
+        rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        with util.autocast(device, args.precision):
+            loss = forward(latents[index], z_all[index]).mean()
+        util.check_finite({"loss": loss}, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        util.update_ema(ema, model, step)
+
+        logger.add(step + 1, {"train/loss": loss, "learning_rate": rate}, args.batch_size * world)
+        if (step + 1) % args.report_every == 0 and step + 1 < args.steps and rank == 0:
+            save(step + 1)
+            report(step + 1)
+
+    logger.flush(step + 1)
+    if rank == 0:
+        save(step + 1)
+        report(step + 1)
+    print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
+    if step + 1 < args.steps:
+        print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
+
+
+def main() -> None:
+    args, typed = util.parse_flags(flags())
+    args.name = args.name or "diffusion"
+    trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
+    if args.sample and not trained:
+        print(f"there is no trained run {args.name} yet: training it first, then sampling")
+    if not args.sample or not trained:
+        train(args, typed)
+    if args.sample:
+        sample(args)
+
+
+if __name__ == "__main__":
+    util.command(main)
