@@ -5,12 +5,13 @@
 
 Layout (keras_png_slices_data, OASIS-1 as released for teaching):
     keras_png_slices_{train,validate,test}/case_NNN_slice_Z.nii.png        8-bit grey, 256x256, Z = 0..31
-    keras_png_slices_seg_{train,validate,test}/seg_NNN_slice_Z.nii.png     0, 85, 170, 255: none, CSF, grey, white matter
+    keras_png_slices_seg_{train,validate,test}/seg_NNN_slice_Z.nii.png     0, 85, 170, 255: none, CSF, grey, white
 
 This file alone knows the pixel range and where the head lies.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -34,8 +35,8 @@ SPLITS = ("train", "validate", "test")
 SLICES_PER_CASE = 32
 MASK_VALUES = (0, 85, 170, 255)
 PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
-# Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8 pixels
-# around it for augmentation; at 64 and 128 pixels the same box scaled down.
+# Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
+# pixels around them for augmentation; at 64 and 128 pixels the same box scaled down.
 CONTENT_BOX = (32, 16, 192, 224)  # top, left, height, width
 NAME = re.compile(r"(case|seg)_(\d+)_slice_(\d+)\.nii\.png")
 
@@ -195,7 +196,7 @@ class Slices:
         }
 
     def content_box(self) -> tuple[int, int, int, int]:
-        """(top, left, height, width) that a model has to code: CONTENT_BOX if every head fits in it, else everything."""
+        """(top, left, height, width) that a model has to code: CONTENT_BOX if every head fits in it, else all."""
         size = self.images.shape[-1]
         top, left, height, width = (side * size // 256 for side in CONTENT_BOX)
         reached = self.images.amax(0) > 0
@@ -232,8 +233,8 @@ def load_slices(
 def _cached(folder: Path, split: str, kind: str, files: list[tuple[int, int, Path]], image_size: int) -> np.ndarray:
     """The decoded split, uint8 [N, image_size, image_size], mapped from data/cache; made there if it is not yet.
 
-    The key holds every file's name, size and time, so a changed folder is decoded anew. Two processes that start at once
-    both write, each to a name of its own, and the last rename wins with the same bytes.
+    The key holds every file's name, size and time, so a changed folder is decoded anew. Two processes that start at
+    once both write, each to a name of its own, and the last rename wins with the same bytes.
     """
     key = hashlib.blake2b(f"{folder.resolve()} {kind}".encode(), digest_size=8)
     for _, _, path in files:
@@ -335,7 +336,7 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
         if images:
             pixels = np.stack([i for i in images if i.shape == images[0].shape])
             report.append(
-                f"  brightness: mean {pixels.mean():.1f}, sd {pixels.std():.1f}, exactly black {np.mean(pixels == 0):.0%}, "
+                f"  brightness: mean {pixels.mean():.1f}, sd {pixels.std():.1f}, black {np.mean(pixels == 0):.0%}, "
                 f"maximum 255 in {np.mean(pixels.max((1, 2)) == 255):.0%} of the slices"
             )
             if lit and all(np.isin(i, MASK_VALUES).all() for i in lit[:: max(1, len(lit) // 32)]):
@@ -351,10 +352,8 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
         report_masks, problem_masks = _check_masks(folder, split, files)
         report += report_masks
         problems += problem_masks
-    for a in cases_of:
-        for b in cases_of:
-            if a < b and (both := cases_of[a] & cases_of[b]):
-                problems += _some(f"cases in both {a} and {b}", [str(c) for c in sorted(both)])
+    for (a, in_a), (b, in_b) in itertools.combinations(cases_of.items(), 2):
+        problems += _some(f"cases in both {a} and {b}", [str(c) for c in sorted(in_a & in_b)])
     return report, problems
 
 

@@ -4,13 +4,14 @@
     python evaluate.py --reconstruction vqvae --floors      # also k-means at the same grid and K, block KLT, AVIF
 
 SSIM is Wang et al. 2004 (util.ssim_map) after clamping and rounding to 8 bits, averaged over the whole picture; half of
-every picture is black, so brain SSIM, the same map averaged over the tissue mask, stands beside it. Quality means nothing
-without its price, so bits per image stand there too. Writes DIR/reconstruction_SPLIT.json and .png.
+every picture is black, so brain SSIM, the same map averaged over the tissue mask, stands beside it. Quality means
+nothing without its price, so bits per image stand there too. Writes DIR/reconstruction_SPLIT.json and .png.
 """
 
 import io
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ def _nearest(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def score_floors(model: VAE | VQVAE, train: Slices, data: Slices) -> list[dict]:
-    """Rows {"codec", "bits" or "numbers", scores} on the split `data`, fitted to training slices where fitting is needed."""
+    """Rows {"codec", "bits" or "numbers", scores} on the split `data`, fitted to training slices where needed."""
     blocks, f = fit_blocks(model, train), model.factor
     _, height, width = (1, *model.box[2:])
 
@@ -184,21 +185,20 @@ def score_floors(model: VAE | VQVAE, train: Slices, data: Slices) -> list[dict]:
     )
     for quality in (1, 5, 10, 20, 30):
         sizes: list[int] = []
-
-        def avif(real: Tensor) -> Tensor:
-            return torch.stack([torch.from_numpy(_avif(image, quality, sizes)) for image in real.numpy()])
-
-        row = score(f"AVIF quality {quality}", {}, avif)
+        row = score(f"AVIF quality {quality}", {}, partial(avif, quality=quality, sizes=sizes))
         rows.append(row | {"bits": 8 * float(np.mean(sizes))})
     return rows
 
 
-def _avif(image: np.ndarray, quality: int, sizes: list[int]) -> np.ndarray:
-    """uint8 [H, W] through AVIF and back; notes the size in bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "AVIF", quality=quality)
-    sizes.append(buffer.tell())
-    return np.asarray(Image.open(buffer).convert("L"))
+def avif(pictures: Tensor, quality: int, sizes: list[int]) -> Tensor:
+    """uint8 [B, H, W] through AVIF and back; appends the sizes in bytes."""
+    decoded = []
+    for picture in pictures.numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "AVIF", quality=quality)
+        sizes.append(buffer.tell())
+        decoded.append(np.array(Image.open(buffer).convert("L")))
+    return torch.from_numpy(np.stack(decoded))
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -58,7 +58,7 @@ class Logger:
         self.began = time.monotonic()
 
     def add(self, step: int, scalars: dict[str, Tensor | float], images: int) -> None:
-        """Takes the scalars of one step; when `every` steps are together writes their means. `step` counts steps done."""
+        """Takes the scalars of one step; after every `every` steps writes their means. `step` counts those done."""
         if self.quiet:
             return
         for name, value in scalars.items():
@@ -110,7 +110,7 @@ class Logger:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out. Raises UserError if none is there."""
+    """The lines of a run's metrics.jsonl; a last one cut off by a crash is left out. Raises UserError if there is none."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl; give the log folder of a run, such as log/vqvae")

@@ -3,8 +3,8 @@
     x [B, 1, S, S] --crop--> box --encoder--> latent [B, C, h, w] --decoder--> box --pad--> x
 
 Both halves are a block-linear path plus a network. The linear path starts as the Karhunen-Loeve transform of f x f
-blocks of the training slices, and the network's last convolution starts at zero, so training begins where the best linear
-block codec ends. What leaves `encode` has mean 0 and standard deviation 1 in every channel over the training set.
+blocks of the training slices, and the network's last convolution starts at zero, so training begins where the best
+linear block codec ends. What `encode` returns has mean 0 and standard deviation 1 per channel over the training set.
 """
 
 import math
@@ -197,7 +197,7 @@ class Autoencoder(nn.Module):
         image_size: S.
         box: (top, left, height, width) of the part that is coded; the rest of every picture is black.
         patch: pixels a side that the stem folds into channels.
-        channels, channel_multipliers, blocks: width of the first level, of each level relative to it, ResBlocks a level.
+        channels, channel_multipliers, blocks: the first level's width, each level's relative to it, ResBlocks a level.
         latent_channels: C of the latent.
     """
 
@@ -244,7 +244,7 @@ class Autoencoder(nn.Module):
     # ---- box <-> latent as the network has it, not yet normalised
 
     def _encode(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Linear path [B, C, h, w] and network output [B, encoder_outputs, h, w] for a box; black is 0 to the former."""
+        """Linear path [B, C, h, w] and network output [B, encoder_outputs, h, w] of a box; to the former black is 0."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 rounds a latent of 8 to 1/32
             linear = self.analysis(x.float() + 1)
         return linear, self.encoder(x, self.embed_z(z))
@@ -300,7 +300,7 @@ class Autoencoder(nn.Module):
 
 
 class VAE(Autoencoder):
-    """Variational autoencoder (Kingma and Welling 2014) with a Gaussian of its own mean and variance per latent number."""
+    """Variational autoencoder (Kingma and Welling 2014) with a mean and a variance for every latent number."""
 
     kind = "vae"
 
@@ -318,7 +318,7 @@ class VAE(Autoencoder):
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstructed box of a posterior sample, and {"kl": bits per image}.
 
-        KL(N(mu, s^2) || N(0, 1)) = (mu^2 + s^2 - 1 - log s^2) / 2 nats per number (Kingma and Welling 2014, appendix B).
+        KL(N(mu, s^2) || N(0, 1)) = (mu^2 + s^2 - 1 - log s^2) / 2 nats per number (ibid., appendix B).
         """
         mean, log_variance = self.posterior(x, z)
         latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -417,3 +417,24 @@ def build_first_stage(description: dict, weights: dict[str, Tensor], path: Path)
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
     return util.fill_model(model, weights, path).eval().requires_grad_(False)
+
+
+def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, description: dict) -> None:
+    """Writes a prior and the first stage it was trained on into one file, so that sampling needs one path."""
+    weights = {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
+    weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
+    util.save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": first_stage.description})
+
+
+def load_second_stage(
+    run: str | Path, model_class: type, device: torch.device | str
+) -> tuple[nn.Module, Autoencoder, dict]:
+    """(prior, first stage, description) of a run or file, frozen; raises UserError unless the prior is a model_class."""
+    path = util.find_weights(run)
+    weights, description = util.load_weights(path)
+    if description["kind"] != model_class.kind:
+        raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")
+    prior = model_class(**description["model_kwargs"]).eval().requires_grad_(False)
+    util.fill_model(prior, util.part_of(weights, "prior."), path)
+    first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path)
+    return prior.to(device), first_stage.to(device), description

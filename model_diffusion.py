@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
@@ -23,7 +22,7 @@ def noise_levels(schedule: str, T: int) -> tuple[Tensor, Tensor]:
     """(alpha, sigma), float32 [T] each, of the forward process.
 
     linear: beta_t from 1e-4 to 0.02 at T = 1000, scaled for other T (Ho et al. 2020, section 4).
-    cosine: alpha_t^2 = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008 (Nichol and Dhariwal 2021, eq. 17), with beta_t <= 0.999.
+    cosine: alpha_t^2 = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, beta_t <= 0.999 (Nichol and Dhariwal 2021, eq. 17).
     """
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
@@ -41,7 +40,7 @@ def noise_levels(schedule: str, T: int) -> tuple[Tensor, Tensor]:
 
 
 class UNet(nn.Module):
-    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; time and z are embedded, summed, and enter every block."""
+    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block."""
 
     def __init__(self, latent_channels: int, channels: int, channel_multipliers: tuple[int, ...], blocks: int):
         super().__init__()

@@ -1,4 +1,6 @@
-"""The critic of the first stage: a PatchGAN that knows the slice index, its losses, and the weight that balances them."""
+"""The critic of the first stage: a PatchGAN that knows the slice index, its losses, and their balancing weight."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         width = [1] + [channels * 2**n for n in range(layers)]
         self.embed_z = Embedding(2 * channels)
-        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)) for a, b in zip(width, width[1:]))
+        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)) for a, b in pairwise(width))
         self.shifts = nn.ModuleList(nn.Linear(2 * channels, b) for b in width[1:])
         self.head = spectral_norm(nn.Conv2d(width[-1], 1, 4, 1, 1))
         self.project = nn.Linear(2 * channels, width[-1], bias=False)
@@ -47,15 +49,15 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def feature_matching_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Mean distance of the discriminator's features: the learned similarity of VAE-GAN (Larsen et al. 2016, eq. 8), in L1."""
+    """Mean L1 distance of the discriminator's features, VAE-GAN's learned similarity (Larsen et al. 2016, eq. 8)."""
     return sum(F.l1_loss(f.float(), r.detach().float()) for r, f in zip(real, fake)) / len(real)
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 10.0) -> Tensor:
     """||d reconstruction / d w|| / (||d adversarial / d w|| + 1e-4), clipped to [0, limit] (Esser et al. 2021, eq. 7).
 
-    Makes the two losses pull equally hard at the decoder's last layer w. The published clip of 10^4 lets one unlucky step
-    ruin the reconstruction.
+    Makes the two losses pull equally hard at the decoder's last layer w. The published clip of 10^4 lets one unlucky
+    step ruin the reconstruction.
     """
     (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)

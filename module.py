@@ -54,7 +54,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + projection(softmax(q k^T / sqrt(d)) v) over all positions; q, k, v by 1x1 convolutions (Vaswani et al. 2017)."""
+    """x + project(softmax(q k^T / sqrt(d)) v) over all positions, q, k, v by 1x1 convolutions (Vaswani et al. 2017)."""
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()

@@ -11,6 +11,7 @@ Conventions are those of the preprocessed 2-D OASIS-1 release (Marcus et al. 200
 ventricles, content inside rows 40..215 and columns 24..231, each slice scaled by itself to a maximum of 255, and
 tissue masks on the brain only: 0 background, 85 cerebrospinal fluid, 170 grey matter, 255 white matter.
 """
+
 import numpy as np
 
 SLICES, SIZE = 32, 256
@@ -19,20 +20,45 @@ CSF, GREY, WHITE = 85, 170, 255
 
 # Spindles along z, as rows of (z, x, y, radius, x, y, radius): two ends in mm from the brain's centre, x to the front,
 # y to the side. A negative radius means absent; between rows everything is interpolated.
-FRONTAL_HORN = [(0, 25, 5, 0.4, 42, 11, 1.6), (8, 20, 4, 1.8, 42, 12, 3.0), (16, 12, 4, 2.4, 39, 10, 4.8),
-                (22, 2, 6, 4.4, 35, 10, 4.0), (27, 0, 8, 3.4, 26, 13, 2.8), (31, 0, 13, 0.4, 15, 15, 0.4)]
-OCCIPITAL_HORN = [(0, -22, 24, 2.6, -47, 29, 0.6), (8, -18, 20, 2.8, -46, 28, 2.2), (16, -3, 8, 1.4, -39, 25, 3.8),
-                  (22, 2, 6, 4.4, -36, 20, 2.8), (27, 0, 8, 3.4, -25, 16, 2.2), (31, 0, 13, 0.4, -15, 16, 0.3)]
+FRONTAL_HORN = [
+    (0, 25, 5, 0.4, 42, 11, 1.6),
+    (8, 20, 4, 1.8, 42, 12, 3.0),
+    (16, 12, 4, 2.4, 39, 10, 4.8),
+    (22, 2, 6, 4.4, 35, 10, 4.0),
+    (27, 0, 8, 3.4, 26, 13, 2.8),
+    (31, 0, 13, 0.4, 15, 15, 0.4),
+]
+OCCIPITAL_HORN = [
+    (0, -22, 24, 2.6, -47, 29, 0.6),
+    (8, -18, 20, 2.8, -46, 28, 2.2),
+    (16, -3, 8, 1.4, -39, 25, 3.8),
+    (22, 2, 6, 4.4, -36, 20, 2.8),
+    (27, 0, 8, 3.4, -25, 16, 2.2),
+    (31, 0, 13, 0.4, -15, 16, 0.3),
+]
 THIRD_VENTRICLE = [(0, -14, 0, 1.4, 16, 0, 1.0), (8, -12, 0, 1.2, 14, 0, 0.8), (13, -8, 0, -1.0, 8, 0, -1.0)]
 CISTERN = [(0, -39, 0, 4.5, -20, 0, 6.5), (5, -35, 0, 3.8, -22, 0, 4.5), (11, -34, 0, -3.0, -28, 0, -3.0)]
 VERMIS = [(0, -40, 0, 3.6, -27, 0, 4.0), (4, -38, 0, 2.4, -28, 0, 2.4), (7, -36, 0, -3.0, -30, 0, -3.0)]
-CAUDATE = [(0, 20, 11, 4.0, 36, 13, 4.0), (10, 16, 11, 4.4, 34, 16, 4.0), (18, -6, 13, 2.4, 28, 15, 4.6),
-           (25, -10, 15, 2.2, 18, 16, 3.0), (29, -10, 17, -1.5, 14, 17, -1.5)]
-PUTAMEN = [(0, -9, 29, 1.5, 24, 22, 6.0), (9, -11, 30, 1.0, 22, 25, 5.0), (17, -6, 31, 0.0, 14, 28, 1.6),
-           (21, -6, 30, -4.0, 14, 28, -4.0)]
+CAUDATE = [
+    (0, 20, 11, 4.0, 36, 13, 4.0),
+    (10, 16, 11, 4.4, 34, 16, 4.0),
+    (18, -6, 13, 2.4, 28, 15, 4.6),
+    (25, -10, 15, 2.2, 18, 16, 3.0),
+    (29, -10, 17, -1.5, 14, 17, -1.5),
+]
+PUTAMEN = [
+    (0, -9, 29, 1.5, 24, 22, 6.0),
+    (9, -11, 30, 1.0, 22, 25, 5.0),
+    (17, -6, 31, 0.0, 14, 28, 1.6),
+    (21, -6, 30, -4.0, 14, 28, -4.0),
+]
 PALLIDUM = [(0, -2, 20, 2.0, 12, 17, 4.0), (9, 0, 21, 1.0, 10, 19, 2.0), (13, 0, 20, -4.0, 10, 20, -4.0)]
-THALAMUS = [(0, -14, 12, 6.0, 5, 8, 4.0), (9, -15, 13, 6.5, 7, 8, 4.0), (16, -12, 15, 3.0, 2, 13, 1.6),
-            (19, -12, 15, -4.0, 0, 14, -4.0)]
+THALAMUS = [
+    (0, -14, 12, 6.0, 5, 8, 4.0),
+    (9, -15, 13, 6.5, 7, 8, 4.0),
+    (16, -12, 15, 3.0, 2, 13, 1.6),
+    (19, -12, 15, -4.0, 0, 14, -4.0),
+]
 
 
 def smooth_noise(rng: np.random.Generator, spacing: tuple[float, float, float]) -> np.ndarray:
@@ -163,8 +189,12 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     swell = 0.6 + 0.9 * age + rng.normal(0, 0.08)
     spread = bent_y - 3 * (swell - 1)
     (bow,) = along_z([(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
-    lateral = smooth_min(spindle(bent_x, spread, FRONTAL_HORN, swell, -4),
-                         spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 4.0) + 0.8 * wobble
+    lateral = (
+        smooth_min(
+            spindle(bent_x, spread, FRONTAL_HORN, swell, -4), spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 4.0
+        )
+        + 0.8 * wobble
+    )
     lateral = np.maximum(lateral, 1.2 - side)  # septum pellucidum
     ventricles = np.minimum(lateral, spindle(bent_x, side, THIRD_VENTRICLE, 0.7 + 1.3 * age))
     cistern = spindle(bent_x, bent_y, CISTERN, 0.8 + 0.4 * age) + 1.5 * local

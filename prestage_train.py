@@ -177,17 +177,17 @@ def flags():
 
 def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
     """The untrained autoencoder and the keywords that rebuild it."""
-    kwargs = dict(
-        image_size=args.image_size,
-        box=box,
-        patch=args.patch,
-        channels=args.channels,
-        blocks=args.blocks,
-        channel_multipliers=tuple(args.channel_multipliers),
-        latent_channels=args.latent_channels,
-    )
+    kwargs = {
+        "image_size": args.image_size,
+        "box": box,
+        "patch": args.patch,
+        "channels": args.channels,
+        "channel_multipliers": tuple(args.channel_multipliers),
+        "blocks": args.blocks,
+        "latent_channels": args.latent_channels,
+    }
     if args.model == "vqvae":
-        kwargs |= dict(codebook_size=args.codebook_size, ema_codebook=args.codebook == "ema")
+        kwargs |= {"codebook_size": args.codebook_size, "ema_codebook": args.codebook == "ema"}
     try:
         return MODELS[args.model](**kwargs), kwargs
     except ValueError as error:
@@ -226,7 +226,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, model_kwargs = build(args, train.content_box())
     discriminator = PatchDiscriminator(channels=args.channels)
-    adam = dict(lr=args.learning_rate, fused=True)
+    adam = {"lr": args.learning_rate, "fused": True}
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start, balance = 0, 1.0
     if checkpoint.exists():

@@ -4,8 +4,8 @@
     python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
 
 A brain is 32 slices from one noise, shared by all z. Training writes model_ckpt/NAME (the weights carry their first
-stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8 sheet and 32 PNG slices per brain
-and process.gif, the way from noise to brain.
+stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8 sheet and 32 PNG slices per
+brain and process.gif, the way from noise to brain.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import util
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8, write_slices
 from logger import Logger
 from model_diffusion import PREDICTIONS, SCHEDULES, LatentDiffusion, sample_ddim, sample_ddpm
-from model_VAE import Autoencoder, build_first_stage, load_first_stage
+from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -75,7 +75,7 @@ class BrainNoise:
 def sample_latents(
     model: LatentDiffusion, brains: range, args: argparse.Namespace, device: torch.device
 ) -> list[Tensor]:
-    """The model's latents [32 n, C, h, w] of n brains after each step; the last are the samples. z runs 0..31 in each."""
+    """The model's latents [32 n, C, h, w] of n brains after some steps; the last are the samples, z 0..31 in each."""
     draw = BrainNoise(args.seed, brains, model.latent_shape, device)
     z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
 
@@ -104,30 +104,18 @@ def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
     return np.stack(pictures)
 
 
-def load_prior(run: str, device: torch.device) -> tuple[LatentDiffusion, Autoencoder, dict]:
-    """The averaged diffusion model of a run, its first stage, and the description of the file."""
-    path = util.find_weights(run)
-    weights, description = util.load_weights(path)
-    if description["kind"] != LatentDiffusion.kind:
-        raise UserError(f"{path} is a {description['kind']}, no diffusion model; give a run of {SCRIPT}")
-    model = LatentDiffusion(**description["model_kwargs"]).eval().requires_grad_(False)
-    util.fill_model(model, util.part_of(weights, "prior."), path)
-    first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path)
-    return model.to(device), first_stage.to(device), description
-
-
 def sample(args: argparse.Namespace) -> None:
     """Writes sheets, slices and the GIF of args.brains new brains."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_prior(args.name, device)
+    model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device)
     if args.sampler == "ddim" and args.sample_steps > model.T:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the model's {model.T}")
     steps = args.sample_steps if args.sampler == "ddim" else model.T
     out = args.out or Path(f"{args.name}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
-        f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), seed {args.seed}, "
-        f"{args.sampler} in {steps} steps, on {util.describe_device(device)}"
+        f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), "
+        f"seed {args.seed}, {args.sampler} in {steps} steps, on {util.describe_device(device)}"
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
         path = sample_latents(model, range(i, i + 1), args, device)
@@ -206,10 +194,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     if checkpoint.exists():
         state = util.load_checkpoint(checkpoint)
         start = state["step"]
-        if state["first_stage"] != first_stage.description["digest"]:
-            raise UserError(
-                f"run {args.name} was trained on another first stage than {args.first_stage} is now; choose another --name"
-            )
+        util.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
@@ -240,11 +225,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
                 "optimizer": optimizer.state_dict(),
             },
         )
-        weights = {f"prior.{name}": tensor for name, tensor in ema.state_dict().items()}
-        weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
-        description = {"kind": model.kind, "model_kwargs": model_kwargs, "step": step, "preset": args.preset}
-        description |= {"first_stage": first_stage.description, "data": data["train"]}
-        util.save_weights(checkpoint.with_name("model.safetensors"), weights, description)
+        description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
+        save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
 
     def report(step: int) -> None:
         logger.report(step, {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)})

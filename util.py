@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -195,7 +197,7 @@ def start_processes() -> tuple[int, int]:
         return 0, 1
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # one process speaks
+        sys.stdout = io.StringIO()  # one process speaks
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -211,7 +213,7 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
         device = torch.device(
-            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+            "cuda", device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         )
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
@@ -238,7 +240,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as (seed, step, rank); unlike sums, no two tuples collide in practice."""
+    """One 63-bit seed from several numbers, such as (seed, step, rank); no two tuples collide in practice."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -343,9 +345,9 @@ def load_checkpoint(path: Path) -> dict:
     """Reads what save_checkpoint wrote, never running code from the file. Raises UserError on anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many types on a damaged file
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train the run first, or name another") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} is no readable checkpoint ({type(error).__name__}); delete it or choose another --name"
         ) from None
@@ -366,9 +368,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train one first, or give the path of a .safetensors file") from None
-    except OSError:
-        raise
-    except Exception as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(
             f"{path} is no readable safetensors file ({type(error).__name__}); is the copy whole?"
         ) from None
@@ -405,6 +405,14 @@ def fill_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.M
 def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def check_same_first_stage(name: str, trained_on: str, given: str) -> None:
+    """Raises UserError when a second stage's checkpoint was made with another first stage than the one given."""
+    if trained_on != given:
+        raise UserError(
+            f"run {name} was trained on another first stage than --first-stage names now; choose another --name"
+        )
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:
@@ -457,9 +465,8 @@ def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) ->
 def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
     """What run.json records: settings, data digest, versions, commit and machine."""
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    git = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
     return {
         "script": script,
         "settings": vars(args),
