@@ -110,7 +110,7 @@ class Logger:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last one cut off by a crash is left out. Raises UserError if there is none."""
+    """The lines of metrics.jsonl; a last one cut off by a crash is left out. Raises UserError if there is no file."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl; give the log folder of a run, such as log/vqvae")

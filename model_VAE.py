@@ -429,7 +429,7 @@ def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, de
 def load_second_stage(
     run: str | Path, model_class: type, device: torch.device | str
 ) -> tuple[nn.Module, Autoencoder, dict]:
-    """(prior, first stage, description) of a run or file, frozen; raises UserError unless the prior is a model_class."""
+    """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
     path = util.find_weights(run)
     weights, description = util.load_weights(path)
     if description["kind"] != model_class.kind:

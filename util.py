@@ -365,7 +365,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+            weights = {name: file.get_tensor(name).float() for name in file.offset_keys()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train one first, or give the path of a .safetensors file") from None
     except (safetensors.SafetensorError, ValueError) as error:

@@ -1,0 +1,393 @@
+"""Laws of dataset.py: the pixel range, the reader, the cache, augmentation, and the check-up of a folder."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+import prestage_train
+from dataset import Slices, check_folder, load_slices, random_affine, read_png, to_float, to_uint8
+from util import UserError
+
+
+def part(folder: Path, split: str, kind: str = "") -> Path:
+    return folder / f"keras_png_slices_{kind}{split}"
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+def slices_of(images: np.ndarray) -> Slices:
+    """Slices of pictures [N, S, S] with nothing else known."""
+    number = torch.arange(len(images))
+    return Slices(torch.from_numpy(images), number % 32, number // 32, None, Path(), "train", "")
+
+
+# -------------------------------------------------------------------------------------------- pixels and the reader
+
+
+def test_every_grey_level_survives_the_way_to_float_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    x = to_float(pixels)
+    assert torch.equal(to_uint8(x), pixels) and x[0] == -1 and x[255] == 1
+    assert torch.equal(to_uint8(x.double() + 0.49 / 127.5), pixels)  # rounded, not cut off
+    assert to_uint8(torch.tensor([-7.0, 1.2])).tolist() == [0, 255]
+
+
+def test_slices_are_the_files_pixels_with_their_case_and_z(phantom_folder, tmp_path, monkeypatch):
+    """At full size nothing is interpolated, and no picture goes under another's name (z = 10 is not before z = 2)."""
+    monkeypatch.chdir(tmp_path)
+    data = load_slices(phantom_folder, "validate", 256, masks=True)
+    assert len(data) == 32 and data.case.unique().tolist() == [4] and data.z.tolist() == list(range(32))
+    for n in (0, 2, 10, 31):
+        for pixels, kind, prefix in ((data.images, "", "case"), (data.masks, "seg_", "seg")):
+            with Image.open(part(phantom_folder, "validate", kind) / f"{prefix}_004_slice_{n}.nii.png") as picture:
+                assert np.array_equal(pixels[n].numpy(), np.asarray(picture))
+    x, z, case = data.batch(torch.tensor([31, 2]))
+    assert torch.equal(to_uint8(x)[:, 0], data.images[[31, 2]]) and z.tolist() == [31, 2] and case.tolist() == [4, 4]
+
+
+def test_smaller_images_are_block_means_and_masks_keep_their_labels(phantom_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    full, small = (load_slices(phantom_folder, "test", size, masks=True) for size in (256, 64))
+    blocks = full.images.view(32, 64, 4, 64, 4).permute(0, 1, 3, 2, 4).reshape(32, 64, 64, 16).int()
+    assert torch.equal(small.images.int(), (blocks.sum(-1) + 8) // 16)
+    labels = full.masks.view(32, 64, 4, 64, 4).permute(0, 1, 3, 2, 4).reshape(32, 64, 64, 16)
+    assert (labels == small.masks[..., None]).any(-1).all()
+
+
+def test_a_damaged_png_is_refused_wherever_it_is_cut(tmp_path):
+    """Cut anywhere, the reader raises a UserError with the file's name or still finds every pixel."""
+    path, buffer = tmp_path / "a.png", io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    whole, refused = buffer.getvalue(), 0
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        try:
+            assert np.array_equal(read_png(path), pixels)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(whole) - 30  # only the end mark carries no pixels
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_flipped_byte_in_a_png_never_ends_in_another_exception(tmp_path):
+    path, buffer = tmp_path / "a.png", io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    refused = 0
+    for at in range(len(buffer.getvalue())):
+        damaged = bytearray(buffer.getvalue())
+        damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            read_png(path)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
+def test_find_data_looks_in_the_order_of_its_promise(tmp_path, monkeypatch, capsys):
+    """--data, $OASIS_DATA, the usual place, the phantom; and it says which."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/phantom").mkdir(parents=True)
+    assert dataset.find_data(None) == Path("data/phantom") and "OASIS_DATA" in capsys.readouterr().out
+    (tmp_path / "data/keras_png_slices_data").mkdir()
+    assert dataset.find_data(None) == Path("data/keras_png_slices_data")
+    monkeypatch.setenv("OASIS_DATA", "mine")
+    assert dataset.find_data(None) == Path("mine") and "$OASIS_DATA" in capsys.readouterr().out
+    assert dataset.find_data("other") == Path("other") and "--data" in capsys.readouterr().out
+    assert dataset.find_data("data") == Path("data/keras_png_slices_data")  # the folder above will do
+
+
+def test_no_case_of_the_phantom_is_in_two_splits(phantom_folder):
+    cases = [{case for case, _, _ in dataset.list_slices(phantom_folder, split)} for split in dataset.SPLITS]
+    assert [len(c) for c in cases] == [3, 1, 1] and len(set.union(*cases)) == 5
+
+
+def test_write_phantom_leaves_all_or_nothing(tmp_path, phantom_folder):
+    with pytest.raises(ValueError):
+        dataset.write_phantom(tmp_path / "phantom", {"train": 1}, seed=-1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="mine"):
+        dataset.write_phantom(tmp_path / "mine", {"train": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_the_phantom_on_disk_is_the_function(phantom_folder):
+    images, masks = dataset.phantom_case(0, 5)
+    for z in (0, 31):
+        assert np.array_equal(read_png(part(phantom_folder, "test") / f"case_005_slice_{z}.nii.png"), images[z])
+        assert np.array_equal(read_png(part(phantom_folder, "test", "seg_") / f"seg_005_slice_{z}.nii.png"), masks[z])
+
+
+# -------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_second_load_reads_the_cache_and_equals_the_first(noise_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = load_slices(noise_folder, "train", 64, masks=True)
+    images = first.images.clone()
+    first.images.zero_()  # nobody can spoil the cache by writing to what was loaded
+    monkeypatch.setattr(dataset, "read_png", lambda path: pytest.fail("decoded again"))
+    second = load_slices(noise_folder, "train", 64, masks=True)
+    assert torch.equal(second.images, images) and torch.equal(second.masks, first.masks)
+    assert second.digest == first.digest and images.any()
+
+
+def test_a_changed_file_is_decoded_anew(noise_folder, tmp_path, monkeypatch):
+    """Also where it keeps its size and name."""
+    monkeypatch.chdir(tmp_path)
+    before = load_slices(noise_folder, "train", 64)
+    path = part(noise_folder, "train") / "case_001_slice_7.nii.png"
+    save(path, 255 - read_png(path))
+    os.utime(path, ns=(1, 1))
+    after = load_slices(noise_folder, "train", 64)
+    changed = (after.images != before.images).flatten(1).any(1)
+    assert changed.nonzero().tolist() == [[7]] and torch.equal(after.images[7], 255 - before.images[7])
+    assert after.digest != before.digest
+
+
+def test_two_processes_that_start_at_once_share_a_cache(noise_folder, tmp_path):
+    """As under torchrun: both load the same slices, one file is left, nothing temporary."""
+    script = f"import sys; sys.path.insert(0, {str(Path(dataset.__file__).parent)!r}); import dataset, pathlib; "
+    script += f"print(dataset.load_slices(pathlib.Path({str(noise_folder)!r}), 'train', 64).images.sum().item())"
+    begin = [sys.executable, "-c", script]
+    both = [subprocess.Popen(begin, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1] and int(said[0][-1]) > 0
+    assert len(list((tmp_path / "data/cache").iterdir())) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_augmentation_is_a_pure_function_of_its_generator():
+    data, index = slices_of(np.random.default_rng(0).integers(0, 256, (4, 64, 64), np.uint8)), torch.tensor([3, 0, 1])
+    before = data.images.clone()
+    first, torch_state = data.batch(index, augment=torch.Generator().manual_seed(1))[0], torch.get_rng_state()
+    assert torch.equal(first, data.batch(index, augment=torch.Generator().manual_seed(1))[0])
+    assert not torch.equal(first, data.batch(index, augment=torch.Generator().manual_seed(2))[0])
+    assert torch.equal(torch_state, torch.get_rng_state()) and torch.equal(before, data.images)
+
+
+def test_augmentation_keeps_the_outside_exactly_black():
+    """One grey level of background costs .06 of SSIM. The scaled box with its margin holds what moved."""
+    top, left, height, width = 10, 6, 44, 52  # every head at 64 px
+    x = torch.full((64, 1, 64, 64), -1.0)
+    x[:, :, top : top + height, left : left + width] = 1
+    moved = random_affine(x, torch.Generator().manual_seed(0))
+    assert moved.min() == -1 and moved.max() <= 1
+    x[:] = -1
+    assert torch.equal(random_affine(x, torch.Generator().manual_seed(0)), x)
+
+
+def test_augmentation_never_mirrors_and_moves_only_a_little():
+    """A bright spot in one corner stays within a few pixels of where it was; so do all the others."""
+    row, column = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    for r, c in ((12.0, 16.0), (12.0, 48.0), (52.0, 16.0), (32.0, 8.0)):
+        spot = torch.exp(-((row - r) ** 2 + (column - c) ** 2) / 8)
+        moved = random_affine(2 * spot.expand(100, 1, 64, 64) - 1, torch.Generator().manual_seed(3))[:, 0] + 1
+        at = torch.stack([(moved * g).sum((1, 2)) / moved.sum((1, 2)) for g in (row, column)], 1)
+        distance = (at - torch.tensor([r, c])).norm(dim=1)
+        assert distance.max() < 5 and distance.std() > 0.2
+        assert (at - torch.tensor([r, c])).mean(0).abs().max() < 0.5  # no preferred direction
+
+
+def test_content_box_holds_everything_or_is_the_whole_frame(phantom_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for size in (64, 256):
+        data = load_slices(phantom_folder, "train", size)
+        top, left, height, width = data.content_box()
+        assert (top, left, height, width) == tuple(side * size // 256 for side in (32, 16, 192, 224))
+        outside = data.images.clone()
+        outside[:, top : top + height, left : left + width] = 0
+        assert not outside.any()
+    for row, column in ((0, 0), (top - 1, 100), (100, left + width), (255, 255)):
+        data.images[5, row, column] = 1
+        assert data.content_box() == (0, 0, 256, 256)
+        data.images[5, row, column] = 0
+    data.images[5, top, left] = 1
+    assert data.content_box() == (top, left, height, width)
+
+
+# ----------------------------------------------------------------------------------------------------- the check-up
+
+
+def test_the_check_up_finds_nothing_in_sound_folders(phantom_folder, noise_folder):
+    for folder in (phantom_folder, noise_folder):
+        report, problems = check_folder(folder)
+        assert problems == [] and len(report) >= 6
+    assert sum("32.0 slices per case" in line for line in report) == 3
+
+
+def missing_slice(folder):
+    (part(folder, "train") / "case_001_slice_7.nii.png").unlink()
+    return "case 1 slice 7"
+
+
+def extra_slice(folder):
+    save(part(folder, "train") / "case_001_slice_32.nii.png", np.eye(64, dtype=np.uint8))
+    return "case 1 slice 32"
+
+
+def duplicate_picture(folder):
+    images = part(folder, "train")
+    shutil.copy(images / "case_001_slice_7.nii.png", images / "case_001_slice_8.nii.png")
+    return "case_001_slice_8.nii.png = case_001_slice_7.nii.png"
+
+
+def truncated_png(folder):
+    path = part(folder, "validate") / "case_002_slice_3.nii.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    return "case_002_slice_3.nii.png"
+
+
+def sixteen_bit(folder):
+    save(part(folder, "train") / "case_001_slice_9.nii.png", np.full((64, 64), 300, np.uint16))
+    return "case_001_slice_9.nii.png is 16-bit"
+
+
+def colour(folder):
+    save(part(folder, "train") / "case_001_slice_9.nii.png", np.full((64, 64, 3), 30, np.uint8))
+    return "case_001_slice_9.nii.png is colour"
+
+
+def case_in_two_splits(folder):
+    for path in part(folder, "test").iterdir():
+        save(part(folder, "train") / path.name, 255 - read_png(path))
+    for path in part(folder, "test", "seg_").iterdir():
+        shutil.copy(path, part(folder, "train", "seg_"))
+    return "cases in both train and test (1): 3"
+
+
+def masks_as_images(folder):
+    for path in part(folder, "train", "seg_").iterdir():
+        shutil.copy(path, part(folder, "train") / path.name.replace("seg", "case"))
+    return "masks under the images' names"
+
+
+def images_as_masks(folder):
+    for path in part(folder, "train").iterdir():
+        shutil.copy(path, part(folder, "train", "seg_") / path.name.replace("case", "seg"))
+    return "masks with other values"
+
+
+def wrong_size(folder):
+    path = part(folder, "test") / "case_003_slice_0.nii.png"
+    save(path, read_png(path)[:, :60])
+    return "60x64"
+
+
+def black_picture(folder):
+    save(part(folder, "test") / "case_003_slice_0.nii.png", np.zeros((64, 64), np.uint8))
+    return "1 images are entirely black"
+
+
+def missing_mask(folder):
+    (part(folder, "test", "seg_") / "seg_003_slice_0.nii.png").unlink()
+    return "case 3 slice 0"
+
+
+def no_training_images(folder):
+    shutil.rmtree(part(folder, "train"))
+    return "train: no images"
+
+
+DEFECTS = [missing_slice, extra_slice, duplicate_picture, truncated_png, sixteen_bit, colour, case_in_two_splits]
+DEFECTS += [masks_as_images, images_as_masks, wrong_size, black_picture, missing_mask, no_training_images]
+
+
+@pytest.mark.parametrize("plant", DEFECTS, ids=lambda plant: plant.__name__)
+def test_the_check_up_finds_a_planted_defect(noise_folder, plant):
+    finding = plant(noise_folder)
+    assert finding in "\n".join(check_folder(noise_folder)[1])
+
+
+def test_one_defect_hides_no_other(noise_folder):
+    """A damaged file in the same split must not switch off the search for copies or for wrong masks."""
+    findings = [plant(noise_folder) for plant in (sixteen_bit, duplicate_picture)]
+    path = part(noise_folder, "train", "seg_") / "seg_001_slice_0.nii.png"
+    save(path, np.full((64, 64), 7, np.uint8))
+    path = part(noise_folder, "train", "seg_") / "seg_001_slice_1.nii.png"
+    path.write_bytes(path.read_bytes()[:100])
+    findings += ["seg_001_slice_0.nii.png", "seg_001_slice_1.nii.png"]
+    problems = "\n".join(check_folder(noise_folder)[1])
+    assert [finding for finding in findings if finding not in problems] == []
+
+
+def test_the_check_up_reports_by_exit_status_and_contact_sheet(run_main, run_script, noise_folder, tmp_path):
+    status, out, _ = run_main(dataset, noise_folder)
+    assert status == 0 and "all is well" in out and (tmp_path / "check_vis/contact_sheet.png").is_file()
+    missing_slice(noise_folder)
+    status, out, _ = run_main(dataset, noise_folder, "--out", "sheet.png")
+    assert status == 1 and "PROBLEM  train: missing (1): case 1 slice 7" in out and (tmp_path / "sheet.png").is_file()
+    done = run_script("dataset.py", tmp_path / "nowhere")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_the_check_up_writes_a_phantom_only_into_a_new_folder(run_main, tmp_path):
+    status, _, _ = run_main(dataset, "new", "--phantom", "--cases", 1, 1, 1, "--seed", 3)
+    assert status == 0 and dataset.is_phantom(tmp_path / "new")
+    images, _ = dataset.phantom_case(3, 2)
+    assert np.array_equal(read_png(tmp_path / "new/keras_png_slices_validate/case_002_slice_31.nii.png"), images[31])
+    status, _, errors = run_main(dataset, "new", "--phantom")
+    assert status == 2 and len(errors.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------ what training says of a faulty folder
+
+
+def missing_folder(folder):
+    shutil.rmtree(folder)
+    return "noise is no folder"
+
+
+def empty_folder(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "noise has no case_NNN"
+
+
+def wrong_size_in_training(folder):
+    save(part(folder, "train") / "case_001_slice_0.nii.png", np.ones((50, 64), np.uint8))
+    return "case_001_slice_0.nii.png is 64x50"
+
+
+def swapped(folder):
+    masks_as_images(folder)
+    return "these are the masks"
+
+
+FAULTS = [missing_folder, empty_folder, truncated_png, sixteen_bit, colour, wrong_size_in_training, swapped]
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_a_faulty_folder_ends_training_in_one_line(run_main, noise_folder, tmp_path, plant):
+    """What, where and what to do, status 2; and no half-made run is in the way of the next try."""
+    finding = plant(noise_folder)
+    status, _, errors = run_main(prestage_train, "--data", noise_folder, "--preset", "demo")
+    assert status == 2 and len(errors.splitlines()) == 1
+    assert errors.startswith("error: ") and finding in errors
+    assert not (tmp_path / "log").exists() and not (tmp_path / "model_ckpt").exists()
+    assert not list(tmp_path.glob("data/cache/*.*.npy"))
+
+
+def test_a_faulty_folder_shows_no_traceback_from_a_shell(run_script, noise_folder):
+    truncated_png(noise_folder)
+    done = run_script("prestage_train.py", "--data", noise_folder, "--preset", "demo")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "case_002_slice_3" in done.stderr

@@ -1,0 +1,169 @@
+"""Laws of logger.py: the log on disk is right, survives crashes, and its curves are drawn without surprise."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import logger
+import util
+from logger import Logger, draw_curves, read_log, smooth
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A clock that stands still until a test moves it, and an empty working folder."""
+    time = {"now": 1000.0}
+    monkeypatch.setattr(logger.time, "monotonic", lambda: time["now"])
+    monkeypatch.chdir(tmp_path)
+    return time
+
+
+def lines() -> list[dict]:
+    return [json.loads(line) for line in Path("log/run/metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_hold_the_means_of_their_steps(clock):
+    """Means over `every` steps of numbers and tensors, pictures per second, and the rest with flush."""
+    log = Logger("run", {"script": "x"}, step=0, every=2)
+    for step, value in enumerate([1.0, 3.0, 10.0, 20.0, 5.0], 1):
+        clock["now"] += 2
+        log.add(step, {"train/loss": torch.tensor(value, requires_grad=True), "rate": 2 * value}, images=8)
+    log.flush(5)
+    log.flush(5)
+    assert lines() == [
+        {"step": 2, "seconds": 4, "images_per_second": 4, "train/loss": 2, "rate": 4},
+        {"step": 4, "seconds": 8, "images_per_second": 4, "train/loss": 15, "rate": 30},
+        {"step": 5, "seconds": 10, "images_per_second": 4, "train/loss": 5, "rate": 10},
+    ]
+    assert read_log(Path("log/run")) == lines()
+    assert json.loads(Path("log/run/run.json").read_text()) == {"script": "x"}
+
+
+def test_only_training_counts_as_time(clock, capsys):
+    """Validation, pictures and checkpoints do not slow the logged speed, and no second of training is lost to them."""
+    log = Logger("run", {}, step=0, every=2)
+    for step in (1, 2, 3):
+        clock["now"] += 1
+        log.add(step, {"loss": 0.0}, images=10)
+    clock["now"] += 100  # a validation after step 3, in the middle of an interval
+    log.report(3, {"validate/ssim": 0.5})
+    clock["now"] += 100
+    log.pause()
+    clock["now"] += 1
+    log.add(4, {"loss": 0.0}, images=10)
+    trained = [line for line in lines() if "images_per_second" in line]
+    assert {line["images_per_second"] for line in trained} == {10}
+    assert lines()[-1]["seconds"] == 4
+    assert "step 3" in capsys.readouterr().out
+
+
+def test_resuming_drops_what_was_logged_after_the_checkpoint(clock):
+    """Steps done twice would be drawn twice; the training time goes on from where the checkpoint was."""
+    log = Logger("run", {}, step=0, every=1)
+    for step in range(1, 6):
+        clock["now"] += 1
+        log.add(step, {"loss": float(step)}, images=1)
+    log = Logger("run", {}, step=3, every=1)
+    assert [line["step"] for line in lines()] == [1, 2, 3]
+    clock["now"] += 1
+    log.add(4, {"loss": 40.0}, images=1)
+    assert [(line["step"], line["seconds"]) for line in lines()] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    Logger("run", {}, step=0, every=1)
+    assert lines() == []
+
+
+def test_a_last_line_cut_by_a_crash_is_left_out(clock):
+    log = Logger("run", {}, step=0, every=1)
+    for step in (1, 2, 3):
+        log.add(step, {"loss": 0.125}, images=1)
+    path = Path("log/run/metrics.jsonl")
+    whole, last = path.read_text(), path.read_text().splitlines()[-1]
+    for cut in range(1, len(last) + 1):
+        path.write_text(whole[: -1 - cut])
+        assert [line["step"] for line in read_log(Path("log/run"))] == [1, 2]
+    path.write_text(whole[:-10])
+    log = Logger("run", {}, step=3, every=1)
+    log.add(4, {"loss": 0.25}, images=1)
+    assert [line["step"] for line in lines()] == [1, 2, 4]
+
+
+def test_a_damaged_line_in_the_middle_is_named(clock):
+    util.write_file(Path("log/run/metrics.jsonl"), b'{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(util.UserError, match="metrics.jsonl"):
+        read_log(Path("log/run"))
+
+
+def test_quiet_writes_nothing_at_all(clock, capsys):
+    log = Logger("run", {}, step=0, every=1, quiet=True)
+    log.add(1, {"loss": 1.0}, images=1)
+    log.flush(1)
+    log.report(1, {"loss": 1.0})
+    log.picture("a", Image.new("L", (2, 2)))
+    log.pause()
+    assert list(Path().iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_pictures_are_kept_as_they_are(clock):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    path = Logger("run", {}, step=0, every=1).picture("noise", Image.fromarray(pixels))
+    assert path == Path("run_vis/noise.png")
+    with Image.open(path) as picture:
+        assert np.array_equal(np.asarray(picture), pixels)
+
+
+def test_smoothing_has_no_start_up_bias():
+    """A constant stays itself from the first value on; else m_t = sum_i w^(t-i) v_i / sum_i w^(t-i)."""
+    assert np.allclose(smooth([3.0] * 5, 0.9), 3)
+    assert np.allclose(smooth([1.0, 2.0, 4.0], 0.5), [1, (0.5 + 2) / 1.5, (0.25 + 1 + 4) / 1.75])
+    assert smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
+
+
+def test_curves_show_every_scalar_of_every_run_at_its_value():
+    """Also where one run lacks a scalar, and where a value is not finite."""
+    runs = {
+        "a": [{"step": s, "seconds": 10.0 * s, "loss": float(s)} for s in (1, 2, 3)],
+        "b": [{"step": 1, "seconds": 5.0, "loss": math.nan, "validate/ssim": 0.5}, {"step": 4, "seconds": 9, "loss": 7}],
+    }
+    figure = draw_curves(runs, x="seconds")
+    loss, ssim = (axis for axis in figure.axes if axis.get_title() in ("loss", "validate SSIM"))
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, 1], [20, 2], [30, 3]], [[9, 7]]]
+    assert [line.get_xydata().tolist() for line in ssim.lines] == [[[5, 0.5]]]
+    assert loss.get_xlabel() == "seconds of training"
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"step": 1, "sec'])
+def test_a_log_without_a_line_is_one_line_and_status_2(run_main, tmp_path, content):
+    """A folder that is no run, and a run that has not reported yet."""
+    if content is None:
+        (tmp_path / "log").mkdir()
+    else:
+        util.write_file(tmp_path / "log/metrics.jsonl", content)
+    for arguments in (["log"], []):  # log is also the default
+        status, _, errors = run_main(logger, *arguments)
+        assert status == 2 and len(errors.splitlines()) == 1 and "log" in errors
+
+
+def test_a_missing_log_shows_no_traceback_from_a_shell(run_script):
+    done = run_script("logger.py", "nowhere")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_two_runs_are_drawn_into_one_png(run_main, tmp_path):
+    """Named one by one, or by the folder that holds them."""
+    for name, level in (("a", 1.0), ("b", 9.0)):
+        text = "".join(json.dumps({"step": s, "seconds": s, "loss": level / s}) + "\n" for s in range(1, 30))
+        util.write_file(tmp_path / "log" / name / "metrics.jsonl", text.encode())
+    status, out, _ = run_main(logger, "log/a", "log/b", "--smooth", 0.5, "--x", "seconds")
+    assert status == 0 and "log/a: 29 steps" in out and "log/b: 29 steps" in out
+    with Image.open(tmp_path / "log/a/curves.png") as picture:
+        colours = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    assert (0x1F, 0x77, 0xB4) in colours and (0xFF, 0x7F, 0x0E) in colours  # a line of each run
+    status, _, _ = run_main(logger, "log", "--out", "new/all.png")
+    assert status == 0 and (tmp_path / "new/all.png").is_file()
+    status, _, errors = run_main(logger, "log", "--smooth", 1)
+    assert status == 2 and len(errors.splitlines()) == 1

@@ -1,0 +1,78 @@
+"""Laws of module.py: blocks start as the identity, attention is attention, embeddings tell their numbers apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample
+
+
+@pytest.mark.parametrize("channels", [6, 32, 40])
+def test_blocks_start_as_the_identity(channels):
+    """So that a deep network first passes its input on; with other channels a ResBlock starts as its skip."""
+    x, embedding = torch.randn(2, channels, 4, 6), torch.randn(2, 10)
+    assert torch.equal(ResBlock(channels, channels, 10)(x, embedding), x)
+    assert torch.equal(SelfAttention(channels)(x), x)
+    block = ResBlock(channels, 7, 10)
+    assert torch.equal(block(x, embedding), F.conv2d(x, block.skip.weight, block.skip.bias))
+
+
+def test_a_res_block_is_its_formula(awaken):
+    """x + conv(act(norm(conv(act(norm(x))) + embedding)))."""
+    block, x, embedding = awaken(ResBlock(32, 32, 10)), torch.randn(2, 32, 5, 5), torch.randn(2, 10)
+    h = block.conv1(F.silu(F.group_norm(x, 2, block.norm1.weight, block.norm1.bias)))
+    h = h + (F.silu(embedding) @ block.embed.weight.T + block.embed.bias)[..., None, None]
+    h = block.conv2(F.silu(F.group_norm(h, 2, block.norm2.weight, block.norm2.bias)))
+    assert torch.allclose(block(x, embedding), x + h, atol=1e-6) and h.abs().max() > 1e-3
+
+
+def test_the_embedding_reaches_every_position_of_its_own_picture_only(awaken):
+    block, x = awaken(ResBlock(8, 8, 10)), torch.randn(2, 8, 4, 4)
+    embedding = torch.randn(2, 10)
+    other = embedding.clone()
+    other[0] += 1
+    changed = (block(x, embedding) - block(x, other)).abs().amax(1)
+    assert (changed[0] > 0).all() and (changed[1] == 0).all()
+
+
+@pytest.mark.parametrize("channels, heads", [(16, 1), (64, 2)])
+def test_attention_equals_the_naive_softmax(awaken, channels, heads):
+    """Head by head, position by position: x + P softmax(q k^T / sqrt(d)) v."""
+    layer, x = awaken(SelfAttention(channels)).double(), torch.randn(2, channels, 3, 4).double()
+    d = channels // heads
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).split(channels, dim=1)
+    out = torch.zeros_like(q)
+    for b in range(2):
+        for head in range(heads):
+            at = slice(head * d, (head + 1) * d)
+            for i in range(12):
+                weight = torch.softmax(torch.stack([q[b, at, i] @ k[b, at, j] / d**0.5 for j in range(12)]), 0)
+                out[b, at, i] = v[b, at] @ weight
+    expected = x + layer.project(out.view_as(x))
+    assert torch.allclose(layer(x), expected, atol=1e-10) and (expected - x).abs().max() > 1e-3
+
+
+def test_attention_is_permutation_equivariant(awaken):
+    """Positions have no order to it, and pictures of a batch do not see each other."""
+    layer, x, order = awaken(SelfAttention(32), 0.2), torch.randn(2, 32, 4, 4), torch.randperm(16)
+    y = layer(x).flatten(2)
+    assert torch.allclose(layer(x.flatten(2)[..., order].view_as(x)).flatten(2), y[..., order], atol=1e-5)
+    assert torch.allclose(layer(x[:1]).flatten(2), y[:1], atol=1e-5)
+    assert not torch.allclose(y, x.flatten(2), atol=1e-2)
+
+
+def test_embeddings_tell_every_slice_index_apart():
+    """All 32 of them, clearly, from the first step on."""
+    vectors = Embedding(16)(torch.arange(32))
+    distance = torch.cdist(vectors, vectors) + torch.eye(32)
+    assert vectors.shape == (32, 16) and distance.min() > 0.02 * vectors.std()
+
+
+def test_resampling_halves_and_comes_back_also_from_odd_sizes():
+    """The skip connections of a UNet on 7 x 9 latents need sizes to be given."""
+    x = torch.randn(1, 4, 7, 9)
+    low = Downsample(4, 6)(x)
+    assert low.shape == (1, 6, 4, 5)
+    up = Upsample(6, 4)
+    assert up(low, x.shape[-2:]).shape == x.shape
+    assert torch.equal(up(low), up(low, (8, 10)))

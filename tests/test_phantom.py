@@ -1,0 +1,90 @@
+"""Laws of phantom.py: what the built-in data promise to everybody who trains on them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import phantom
+from phantom import phantom_case
+
+
+@pytest.fixture(scope="module")
+def heads() -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Images and masks of cases 1, 2 and 3 of seed 0."""
+    return {case: phantom_case(0, case) for case in (1, 2, 3)}
+
+
+def test_a_head_depends_on_seed_and_case_alone(heads):
+    """Not on which heads were drawn before, nor on the global generator, nor on the process."""
+    np.random.seed(5)
+    images, masks = phantom_case(0, 2)
+    assert np.array_equal(images, heads[2][0]) and np.array_equal(masks, heads[2][1])
+    script = "import phantom; images, masks = phantom.phantom_case(0, 3); print(int(images.astype(int).sum()))"
+    folder = Path(phantom.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == heads[3][0].astype(int).sum()
+
+
+def test_two_heads_differ(heads):
+    """In every slice and in anatomy, not by noise alone; another seed is another head."""
+    heads = heads | {"other seed": phantom_case(1, 1)}
+    for a, b in ((1, 2), (2, 3), (1, "other seed")):
+        brain = (heads[a][1] > 0) & (heads[b][1] > 0)
+        other_tissue = (heads[a][1] != heads[b][1]) & brain
+        assert (other_tissue.sum((1, 2)) / brain.sum((1, 2)) > 0.1).all()
+
+
+def test_black_outside_the_box_and_brightest_255(heads):
+    """Rows 40..215 and columns 24..231 hold every head, as in the release; each slice is scaled by itself."""
+    for images, masks in heads.values():
+        assert images.shape == masks.shape == (32, 256, 256) and images.dtype == masks.dtype == np.uint8
+        for pixels in (images, masks):
+            outside = pixels.copy()
+            outside[:, 40:216, 24:232] = 0
+            assert not outside.any()
+        assert (images.max((1, 2)) == 255).all()
+        assert (images[:, 40:216, 24:232] == 0).mean() < 0.5 < (images == 0).mean() + 0.15
+
+
+def test_masks_hold_the_four_labels_on_the_brain_only(heads):
+    for images, masks in heads.values():
+        assert set(np.unique(masks)) == {0, 85, 170, 255}
+        assert all(set(np.unique(mask)) >= {0, 85, 170, 255} for mask in masks)  # tissue in every slice
+        assert (images[masks > 0] > 0).mean() > 0.99
+        shares = [(masks == label).sum() / (masks > 0).sum() for label in (85, 170, 255)]
+        assert min(shares) > 0.05 and 0.1 < (masks > 0).mean() < 0.4
+
+
+def test_contrast_is_that_of_t1(heads):
+    """Fluid darker than grey matter, grey darker than white, in every slice and not only on average."""
+    for images, masks in heads.values():
+        for image, mask in zip(images, masks):
+            fluid, grey, white = (image[mask == label].mean() for label in (85, 170, 255))
+            assert fluid < 0.8 * grey and grey < 0.9 * white
+
+
+def test_neighbouring_slices_belong_together(heads):
+    """The farther apart two slices of one head, the less alike they are inside the brain."""
+    for images, masks in heads.values():
+        inside = (masks > 0).all(0)
+        alike = np.corrcoef(images[:, inside])
+        near, middle, far = (np.diagonal(alike, distance).mean() for distance in (1, 4, 16))
+        assert near > 0.7 and near > middle + 0.15 and middle > far + 0.1
+        assert np.diagonal(alike, 1).min() > far
+
+
+def test_the_two_sides_are_no_mirror_images(heads):
+    """Else nobody would notice a flip."""
+    for images, masks in heads.values():
+        inside = (masks > 0).all(0) & (masks > 0).all(0)[::-1]
+        flipped = images[:, ::-1]
+        assert np.mean([np.corrcoef(a[inside], b[inside])[0, 1] for a, b in zip(images, flipped)]) < 0.9
+
+
+def test_negative_numbers_are_refused():
+    for seed, case in ((-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match="case=-1|seed=-1"):
+            phantom_case(seed, case)
