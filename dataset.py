@@ -99,6 +99,15 @@ def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int,
     return slices
 
 
+def has_masks(folder: Path, split: str) -> bool:
+    """Whether the split has tissue masks; says so if not, since brain scores then are left out."""
+    try:
+        return bool(list_slices(folder, split, "seg"))
+    except UserError:
+        print(f"{split}: no masks, so no brain SSIM")
+        return False
+
+
 def read_png(path: Path) -> np.ndarray:
     """uint8 [H, W] of an 8-bit grey PNG. Raises UserError naming the file when it is damaged or of another kind."""
     try:

@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import util
-from dataset import Slices, find_data, list_slices, load_slices, to_float, to_uint8
+from dataset import Slices, find_data, has_masks, load_slices, to_float, to_uint8
 from model_VAE import VAE, VQVAE, load_first_stage
-from util import UserError
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 
@@ -267,11 +266,7 @@ def main() -> None:
     path = util.find_weights(args.reconstruction)
     model = load_first_stage(path, device)
     folder = find_data(args.data)
-    try:
-        masks = bool(list_slices(folder, args.split, "seg"))
-    except UserError:
-        masks = False
-    data = load_slices(folder, args.split, model.image_size, masks=masks)
+    data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
     result = score_reconstruction(model, data, device)
     price = {"bits": result["fixed_bits"]} if "fixed_bits" in result else {"bits": result["kl_bits"]}
     rows = [{"codec": f"{model.kind} ({path})", **price, **result}]

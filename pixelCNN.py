@@ -321,6 +321,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     forward = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
+    util.check_same_data(args.name, data)
     parameters = sum(p.numel() for p in model.parameters())
     run = util.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:

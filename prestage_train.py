@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import util
-from dataset import Slices, find_data, is_phantom, list_slices, load_slices, to_uint8
+from dataset import Slices, find_data, has_masks, is_phantom, load_slices, to_uint8
 from evaluate import code_usage, mean_scores, slice_scores
 from logger import Logger
 from model_discriminator import (
@@ -194,6 +194,20 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
         raise UserError(f"{error}; change --patch, --channel-multipliers or --image-size") from None
 
 
+@torch.no_grad()
+def start_from_data(model: VAE | VQVAE, data: Slices) -> None:
+    """Sets the linear path to the KLT, and the codebook to k-means, of 256 slices spread over the training set."""
+    x, z, _ = data.batch(torch.linspace(0, len(data) - 1, min(256, len(data))).round().long())
+    model.start_linear_path(x, whiten=isinstance(model, VAE))
+    if isinstance(model, VQVAE):
+        vectors = torch.cat([model.vectors(*part) for part in zip(x.split(32), z.split(32), strict=True)])
+        if vectors[:, 0].numel() < model.codebook_size:
+            raise UserError(
+                f"--codebook-size {model.codebook_size} is more than {len(x)} slices have vectors; choose less"
+            )
+        model.quantizer.start(vectors.movedim(1, -1).flatten(0, 2))
+
+
 def main() -> None:
     args, typed = util.parse_flags(flags())
     rank, world = util.start_processes()
@@ -214,12 +228,7 @@ def main() -> None:
 
     # data
     train = load_slices(folder, "train", args.image_size, device)
-    try:
-        masks = bool(list_slices(folder, "validate", "seg"))
-    except UserError:
-        masks = False
-        print("validate: no masks, so no brain SSIM")
-    held_out = load_slices(folder, "validate", args.image_size, masks=masks)
+    held_out = load_slices(folder, "validate", args.image_size, masks=has_masks(folder, "validate"))
     watched = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).round().long()
 
     # networks
@@ -235,16 +244,7 @@ def main() -> None:
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(discriminator, state["discriminator"], checkpoint)
     else:
-        x, z, _ = train.batch(torch.linspace(0, len(train) - 1, min(256, len(train))).round().long())
-        model.start_linear_path(x, whiten=args.model == "vae")
-        if args.model == "vqvae":
-            with torch.no_grad():
-                vectors = torch.cat([model.vectors(a, b) for a, b in zip(x.split(32), z.split(32))])
-            if vectors[:, 0].numel() < args.codebook_size:
-                raise UserError(
-                    f"--codebook-size {args.codebook_size} is more than the data's vectors; choose fewer codes"
-                )
-            model.quantizer.start(vectors.movedim(1, -1).reshape(-1, args.latent_channels))
+        start_from_data(model, train)
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast in bf16, on GPU and CPU
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -261,6 +261,7 @@ def main() -> None:
     if args.compile:
         forward, judge = torch.compile(forward), torch.compile(judge)
     data = {"train": train.describe(), "validate": held_out.describe()}
+    util.check_same_data(args.name, data)
     run = util.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
@@ -362,16 +363,15 @@ def main() -> None:
             f"weight/{name}": weight for name, weight in weights.items() if name not in ("reconstruction", "codebook")
         }
         logger.add(step + 1, scalars, args.batch_size * world)
-        if (step + 1) % args.report_every == 0 and step + 1 < args.steps:
+        if (step + 1) % args.report_every == 0 and step + 1 < args.steps and rank == 0:
+            save(step + 1, whole=False)
             report(step + 1)
-            if rank == 0:
-                save(step + 1, whole=False)
 
     logger.flush(step + 1)
     finished = step + 1 == args.steps
     if rank == 0:
-        report(step + 1)
         save(step + 1, whole=finished)
+        report(step + 1)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if not finished:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")

@@ -202,6 +202,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     forward = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
+    util.check_same_data(args.name, data)
     run = util.describe_run(
         SCRIPT,
         args,

@@ -231,7 +231,11 @@ def describe_device(device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of --precision. On a CPU, auto is bf16 only where matrix units (AMX) multiply it."""
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        fast = (
+            torch.cuda.is_bf16_supported()
+            if device.type == "cuda"
+            else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        )
         precision = "bf16" if fast else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -432,6 +436,10 @@ def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) ->
         preset: the default of --preset for a new run.
     Raises UserError when log/NAME belongs to something else or a typed setting contradicts the existing run.
     """
+    if Path(args.name).name != args.name:
+        raise UserError(
+            f"--name {args.name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis"
+        )
     log = Path("log") / args.name
     if (log / "run.json").is_file():
         try:
@@ -460,6 +468,18 @@ def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) ->
             )
     args.preset = args.preset or preset
     return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
+
+
+def check_same_data(name: str, data: dict[str, dict]) -> None:
+    """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}."""
+    path = Path("log") / name / "run.json"
+    recorded = json.loads(path.read_text())["data"] if path.is_file() else data
+    for split in data:
+        if recorded[split]["digest"] != data[split]["digest"]:
+            raise UserError(
+                f"run {name} was trained on other {split} slices, those of {recorded[split]['folder']}; "
+                "give them with --data, or choose another --name"
+            )
 
 
 def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
