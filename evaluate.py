@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder of the weights")
     args = parser.parse_args()
     device = util.pick_device(args.device)
-    path = util.find_weights(args.reconstruction)
+    path = util.find_weights(args.reconstruction, f"python prestage_train.py --name {args.reconstruction}")
     model = load_first_stage(path, device)
     folder = find_data(args.data)
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))

@@ -401,7 +401,7 @@ MODELS = {model.kind: model for model in (VAE, VQVAE)}
 
 def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> VAE | VQVAE:
     """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`."""
-    path = util.find_weights(run)
+    path = util.find_weights(run, f"python prestage_train.py --name {run}")
     weights, description = util.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
@@ -430,7 +430,7 @@ def load_second_stage(
     run: str | Path, model_class: type, device: torch.device | str
 ) -> tuple[nn.Module, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
-    path = util.find_weights(run)
+    path = util.find_weights(run, f"the script of {model_class.kind} models, --name {run}")
     weights, description = util.load_weights(path)
     if description["kind"] != model_class.kind:
         raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")

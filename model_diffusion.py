@@ -175,17 +175,18 @@ def sample_ddpm(
         x: noise, x_T [B, C, h, w].
         alpha, sigma: [T].
         draw: gives fresh noise of the shape of x.
-    Yields the model's x_0 after every step; the last one is the sample.
+    Yields x after every step; the last one, x_0, is the sample.
     """
     for t in range(len(alpha) - 1, -1, -1):
         x0, _ = denoise(x, t)
-        yield x0
         if t == 0:
+            yield x0
             return
         keep = alpha[t] / alpha[t - 1]  # sqrt(1 - beta_t)
         beta = 1 - keep**2
         mean = alpha[t - 1] * beta / sigma[t] ** 2 * x0 + keep * sigma[t - 1] ** 2 / sigma[t] ** 2 * x
         x = mean + beta.sqrt() * sigma[t - 1] / sigma[t] * draw()
+        yield x
 
 
 def sample_ddim(
@@ -207,10 +208,11 @@ def sample_ddim(
     times = [round(len(alpha) * (1 - n / steps)) - 1 for n in range(steps)]  # from T - 1, evenly, towards 0
     for t, s in zip(times, [*times[1:], None], strict=True):
         x0, noise = denoise(x, t)
-        yield x0
         if s is None:
+            yield x0
             return
         fresh = eta * sigma[s] / sigma[t] * (1 - (alpha[t] / alpha[s]) ** 2).clamp(min=0).sqrt()
         x = alpha[s] * x0 + (sigma[s] ** 2 - fresh**2).clamp(min=0).sqrt() * noise
         if eta > 0:
             x = x + fresh * draw()
+        yield x

@@ -75,7 +75,7 @@ class BrainNoise:
 def sample_latents(
     model: LatentDiffusion, brains: range, args: argparse.Namespace, device: torch.device
 ) -> list[Tensor]:
-    """The model's latents [32 n, C, h, w] of n brains after some steps; the last are the samples, z 0..31 in each."""
+    """Latents [32 n, C, h, w] of n brains, z 0..31 in each, on their way from noise; the last are the samples."""
     draw = BrainNoise(args.seed, brains, model.latent_shape, device)
     z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
 
@@ -90,9 +90,9 @@ def sample_latents(
     total = args.sample_steps if args.sampler == "ddim" else model.T
     every = max(1, total // 24)  # kept for the GIF
     path = []
-    for n, x0 in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
+    for n, x in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
         if n % every == 0 or n == total - 1:
-            path.append(x0)
+            path.append(x)
     return path
 
 

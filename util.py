@@ -383,8 +383,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     return weights, json.loads(metadata["description"])
 
 
-def find_weights(run: str | Path) -> Path:
-    """The weights meant by a file, a run's folder or a run's name (model_ckpt/NAME/model.safetensors)."""
+def find_weights(run: str | Path, train_with: str) -> Path:
+    """The weights meant by a file, a run's folder or a run's name (model_ckpt/NAME/model.safetensors).
+
+    Raises UserError, advising the command `train_with`, when there are none.
+    """
     path = Path(run)
     if path.is_file():
         return path
@@ -393,7 +396,7 @@ def find_weights(run: str | Path) -> Path:
             return folder / "model.safetensors"
     raise UserError(
         f"there are no weights at {run}: no such file, and no model_ckpt/{path.name}/model.safetensors; "
-        "train that run first, or name another"
+        f"train them with: {train_with}"
     )
 
 
