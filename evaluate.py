@@ -11,6 +11,7 @@ nothing without its price, so bits per image stand there too. Writes DIR/reconst
 import io
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import util
-from dataset import Slices, find_data, has_masks, load_slices, to_float, to_uint8
+from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from model_VAE import VAE, VQVAE, load_first_stage
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -111,26 +112,41 @@ def score_reconstruction(model: VAE | VQVAE, data: Slices, device: torch.device,
 # ------------------------------------------------------------------------- floors: codecs without a network, same box
 
 
-def fit_blocks(model: VAE | VQVAE, data: Slices, cases: int = 60) -> Tensor:
-    """Blocks float32 [N, f * f], grey 0..1, of the first `cases` training cases: what the floors are fitted to."""
-    chosen = torch.isin(data.case, data.case.unique()[:cases]).nonzero()[:, 0]
-    x = (to_float(data.images[chosen].cpu())[:, None] + 1) / 2
-    return F.unfold(model.crop(x), model.factor, stride=model.factor).transpose(1, 2).reshape(-1, model.factor**2)
+def to_blocks(model: VAE | VQVAE, pictures: Tensor) -> Tensor:
+    """The f x f blocks of the coded box, float32 [B, h * w, f * f] with grey 0..1, of uint8 [B, S, S]."""
+    x = model.crop(pictures[:, None].float() / 255)
+    return F.unfold(x, model.factor, stride=model.factor).transpose(1, 2)
+
+
+def from_blocks(model: VAE | VQVAE, blocks: Tensor) -> Tensor:
+    """The pictures, uint8 [B, S, S], of what to_blocks returns."""
+    x = F.fold(blocks.transpose(1, 2), model.box[2:], model.factor, stride=model.factor)
+    return to_uint8(model.pad(2 * x - 1))[:, 0]
 
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, K: int, seed: int = 0, iterations: int = 40, at_most: int = 300_000) -> Tensor:
-    """Centres [K, D] of Lloyd's algorithm, started at distinct vectors; empty clusters move to badly served vectors."""
+    """Centres [K, D] of at most `at_most` vectors [N, D] >= 0, by Lloyd's algorithm from a k-means++ start.
+
+    The last centre is zero, since black needs one and no more (Arthur and Vassilvitskii 2007 for the start).
+    """
     generator = torch.Generator().manual_seed(seed)
-    pool = vectors[vectors.amax(1) > 0]  # black needs one centre, which comes last
+    pool = vectors[vectors.amax(1) > 0]
     pool = pool[torch.randperm(len(pool), generator=generator)[:at_most]]
-    centres = pool[: K - 1].clone()
+
+    candidates, distance = pool[:30_000], torch.ones(min(len(pool), 30_000))
+    centres = torch.zeros(K - 1, pool.shape[1])
+    for k in range(K - 1):  # far from all centres so far, with probability as the squared distance
+        centres[k] = candidates[torch.multinomial(distance + 1e-12, 1, generator=generator)[0]]
+        to_new = (candidates - centres[k]).square().sum(1)
+        distance = torch.minimum(distance, to_new) if k else to_new
+
     for _ in tqdm(range(iterations), desc=f"k-means, K {K}", disable=None):
         idx, distance = _nearest(pool, centres)
         count = torch.bincount(idx, minlength=K - 1)
         mean = torch.zeros_like(centres).index_add_(0, idx, pool) / count.clamp(min=1)[:, None]
         empty = (count == 0).nonzero()[:, 0]
-        mean[empty] = pool[distance.topk(len(empty)).indices]
+        mean[empty] = pool[distance.topk(len(empty)).indices]  # to the vectors that are served worst
         centres = mean
     return torch.cat([centres, torch.zeros(1, centres.shape[1])])
 
@@ -145,47 +161,41 @@ def _nearest(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_floors(model: VAE | VQVAE, train: Slices, data: Slices) -> list[dict]:
-    """Rows {"codec", "bits" or "numbers", scores} on the split `data`, fitted to training slices where needed."""
-    blocks, f = fit_blocks(model, train), model.factor
-    _, height, width = (1, *model.box[2:])
+def score_floors(model: VAE | VQVAE, train: Slices, data: Slices, cases: int = 60) -> list[dict]:
+    """Rows {"codec", "bits" or "numbers", scores} of simple codecs on the split `data`.
 
-    def score(codec: str, price: dict, reconstruct) -> dict:
+    k-means has the model's grid and K, the block KLT its grid and width; both are fitted to the first training cases.
+    """
+    C, h, w = model.latent_shape
+    f, rows = model.factor, []
+
+    def score(codec: str, reconstruct: Callable[[Tensor], Tensor]) -> dict:
         scores = []
         for index in tqdm(torch.arange(len(data)).split(32), desc=codec, unit="batch", disable=None):
             real = data.images[index].cpu()
             masks = data.masks[index] if data.masks is not None else None
             scores.append(slice_scores(reconstruct(real), real, masks))
-        return {"codec": codec, **price, **mean_scores(scores)}
+        return {"codec": codec, **mean_scores(scores)}
 
-    def blockwise(code):
-        def reconstruct(real: Tensor) -> Tensor:
-            x = model.crop((to_float(real)[:, None] + 1) / 2)
-            coded = code(F.unfold(x, f, stride=f).transpose(1, 2).reshape(-1, f * f))
-            coded = coded.view(len(real), -1, f * f).transpose(1, 2)
-            return to_uint8(model.pad(F.fold(coded, (height, width), f, stride=f) * 2 - 1))[:, 0]
-
-        return reconstruct
-
-    numbers, (_, h, w) = model.latent_shape[0], model.latent_shape
-    rows = []
+    chosen = torch.isin(train.case, train.case.unique()[:cases])
+    blocks = to_blocks(model, train.images.cpu()[chosen]).flatten(0, 1)
     if isinstance(model, VQVAE):
         centres = kmeans(blocks, model.codebook_size)
-        rows.append(
-            score(
-                f"k-means {f}x{f}, K {model.codebook_size}",
-                {"bits": model.fixed_bits},
-                blockwise(lambda b: centres[_nearest(b, centres)[0]]),
-            )
-        )
-    basis = torch.linalg.eigh((blocks.T @ blocks).double())[1].flip(1)[:, :numbers].float()
-    rows.append(
-        score(f"block KLT f{f} d{numbers}", {"numbers": numbers * h * w}, blockwise(lambda b: b @ basis @ basis.T))
-    )
+
+        def quantise(real: Tensor) -> Tensor:
+            vectors = to_blocks(model, real)
+            return from_blocks(model, centres[_nearest(vectors.flatten(0, 1), centres)[0]].view_as(vectors))
+
+        rows.append({**score(f"k-means {f}x{f}, K {model.codebook_size}", quantise), "bits": model.fixed_bits})
+
+    basis = torch.linalg.eigh((blocks.T @ blocks).double())[1].flip(1)[:, :C].float()
+    row = score(f"block KLT f{f} d{C}", lambda real: from_blocks(model, to_blocks(model, real) @ basis @ basis.T))
+    rows.append({**row, "numbers": C * h * w})
+
     for quality in (1, 5, 10, 20, 30):
         sizes: list[int] = []
-        row = score(f"AVIF quality {quality}", {}, partial(avif, quality=quality, sizes=sizes))
-        rows.append(row | {"bits": 8 * float(np.mean(sizes))})
+        row = score(f"AVIF quality {quality}", partial(avif, quality=quality, sizes=sizes))
+        rows.append({**row, "bits": 8 * float(np.mean(sizes))})
     return rows
 
 

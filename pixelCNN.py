@@ -318,7 +318,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         util.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {start}")
-    forward = DistributedDataParallel(model) if world > 1 else model
+    forward = model
+    if world > 1:  # nothing reads the vertical output of the last layer
+        forward = DistributedDataParallel(model, find_unused_parameters=True)
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
     util.check_same_data(args.name, data)

@@ -54,16 +54,16 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "report_every": (200, 400, 1000),
     },
     "stable_diffusion.py": {
-        "steps": (1500, 4000, 100_000),
+        "steps": (1500, 3000, 100_000),
         "batch_size": (64, 32, 128),
         "channels": (48, 64, 128),
         "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
         "blocks": (1, 2, 2),
         "learning_rate": (1e-3, 5e-4, 2e-4),
-        "report_every": (500, 500, 5000),
+        "report_every": (500, 600, 5000),
     },
     "pixelCNN.py": {
-        "steps": (800, 4000, 40_000),
+        "steps": (800, 2400, 40_000),
         "batch_size": (32, 16, 64),
         "channels": (48, 64, 128),
         "layers": (6, 8, 12),
@@ -169,15 +169,9 @@ def command(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         sys.exit(_complain("the GPU is out of memory; choose a smaller --batch-size, --preset small, or --device cpu"))
     except OSError as error:
-        advice = {
-            errno.ENOSPC: "free some space and run the same command again",
-            errno.EDQUOT: "free some space and run the same command again",
-            errno.EACCES: "check the permissions, or work in a folder of your own",
-            errno.EROFS: "work in a folder that can be written",
-        }
-        if error.errno not in advice:
-            raise
-        sys.exit(_complain(f"{error.strerror}: {error.filename or 'while writing'}; {advice[error.errno]}"))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space and run the same command again" if full else "check that path and its permissions"
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'while writing'}; {advice}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -268,6 +262,7 @@ def training_steps(start: int, stop: int, minutes: float | None, title: str) -> 
         if interrupted:
             raise KeyboardInterrupt
         interrupted.append(signum)
+        tqdm.write("stopping after this step and saving; Ctrl-C again stops at once")
 
     began = time.monotonic()
     previous = {s: signal.signal(s, note_signal) for s in (signal.SIGINT, signal.SIGTERM)}

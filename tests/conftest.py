@@ -57,9 +57,9 @@ def noise_folder(_pristine_noise_folder, tmp_path) -> Path:
 def run_script(tmp_path):
     """run_script("dataset.py", "--cases", 3): the CompletedProcess of a process of its own, working in tmp_path."""
 
-    def run(script: str, *flags, cwd: Path = tmp_path, launcher: tuple[str, ...] = (), timeout: float = 120):
+    def run(script: str, *flags, cwd=tmp_path, launcher=(), threads=2, timeout=120) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if name != "OASIS_DATA"}
-        environment |= {"OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"}
+        environment |= {"OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
         return subprocess.run(
             [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
             cwd=cwd,

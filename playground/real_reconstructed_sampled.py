@@ -1,0 +1,57 @@
+"""How do new slices look beside real ones, and how much of the difference is the first stage's?
+
+    python playground/real_reconstructed_sampled.py
+
+Rows: slices of a real validation case; the same through the VQ-VAE; a brain drawn by latent diffusion and one by
+PixelCNN, both decoded by that VQ-VAE. Columns: slice index z; anterior is right.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import util
+from dataset import find_data, load_slices, to_uint8
+from model_diffusion import LatentDiffusion
+from model_VAE import load_first_stage, load_second_stage
+from pixelCNN import PixelCNN, decode_codes, sample_brain
+from stable_diffusion import decode_brains, sample_latents
+from stable_diffusion import flags as diffusion_flags
+
+SHOWN = [2, 7, 12, 17, 22, 27]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = util.plain_parser(__doc__)
+    parser.add_argument("--first-stage", default="vqvae", metavar="RUN", help="default: %(default)s")
+    parser.add_argument("--diffusion", default="diffusion", metavar="RUN", help="default: %(default)s")
+    parser.add_argument("--pixelcnn", default="pixelcnn", metavar="RUN", help="default: %(default)s")
+    parser.add_argument("--data", metavar="FOLDER", help="as in training")
+    parser.add_argument("--seed", type=int, default=0, help="of the new brains (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("playground_vis/real_reconstructed_sampled.png"),
+                        help="default: %(default)s")  # fmt: skip
+    args = parser.parse_args()
+    device = torch.device("cpu")
+    first_stage = load_first_stage(args.first_stage)
+    data = load_slices(find_data(args.data), "validate", first_stage.image_size)
+    x, z, case = data.batch((data.case == data.case[0]).nonzero()[:, 0][SHOWN])
+    rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.decode(first_stage.encode(x, z), z))[:, 0].numpy()]
+    diffusion, decoder, _ = load_second_stage(args.diffusion, LatentDiffusion, device)
+    settings, _ = util.parse_flags(diffusion_flags(), ["--seed", str(args.seed)])
+    rows.append(decode_brains(decoder, sample_latents(diffusion, range(1), settings, device)[-1])[0][SHOWN])
+    pixelcnn, decoder, _ = load_second_stage(args.pixelcnn, PixelCNN, device)
+    rows.append(decode_codes(decoder, sample_brain(pixelcnn, args.seed, 0, 1.0, device))[SHOWN])
+    names = [f"real, case {int(case[0])}", "reconstructed", "new, diffusion", "new, PixelCNN"]
+    captions = [f"z = {n}" for _ in rows for n in SHOWN]
+    title = f"real, reconstructed and new slices; seed {args.seed}; grey 0..255, anterior is right"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    util.sheet(rows, title=title, row_names=names, captions=captions, zoom=256 // x.shape[-1]).save(args.out)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    util.command(main)
