@@ -54,7 +54,7 @@ def main() -> None:
     codes = torch.cat([model.encode_indices(*data.batch(part, device)[:2]).cpu() for part in parts])
     K, (_, h, w) = model.codebook_size, model.latent_shape
     positions = {"all positions": codes.flatten()}
-    if masks:
+    if data.masks is not None:
         positions["brain positions"] = codes[brain_positions(data.masks, model)]
     count = torch.bincount(codes.flatten(), minlength=K)
     by_use = count.argsort(descending=True, stable=True)

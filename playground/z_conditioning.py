@@ -47,7 +47,7 @@ def main() -> None:
             x, own, _ = data.batch(index[part], device)
             parts.append(to_uint8(model.decode(model.encode(x, own), told[part].to(device)))[:, 0].cpu())
         decoded[name] = torch.cat(parts)
-        truth = data.masks[index] if masks else None
+        truth = data.masks[index] if data.masks is not None else None
         scores = mean_scores([slice_scores(decoded[name], data.images[index].cpu(), truth)])
         print(f"decoded with {name:10s}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -45,17 +45,19 @@ def test_lines_hold_the_means_of_their_steps(clock):
 
 
 def test_only_training_counts_as_time(clock, capsys):
-    """Validation, pictures and checkpoints do not slow the logged speed, and no second of training is lost to them."""
+    """Validation, pictures and checkpoints between flush and pause do not slow the logged speed."""
     log = Logger("run", {}, step=0, every=2)
     for step in (1, 2, 3):
         clock["now"] += 1
         log.add(step, {"loss": 0.0}, images=10)
-    clock["now"] += 100  # a validation after step 3, in the middle of an interval
+    log.flush(3)  # in the middle of an interval
+    clock["now"] += 100  # a validation
     log.report(3, {"validate/ssim": 0.5})
     clock["now"] += 100
     log.pause()
     clock["now"] += 1
     log.add(4, {"loss": 0.0}, images=10)
+    log.flush(4)
     trained = [line for line in lines() if "images_per_second" in line]
     assert {line["images_per_second"] for line in trained} == {10}
     assert lines()[-1]["seconds"] == 4
@@ -127,7 +129,7 @@ def test_curves_show_every_scalar_of_every_run_at_its_value():
     """Also where one run lacks a scalar, and where a value is not finite."""
     runs = {
         "a": [{"step": s, "seconds": 10.0 * s, "loss": float(s)} for s in (1, 2, 3)],
-        "b": [{"step": 1, "seconds": 5.0, "loss": math.nan, "validate/ssim": 0.5}, {"step": 4, "seconds": 9, "loss": 7}],
+        "b": [{"step": 1, "seconds": 5, "loss": math.nan, "validate/ssim": 0.5}, {"step": 4, "seconds": 9, "loss": 7}],
     }
     figure = draw_curves(runs, x="seconds")
     loss, ssim = (axis for axis in figure.axes if axis.get_title() in ("loss", "validate SSIM"))

@@ -269,9 +269,9 @@ def test_find_weights_takes_a_file_a_folder_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     util.write_file(tmp_path / "model_ckpt/mine/model.safetensors", b"")
     for run in ("mine", "model_ckpt/mine", tmp_path / "model_ckpt/mine", "model_ckpt/mine/model.safetensors"):
-        assert util.find_weights(run).resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
-    with pytest.raises(UserError, match="yours"):
-        util.find_weights("yours")
+        assert util.find_weights(run, "").resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
+    with pytest.raises(UserError, match="yours.*python train.py yours"):
+        util.find_weights("yours", "python train.py yours")
 
 
 def test_fill_model_wants_every_key_and_shape(tmp_path):
@@ -355,6 +355,9 @@ def test_open_run_refuses_what_is_not_its_own(tmp_path, monkeypatch):
     util.write_file(tmp_path / "model_ckpt/fresh/thesis.txt", b"precious")
     with pytest.raises(UserError, match="model_ckpt/fresh"):
         open_run("--name", "fresh")
+    for name in ("../elsewhere", "a/b", "/tmp"):  # --name is no path: it becomes part of three
+        with pytest.raises(UserError, match="--name"):
+            open_run("--name", name)
 
 
 @pytest.mark.parametrize("preset", util.PRESET_NAMES)
