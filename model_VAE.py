@@ -416,7 +416,8 @@ def build_first_stage(description: dict, weights: dict[str, Tensor], path: Path)
     """
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
-    return util.fill_model(model, weights, path).eval().requires_grad_(False)
+    model = util.fill_model(model, weights, path).eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)  # convolutions run twice as fast
 
 
 def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, description: dict) -> None:
