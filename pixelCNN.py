@@ -331,22 +331,21 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         return
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
-    def report(step: int) -> None:
-        """Validates; keeps the weights if they are the best so far, and always what resuming needs."""
-        nonlocal best, stale
-        bits = validate(ema, held_out[watched], held_out_z[watched], device, args.precision)
-        best, stale = (bits, 0) if bits < best else (best, stale + 1)
-        if stale == 0 and rank == 0:
+    weights = checkpoint.with_name("model.safetensors")
+
+    def save(step: int, improved: bool) -> None:
+        """last.pt for resuming; model.safetensors, for use, when it improved, or when there is none yet."""
+        state = {"step": step, "best": best, "stale": stale, "first_stage": first_stage.description["digest"]}
+        state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        util.save_checkpoint(checkpoint, state)
+        if improved or not weights.exists():
             description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
-            save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
-        if rank == 0:
-            state = {"step": step, "best": best, "stale": stale, "first_stage": first_stage.description["digest"]}
-            state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            util.save_checkpoint(checkpoint, state)
+            save_second_stage(weights, ema, first_stage, description)
+
+    def draw(step: int) -> None:
         slices = decode_codes(first_stage, sample_brain(ema, args.seed, 0, 1.0, device))
         title = f"sampled after {step} steps: seed {args.seed}, one noise for all z"
-        logger.picture(f"sample_{step:06d}", util.brain_sheet(slices, title))
-        logger.report(step, {"validate/bits": bits, "validate/best_bits": best})
+        print(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
 
     # training
     step = start
@@ -369,17 +368,26 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
         bits = loss.detach() * (codes[0].numel() / math.log(2))
         logger.add(step + 1, {"train/bits": bits, "learning_rate": rate}, args.batch_size * world)
-        if (step + 1) % args.report_every == 0 and step + 1 < args.steps:
-            report(step + 1)
+        reported = (step + 1) % args.report_every == 0 or step + 1 == args.steps
+        if reported:
+            logger.flush(step + 1)
+            bits = validate(ema, held_out[watched], held_out_z[watched], device, args.precision)
+            best, stale = (bits, 0) if bits < best else (best, stale + 1)
+            logger.report(step + 1, {"validate/bits": bits, "validate/best_bits": best})
+            if rank == 0:
+                save(step + 1, improved=stale == 0)
+                draw(step + 1)
+            logger.pause()
             if stale >= args.patience:
                 print(f"the validation likelihood has not improved for {stale} reports: stopping")
                 break
-    else:
-        logger.flush(step + 1)
-        report(step + 1)
 
-    print(f"weights: {checkpoint.with_name('model.safetensors')} (best: {best:.0f} bits per image on validate, fixed "
-          f"length {first_stage.fixed_bits:.0f})   log: {logger.folder}   pictures: {logger.pictures}")  # fmt: skip
+    if not reported and rank == 0:
+        logger.flush(step + 1)
+        save(step + 1, improved=False)
+    print(f"weights: {weights}   log: {logger.folder}   pictures: {logger.pictures}")
+    if math.isfinite(best):
+        print(f"best on validate: {best:.0f} bits per image, against {first_stage.fixed_bits:.0f} at fixed length")
     if step + 1 < args.steps and stale < args.patience:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
 

@@ -363,15 +363,16 @@ def main() -> None:
             f"weight/{name}": weight for name, weight in weights.items() if name not in ("reconstruction", "codebook")
         }
         logger.add(step + 1, scalars, args.batch_size * world)
-        if (step + 1) % args.report_every == 0 and step + 1 < args.steps and rank == 0:
-            save(step + 1, whole=False)
+        finished = step + 1 == args.steps
+        reported = (step + 1) % args.report_every == 0 or finished
+        if reported and rank == 0:
+            logger.flush(step + 1)
+            save(step + 1, whole=finished)
             report(step + 1)
 
-    logger.flush(step + 1)
-    finished = step + 1 == args.steps
-    if rank == 0:
-        save(step + 1, whole=finished)
-        report(step + 1)
+    if not reported and rank == 0:
+        logger.flush(step + 1)
+        save(step + 1, whole=False)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if not finished:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")

@@ -255,14 +255,15 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         util.update_ema(ema, model, step)
 
         logger.add(step + 1, {"train/loss": loss, "learning_rate": rate}, args.batch_size * world)
-        if (step + 1) % args.report_every == 0 and step + 1 < args.steps and rank == 0:
+        reported = (step + 1) % args.report_every == 0 or step + 1 == args.steps
+        if reported and rank == 0:
+            logger.flush(step + 1)
             save(step + 1)
             report(step + 1)
 
-    logger.flush(step + 1)
-    if rank == 0:
+    if not reported and rank == 0:
+        logger.flush(step + 1)
         save(step + 1)
-        report(step + 1)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if step + 1 < args.steps:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")

@@ -73,9 +73,21 @@ PRESETS: dict[str, dict[str, tuple]] = {
 }
 PRESET_NAMES = ("demo", "small", "base")
 
-# What may differ between the first and a later start of one run without making it another experiment.
-FREE_ON_RESUME = {"data", "steps", "minutes", "device", "report_every", "compile"}
-FREE_ON_RESUME |= {"sample", "out", "brains", "sampler", "sample_steps", "eta", "temperature"}
+# What belongs to one start of a script and not to the run: neither recorded nor inherited by the next start.
+OF_ONE_START = {
+    "minutes",
+    "device",
+    "compile",
+    "sample",
+    "out",
+    "brains",
+    "sampler",
+    "sample_steps",
+    "eta",
+    "temperature",
+}
+# What may change from start to start without making the run another experiment.
+FREE_ON_RESUME = OF_ONE_START | {"data", "steps", "report_every", "patience"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -456,7 +468,7 @@ def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) ->
                     f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
                     f"{settings[flag]}; leave the flag out to resume, or choose another --name"
                 )
-        settings = {flag: value for flag, value in settings.items() if flag in vars(args) and flag != "device"}
+        settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - OF_ONE_START}
         return argparse.Namespace(**{**vars(args), **settings, **typed})
     for folder in (log, Path("model_ckpt") / args.name):
         if folder.exists() and any(folder.iterdir()):
@@ -487,7 +499,7 @@ def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> d
     git = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
     return {
         "script": script,
-        "settings": vars(args),
+        "settings": {flag: value for flag, value in vars(args).items() if flag not in OF_ONE_START},
         "data": data,
         **more,
         "commit": git.stdout.strip() or "not a git checkout",

@@ -1,0 +1,398 @@
+"""Laws of pixelCNN.py: a distribution over grids in reading order, exact draws from it, and what a run promises."""
+
+import json
+import math
+import re
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pixelCNN
+import prestage_train
+import util
+from dataset import list_slices, load_slices
+from logger import read_log
+from model_VAE import VAE, VQVAE, load_first_stage, load_second_stage
+from pixelCNN import PixelCNN, gumbel_noise, sample_brain
+
+FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
+FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
+TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--layers", "2", "--batch-size", "4"]
+ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is done
+
+
+@pytest.fixture
+def tiny(awaken):
+    """tiny(grid=(3, 7)): a PixelCNN in evaluation mode, no weight of which is zero.
+
+    Not fewer than 16 channels: of 8, all may be negative, and the ReLU of the head lets no gradient through.
+    """
+
+    def build(**changes) -> PixelCNN:
+        sizes = {"codebook_size": 5, "grid": (4, 5), "channels": 16, "layers": 3, "kernel": 3}
+        model = awaken(PixelCNN(**{**sizes, **changes}).eval(), 0.3)
+        with torch.no_grad():  # logits of mean 0 and sd 1 for every code, or one code could win all draws
+            logits = model(torch.randint(model.codebook_size, (8, *model.grid)), torch.arange(0, 32, 4))
+            mean, last = logits.mean((0, 2, 3)), model.head[-1]
+            sd = (logits - mean[:, None, None]).std()
+            last.weight.div_(sd)
+            last.bias.sub_(mean).div_(sd)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def first_stage(phantom_folder, tmp_path_factory) -> Path:
+    """The weights file of a VQ-VAE with 16 codes on a grid of 6x7, trained for three steps. Read only."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["prestage_train.py", "--data", str(phantom_folder), "--name", "codes", *FIRST])
+        prestage_train.main()
+    return folder / "model_ckpt/codes/model.safetensors"
+
+
+@pytest.fixture
+def start(run_main, phantom_folder, first_stage):
+    """start("--steps", 3): runs the script on the tiny first stage; returns (exit status, stdout, stderr)."""
+    return lambda *flags: run_main(pixelCNN, "--data", phantom_folder, "--first-stage", first_stage, *TINY, *flags)
+
+
+@pytest.fixture
+def train(start):
+    """train("--steps", 3): as start, but checks that it ends well, and returns what it printed."""
+
+    def run(*flags) -> str:
+        status, out, errors = start(*flags)
+        assert status == 0, errors
+        return out
+
+    return run
+
+
+def last(name: str = "pixelcnn") -> dict:
+    return util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"))
+
+
+def weights(name: str = "pixelcnn") -> tuple[dict[str, torch.Tensor], dict]:
+    return util.load_weights(Path(f"model_ckpt/{name}/model.safetensors"))
+
+
+def gumbel(*shape: int) -> torch.Tensor:
+    return -torch.log(-torch.log(torch.rand(shape).clamp(1e-20, 1 - 1e-7)))
+
+
+def dependence(model: PixelCNN, r: int, c: int) -> torch.Tensor:
+    """bool [h, w]: which codes the logits at (r, c) have a gradient from."""
+    seen = []
+    hook = model.embed_idx.register_forward_hook(lambda module, args, out: seen.append(out) or out.retain_grad())
+    logits = model(torch.randint(model.codebook_size, (1, *model.grid)), torch.tensor([9]))
+    hook.remove()
+    (logits[0, :, r, c] * torch.randn(model.codebook_size)).sum().backward()
+    return seen[0].grad[0].abs().amax(-1) > 0
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("kernel, layers", [(3, 6), (5, 3)])
+def test_logits_depend_on_all_earlier_codes_and_on_no_other(tiny, kernel, layers):
+    """In reading order, by gradient, at every position: never on itself or a later one, and there is no blind spot."""
+    model = tiny(grid=(4, 6), kernel=kernel, layers=layers)
+    for r in range(4):
+        for c in range(6):
+            earlier = torch.arange(24).view(4, 6) < 6 * r + c
+            assert torch.equal(dependence(model, r, c), earlier), (r, c)
+
+
+def test_a_shallow_network_sees_its_neighbours_first(tiny):
+    """One layer sees the codes within reach, above to the right too; each further layer adds as much."""
+    assert dependence(tiny(grid=(5, 7), layers=1), 3, 3).nonzero().tolist() == [
+        [1, 2], [1, 3], [1, 4], [2, 2], [2, 3], [2, 4], [3, 1], [3, 2]
+    ]  # fmt: skip
+    assert dependence(tiny(grid=(5, 7), layers=2), 3, 3)[2].tolist() == [False, True, True, True, True, True, False]
+
+
+def test_later_codes_leave_earlier_logits_as_they_are(tiny):
+    """The same law by trial: whatever is written from (2, 3) on, the logits up to and at (2, 3) do not move."""
+    model, z = tiny(), torch.arange(3)
+    idx = torch.randint(5, (3, 4, 5))
+    other = idx.flatten(1).clone()
+    other[:, 13:] = (other[:, 13:] + 1) % 5
+    a, b = (model(grid, z).flatten(2) for grid in (idx, other.view_as(idx)))
+    assert torch.allclose(a[..., :14], b[..., :14], atol=1e-6)
+    assert (a[..., 14:] - b[..., 14:]).abs().amax((0, 1)).min() > 1e-4
+
+
+def test_no_parameter_is_idle(tiny):
+    """Each has a gradient, except those of the last layer's vertical output, which nobody reads."""
+    model = tiny()
+    model.bits(torch.randint(5, (2, 4, 5)), torch.arange(2)).sum().backward()
+    idle = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert idle <= {"layers.2.out_v"}
+
+
+def test_bits_are_the_sum_of_the_codes_surprisals(tiny):
+    """-log2 p of each code given those before it, by hand."""
+    model, z, idx = tiny(), torch.tensor([0, 31]), torch.randint(5, (2, 4, 5))
+    p = model(idx, z).detach().double().softmax(1)
+    by_hand = [-sum(math.log2(p[b, idx[b, r, c], r, c]) for r in range(4) for c in range(5)) for b in range(2)]
+    bits = model.bits(idx, z)
+    assert bits.dtype == torch.float32 and bits.tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_uniform_head_costs_the_fixed_length(tiny):
+    """h w log2 K bits."""
+    model = tiny(codebook_size=7)
+    torch.nn.init.zeros_(model.head[-1].weight)
+    torch.nn.init.zeros_(model.head[-1].bias)
+    bits = model.bits(torch.randint(7, (3, 4, 5)), torch.arange(3))
+    assert bits.tolist() == pytest.approx([20 * math.log2(7)] * 3, rel=1e-5)
+
+
+def test_the_probabilities_of_all_grids_sum_to_one(tiny):
+    """All 16 grids of 2x2 with two codes, at three z."""
+    model = tiny(codebook_size=2, grid=(2, 2))
+    grids = torch.tensor(list(product((0, 1), repeat=4))).view(16, 2, 2)
+    for z in (0, 15, 31):
+        p = 2 ** -model.bits(grids, torch.full((16,), z)).double()
+        assert p.sum().item() == pytest.approx(1, abs=1e-5)
+        assert p.max() > 1.5 * p.min()  # and it is not the uniform one
+
+
+def test_z_changes_the_distribution(tiny):
+    """At every position, the first included; and only its own grid's."""
+    model, idx = tiny(), torch.randint(5, (1, 4, 5)).expand(2, -1, -1)
+    a, b = model(idx, torch.tensor([3, 20])), model(idx, torch.tensor([3, 21]))
+    assert torch.allclose(a[0], b[0], atol=1e-6)
+    assert (a[1] - b[1]).abs().amax(0).min() > 1e-4 and (a[1] - a[0]).abs().amax(0).min() > 1e-3
+
+
+def test_the_position_changes_the_distribution(tiny):
+    """The head of a brain is not its middle: with equal codes all around, the logits still differ."""
+    model = tiny(grid=(9, 9), layers=1)
+    logits = model(torch.zeros(1, 9, 9, dtype=torch.long), torch.zeros(1))
+    assert (logits[0, :, 4, 4] - logits[0, :, 5, 5]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("kernel, layers, grid", [(3, 3, (4, 5)), (5, 2, (6, 7)), (5, 1, (3, 2)), (3, 2, (1, 6))])
+def test_the_cached_sample_is_the_naive_one(tiny, kernel, layers, grid):
+    """Token for token, at any temperature, for several draws."""
+    for seed, temperature in enumerate((1.0, 0.5, 1.7)):
+        torch.manual_seed(seed)
+        model = tiny(codebook_size=11, grid=grid, kernel=kernel, layers=layers)
+        z, noise = torch.tensor([2, 17, 31]), gumbel(3, 11, *grid)
+        idx = model.sample(z, noise, temperature)
+        assert idx.dtype == torch.int64 and torch.equal(idx, model.sample_naive(z, noise, temperature))
+        assert len(idx.unique()) > 3 and not torch.equal(idx, model.sample(z, noise, 30.0))
+
+
+def test_draws_follow_the_softmax(tiny):
+    """Gumbel noise, added to logits over the temperature: chi-square of 20 000 draws below its 99.99 % quantile."""
+    model, n = tiny(grid=(1, 1)), 20_000
+    noise = gumbel_noise(3, 0, 5, (100, 200))[0].flatten(1).T[:, :, None, None]
+    for temperature in (1.0, 2.5):
+        z = torch.full((n,), 12)
+        logits = model(torch.zeros(1, 1, 1, dtype=torch.long), z[:1])[0, :, 0, 0]
+        expected = n * (logits / temperature).softmax(0)
+        count = torch.bincount(model.sample(z, noise, temperature).flatten(), minlength=5)
+        assert ((count - expected) ** 2 / expected).sum() < 23.5
+        assert (n / 5 - expected).abs().max() > 1000  # a uniform draw would have been noticed
+
+
+def test_samples_have_the_likelihood_that_the_model_gives_them(tiny):
+    """Frequencies of whole grids, drawn code after code, are 2^-bits."""
+    model, n = tiny(codebook_size=2, grid=(2, 2)), 20_000
+    z = torch.full((n,), 5)
+    number = (model.sample(z, gumbel(n, 2, 2, 2)).flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1)
+    count = torch.bincount(number, minlength=16)
+    grids = torch.tensor(list(product((0, 1), repeat=4))).view(16, 2, 2)
+    expected = n * 2 ** -model.bits(grids, z[:16])
+    assert ((count - expected) ** 2 / expected).sum() < 44.3  # 99.99 % for 15 degrees of freedom
+
+
+def test_a_temperature_near_zero_takes_the_likeliest_code(tiny):
+    """Whatever the noise."""
+    model, z = tiny(), torch.arange(4)
+    greedy = model.sample(z, torch.zeros(4, 5, 4, 5))
+    assert torch.equal(model.sample(z, gumbel(4, 5, 4, 5), 1e-6), greedy)
+    assert torch.equal(model(greedy, z).argmax(1), greedy)
+    assert not torch.equal(model.sample(z, gumbel(4, 5, 4, 5)), greedy)
+
+
+def test_a_brain_is_a_function_of_seed_and_number(tiny):
+    """The same alone, after others, or in one batch with them; its 32 slices share one noise."""
+    model, device = tiny(grid=(3, 4)), torch.device("cpu")
+    brains = [sample_brain(model, 7, i, 0.9, device) for i in range(3)]
+    torch.manual_seed(99)
+    assert torch.equal(sample_brain(model, 7, 2, 0.9, device), brains[2])
+    noise = torch.cat([gumbel_noise(7, i, 5, (3, 4)) for i in range(3)])
+    assert torch.equal(noise[:32], noise[:1].expand(32, -1, -1, -1))
+    together = model.sample(torch.arange(32).repeat(3), noise, 0.9)
+    assert torch.equal(together, torch.cat(brains))
+    assert not torch.equal(brains[0], brains[1])
+    assert not torch.equal(sample_brain(model, 8, 2, 0.9, device), brains[2])
+
+
+# ------------------------------------------------------------------------------------------------------ what a run does
+
+
+def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
+    """Weights, log, pictures; a 4x8 sheet and 32 slices per brain that dataset.py reads, and the GIF."""
+    out = train("--sample", "--brains", 2, "--temperature", 0.8)
+    assert "training it first" in out and re.search(r"step 3 .*validate/bits \d+", out)
+    model, inside, description = load_second_stage("pixelcnn", PixelCNN, "cpu")
+    assert model.grid == (6, 7) and model.codebook_size == 16 and description["data"]["slices"] == 96
+    expected = load_first_stage(first_stage)
+    assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
+    run = json.loads(Path("log/pixelcnn/run.json").read_text())
+    assert run["script"] == "pixelCNN.py" and run["parameters"] == sum(p.numel() for p in model.parameters())
+    log = read_log(Path("log/pixelcnn"))
+    assert [line["step"] for line in log if "validate/bits" in line] == [2, 3]
+    assert [line["step"] for line in log if "train/bits" in line] == [1, 2, 3]
+    assert {path.name for path in Path("pixelcnn_vis").glob("*.png")} == {"sample_000002.png", "sample_000003.png"}
+
+    samples = Path("pixelcnn_vis/samples")
+    assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(32)]
+    slices = load_slices(samples, "test", 64)
+    for i in range(2):
+        pixels = pixelCNN.decode_codes(inside, sample_brain(model, 0, i, 0.8, torch.device("cpu")))
+        assert np.array_equal(slices.images[32 * i : 32 * i + 32], pixels)
+        sheet = np.asarray(Image.open(samples / f"brain_{i:03d}.png").convert("L"))
+        assert sheet.shape[0] > 4 * 128 and sheet.shape[1] > 8 * 128
+    with Image.open(samples / "process.gif") as gif:
+        assert gif.n_frames > 5 and gif.width == 4 * gif.height == 4 * 64
+    assert (samples / "process.gif").stat().st_size < 3_000_000
+
+
+def test_the_gif_fills_the_grid_row_by_row(tiny, tiny_sizes):
+    """It begins with the corner's code everywhere and ends with the brain."""
+    vqvae, idx = VQVAE(codebook_size=5, **tiny_sizes).eval(), torch.randint(5, (32, 12, 14))
+    with torch.no_grad():
+        vqvae.analysis.weight.normal_()
+        frames = pixelCNN.filling_frames(vqvae, idx, [4, 12, 20, 28])
+    assert len(frames) == 13 and frames[0].shape == (64, 4 * 64)
+    assert np.array_equal(frames[-1], np.hstack(pixelCNN.decode_codes(vqvae, idx)[[4, 12, 20, 28]]))
+    assert not any(np.array_equal(a, frames[-1]) for a in frames[:-1])
+
+
+def test_training_lowers_the_bits_of_brains_never_seen(train):
+    """The averaged weights beat the fixed length, which is where a network that knows nothing starts."""
+    train("--steps", 60, "--report-every", 30, "--learning-rate", 0.02, "--dropout", 0)
+    bits = [line["validate/bits"] for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line]
+    assert bits[-1] < bits[0] and bits[-1] < 0.8 * 42 * 4
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
+    """Stopped after every single step: the same weights for use, and the same state."""
+    assert "stopped" not in train("--name", "straight")
+    for step in range(1, 4):
+        out = train("--name", "stopped", *ONE_STEP)
+        assert (f"stopped after {step} of 3 steps" in out) == (step < 3)
+        assert weights("stopped")[1]["kind"] == "pixelcnn"  # from the first stop on, there is something to sample from
+    assert "is finished after 3 steps" in train("--name", "stopped")
+    one, other = last("straight"), last("stopped")
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+    one, other = weights("straight")[0], weights("stopped")[0]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_stop_is_no_report(train, monkeypatch):
+    """Neither patience nor the choice of the best weights depends on how often a run was interrupted."""
+    worse = iter(range(100))
+    monkeypatch.setattr(pixelCNN, "validate", lambda *args: float(next(worse)))  # the first report is the best
+    states = {}
+    for name, stops in {"straight": 0, "stopped": 4}.items():
+        for _ in range(stops):
+            train("--name", name, "--steps", 5, "--report-every", 2, "--patience", 3, *ONE_STEP)
+        out = train("--name", name, "--steps", 5, "--report-every", 2, "--patience", 3)
+        assert "finished" not in out
+        states[name] = (last(name)["step"], last(name)["stale"], weights(name)[1]["step"])
+    assert states["straight"] == (5, 2, 2)
+    assert states["stopped"] == states["straight"]
+
+
+def test_patience_ends_a_run_with_its_best_weights_and_can_be_raised(train, monkeypatch):
+    """As the line that ends it says: raise --steps or --patience to go on."""
+    bits = iter([9.0, 8.0, *[8.5] * 100])
+    monkeypatch.setattr(pixelCNN, "validate", lambda *args: next(bits))
+    flags = ["--steps", 12, "--report-every", 1]
+    out = train(*flags, "--patience", 3)
+    assert "not improved for 3 reports" in out and "the same command continues" not in out
+    assert last()["step"] == 5 and last()["best"] == 8.0
+    assert weights()[1]["step"] == 2
+    out = train(*flags, "--patience", 3)
+    assert "finished after 5 steps; raise --steps or --patience" in out
+    assert "resumed at step 5" in train(*flags, "--patience", 5) and last()["step"] == 7
+
+
+def test_what_does_not_fit_is_one_line(train, start, run_main, phantom_folder, first_stage, tiny_sizes):
+    """No first stage, one without codes, another one on resume, and weights of another kind; nothing is written."""
+
+    def refused(*words, module=pixelCNN, flags=()):
+        status, _, errors = run_main(module, "--data", phantom_folder, *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
+
+    refused("there are no weights at vqvae", "python prestage_train.py")
+    vae = VAE(**tiny_sizes)
+    description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
+    util.save_weights(Path("model_ckpt/vae/model.safetensors"), vae.state_dict(), description)
+    refused("vae", "no codes", "--model vqvae", flags=["--first-stage", "vae"])
+    refused("vae", "pixelcnn", flags=["--sample", "--name", "vae"])
+    assert not Path("log").exists()
+
+    train(*ONE_STEP)
+    before = {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()}
+    refused("pixelcnn", "no first stage", flags=["--first-stage", "pixelcnn", "--name", "other"])
+    shutil.copy(first_stage, "codes.safetensors")
+    refused("--first-stage codes.safetensors", "contradicts", flags=["--first-stage", "codes.safetensors"])
+    refused("--layers 3", "contradicts", flags=["--first-stage", first_stage, "--layers", 3])
+    tensors, description = util.load_weights(first_stage)
+    keep = first_stage.read_bytes()
+    try:  # the same path, but trained further
+        util.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
+        status, _, errors = start()
+        assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
+    finally:
+        first_stage.write_bytes(keep)
+    assert {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()} == before and len(before) == 2
+    assert "resumed at step 1" in train()
+
+
+def test_one_file_is_enough_to_sample(train, run_main, monkeypatch, first_stage, tmp_path):
+    """The weights carry their first stage: elsewhere, without it and without the data, they draw the same brain."""
+    train("--sample", "--out", tmp_path / "here")
+    (tmp_path / "elsewhere/model_ckpt/mine").mkdir(parents=True)
+    shutil.copy("model_ckpt/pixelcnn/model.safetensors", tmp_path / "elsewhere/model_ckpt/mine")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(pixelCNN, "load_first_stage", None)
+    assert run_main(pixelCNN, "--sample", "--name", "mine")[0] == 0
+    for file in (tmp_path / "here").iterdir():
+        assert file.read_bytes() == (Path("mine_vis/samples") / file.name).read_bytes()
+
+
+def test_every_flag_is_read():
+    """A flag that nothing reads is a promise that nobody keeps."""
+    source = Path(pixelCNN.__file__).read_text() + Path(util.__file__).read_text()
+    assert set(vars(pixelCNN.flags().parse_args([]))) - set(re.findall(r"\bargs\.(\w+)", source)) == set()
+
+
+def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tmp_path):
+    """torchrun with gloo: one log, one checkpoint, one process speaks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    flags = ("--data", phantom_folder, "--first-stage", first_stage, *TINY)
+    done = run_script("pixelCNN.py", *flags, launcher=launcher, threads=1, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run pixelcnn:") == 1
+    assert util.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt")["step"] == 3

@@ -1,0 +1,339 @@
+"""Laws of stable_diffusion.py: a brain is a function of (seed, number), and what a run promises."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prestage_train
+import stable_diffusion
+import util
+from dataset import list_slices, load_slices
+from logger import read_log
+from model_diffusion import LatentDiffusion
+from model_VAE import VAE, load_first_stage, load_second_stage
+from stable_diffusion import BrainNoise, decode_brains, sample_latents
+
+CPU = torch.device("cpu")
+FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
+FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
+TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--blocks", "1", "--batch-size", "4"]
+ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is done
+
+
+def run_in(folder: Path, module, *flags) -> None:
+    """Runs a script in this process, working in `folder`; for fixtures that outlive one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, flags)])
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def first_stage(phantom_folder, tmp_path_factory) -> Path:
+    """The weights file of a VQ-VAE with latents of 4x6x7, trained for three steps. Read only."""
+    folder = tmp_path_factory.mktemp("first")
+    run_in(folder, prestage_train, "--data", phantom_folder, "--name", "codes", *FIRST)
+    return folder / "model_ckpt/codes/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def _trained(phantom_folder, first_stage, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("second")
+    run_in(folder, stable_diffusion, "--data", phantom_folder, "--first-stage", first_stage, *TINY)
+    return folder
+
+
+@pytest.fixture
+def trained(_trained, tmp_path, monkeypatch) -> Path:
+    """The working folder, with a copy of the run "diffusion", trained for three steps."""
+    shutil.copytree(_trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start(run_main, phantom_folder, first_stage):
+    """start("--steps", 3): runs the script on the tiny first stage; returns (exit status, stdout, stderr)."""
+    return lambda *flags: run_main(
+        stable_diffusion, "--data", phantom_folder, "--first-stage", first_stage, *TINY, *flags
+    )
+
+
+@pytest.fixture
+def train(start):
+    """train("--steps", 3): as start, but checks that it ends well, and returns what it printed."""
+
+    def run(*flags) -> str:
+        status, out, errors = start(*flags)
+        assert status == 0, errors
+        return out
+
+    return run
+
+
+def settings(*flags):
+    """What sample_latents reads, in float32."""
+    return stable_diffusion.flags().parse_args(["--precision", "fp32", *map(str, flags)])
+
+
+def differing(name: str, other: str) -> list[str]:
+    """Names of tensors in two runs' model.safetensors that are not the same to the last bit."""
+    a, b = (util.load_weights(Path(f"model_ckpt/{run}/model.safetensors"))[0] for run in (name, other))
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
+    """Draw after draw, in any batch; one draw serves its 32 slices, and other brains and seeds have others."""
+    together, alone = (BrainNoise(5, brains, (4, 6, 7), CPU) for brains in (range(3), range(2, 3)))
+    draws = []
+    for _ in range(3):
+        noise = together()
+        torch.manual_seed(0)  # nobody else's generator plays a part
+        assert noise.shape == (96, 4, 6, 7) and torch.equal(noise[64:], alone())
+        assert torch.equal(noise[:32], noise[:1].expand(32, -1, -1, -1))
+        draws += [noise[0], noise[32], noise[64]]
+    draws.append(BrainNoise(6, range(1), (4, 6, 7), CPU)()[0])
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
+    assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("flags", [[], ["--eta", 0.7], ["--sampler", "ddpm"]], ids=["ddim", "ddim eta", "ddpm"])
+def test_a_brain_is_the_same_in_any_batch(awaken, flags):
+    """Brain 1 drawn alone is the second half of a batch of two, at every step that is kept."""
+    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1, 2), "blocks": 1, "T": 12}
+    model, args = awaken(LatentDiffusion(**sizes).eval()), settings("--sample-steps", 8, "--seed", 3, *flags)
+    both, alone = (sample_latents(model, brains, args, CPU) for brains in (range(2), range(1, 2)))
+    assert len(both) == len(alone) == (12 if "ddpm" in flags else 8)
+    assert torch.allclose(torch.stack(both)[:, 32:], torch.stack(alone), atol=1e-4)
+    assert (both[-1][:32] - alone[-1]).abs().max() > 0.1
+    assert (alone[-1][0] - alone[-1][31]).abs().max() > 1e-3  # one noise, and yet z tells slices apart
+    other = sample_latents(model, range(1, 2), settings("--sample-steps", 8, "--seed", 4, *flags), CPU)
+    assert (other[-1] - alone[-1]).abs().max() > 0.1
+
+
+def test_samplers_are_told_apart(awaken):
+    """Every sampling flag changes the brain."""
+    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1, 2), "blocks": 1, "T": 12}
+    model = awaken(LatentDiffusion(**sizes).eval())
+    brains = [
+        sample_latents(model, range(1), settings(*flags), CPU)[-1]
+        for flags in (
+            ["--sample-steps", 8],
+            ["--sample-steps", 12],
+            ["--sample-steps", 12, "--eta", 0.5],
+            ["--sampler", "ddpm"],
+        )
+    ]
+    assert all((a - b).abs().max() > 1e-3 for n, a in enumerate(brains) for b in brains[:n])
+    ancestral = sample_latents(model, range(1), settings("--sample-steps", 12, "--eta", 1), CPU)[-1]
+    assert torch.allclose(ancestral, brains[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 23, 24, 50, 120])
+def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
+    """At most 51 latents, first and last step among them."""
+    sizes = {"latent_shape": (2, 2, 2), "channels": 8, "channel_multipliers": (1,), "blocks": 1, "T": 120}
+    model, seen = awaken(LatentDiffusion(**sizes).eval()), []
+    denoise = model.denoise
+
+    def watched(x, t, z):
+        seen.append((x, denoise(x, t, z)[0]))
+        return denoise(x, t, z)
+
+    model.denoise = watched
+    path = sample_latents(model, range(1), settings("--sample-steps", steps), CPU)
+    assert len(seen) == steps and min(steps, 24) <= len(path) <= 51
+    assert torch.equal(path[-1], seen[-1][1])  # the sample is what the last step makes of its x,
+    assert all(any(torch.equal(x, y) for y, _ in seen[1:]) for x in path[:-1])  # and the way there is those x
+
+
+# ------------------------------------------------------------------------------------------------------ what a run does
+
+
+def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
+    """Weights that carry their first stage, a description, a log that reads, pictures."""
+    model, inside, description = load_second_stage("diffusion", LatentDiffusion, "cpu")
+    assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
+    expected = load_first_stage(first_stage)
+    assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
+    run = json.loads(Path("log/diffusion/run.json").read_text())
+    assert run["script"] == "stable_diffusion.py" and run["settings"]["preset"] == "demo"
+    assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    log = read_log(Path("log/diffusion"))
+    assert [line["step"] for line in log if "train/loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in log if "validate/loss" in line] == [2, 3]
+    assert {path.name for path in Path("diffusion_vis").iterdir()} == {"sample_000002.png", "sample_000003.png"}
+
+
+def test_sampling_writes_a_sheet_and_32_slices_per_brain_and_the_gif(trained, run_main):
+    """In the form that dataset.py reads; each brain is the one that its number and the seed stand for."""
+    # Untrained, v = 0 leaves x nearly where it is; fresh noise moves it, and a GIF holds equal frames but once.
+    flags = ["--seed", 5, "--sample-steps", 12, "--eta", 1]
+    status, out, errors = run_main(stable_diffusion, "--sample", "--brains", 2, "--precision", "fp32", *flags)
+    assert status == 0 and "trained for 3 steps" in out, errors
+    samples = Path("diffusion_vis/samples")
+    assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(32)]
+    slices = load_slices(samples, "test", 64).images.numpy().reshape(2, 32, 64, 64)
+    model, first_stage, _ = load_second_stage("diffusion", LatentDiffusion, CPU)
+    args = settings(*flags)
+    alone = sample_latents(model, range(1, 2), args, CPU)
+    assert np.array_equal(slices[1], decode_brains(first_stage, alone[-1])[0])
+    both = sample_latents(model, range(2), args, CPU)
+    assert torch.allclose(both[-1][32:], alone[-1], atol=1e-4)
+    assert not np.array_equal(slices[0], slices[1])
+    for i in range(2):
+        sheet = np.asarray(Image.open(samples / f"brain_{i:03d}.png").convert("L"))
+        height, width = (sheet.shape[0] - 26) // 4, (sheet.shape[1] - 4) // 8
+        for z in (0, 13, 31):  # every second pixel of the sheet is one of the slice's, doubled
+            top, left = 26 + z // 8 * height, 4 + z % 8 * width
+            assert np.array_equal(sheet[top : top + 128 : 2, left : left + 128 : 2], slices[i, z])
+    with Image.open(samples / "process.gif") as gif:
+        assert 5 < gif.n_frames <= 51 and gif.size == (4 * 64, 64)
+    assert (samples / "process.gif").stat().st_size < 3_000_000
+
+
+def test_sample_trains_first_if_nothing_was_trained(train):
+    """One command from a first stage to pictures, wherever they are to go."""
+    out = train("--sample", "--out", "mine", "--sample-steps", 6)
+    assert "training it first" in out and "step 3 " in out
+    assert len(list_slices(Path("mine"), "test")) == 32 and not Path("diffusion_vis/samples").exists()
+
+
+def test_training_lowers_the_loss_of_brains_never_seen(train):
+    """With validation at fixed noise and steps, so that two reports can be compared."""
+    train("--steps", 60, "--report-every", 30, "--learning-rate", 0.01, "--batch-size", 8)
+    loss = [line["validate/loss"] for line in read_log(Path("log/diffusion")) if "validate/loss" in line]
+    assert len(loss) == 2 and loss[1] < 0.95 * loss[0]
+
+
+def test_validation_is_a_function_of_the_model(awaken):
+    """Whatever the state of the generator; and it has the fixed steps spread over the whole process."""
+    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1,), "blocks": 1}
+    model, seen = awaken(LatentDiffusion(**sizes).eval()), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    latents, z, losses = torch.randn(100, 4, 6, 7), torch.arange(100) % 32, []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.append(stable_diffusion.validate(model, latents, z, CPU, "fp32"))
+    assert losses[0] == losses[1] > 0
+    t = torch.cat(seen[: len(seen) // 2])
+    assert len(t) == 100 and t.min() == 0 and t.max() == 999 and t.diff().max() < 12
+
+
+@pytest.mark.parametrize("flags", [[], ["--schedule", "linear", "--prediction", "eps"]], ids=["v", "eps, linear"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
+    """Stopped after every single step, with everything else that happens at a stop in between."""
+    assert "stopped" not in train("--name", "straight", *flags)
+    for step in range(1, 4):
+        out = train("--name", "stopped", *flags, *ONE_STEP)
+        assert (f"stopped after {step} of 3 steps" in out) == (step < 3)
+        assert (f"resumed at step {step - 1}" in out) == (step > 1)
+    assert differing("straight", "stopped") == []
+    one, other = (util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt")) for name in ("straight", "stopped"))
+    assert one["step"] == 3 and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert "has its 3 steps; raise --steps" in train("--name", "stopped", *flags)
+    assert "resumed at step 3" in train("--name", "straight", *flags, "--steps", 4)
+
+
+def test_a_limit_of_one_start_is_not_the_next_one_s(train):
+    """Without --minutes there is no limit, as its help says, though an earlier start of the run had one."""
+    assert "stopped after 1 of 3 steps" in train(*ONE_STEP)
+    assert "stopped" not in train()
+
+
+def test_a_stop_right_after_a_report_does_not_report_again(train):
+    """Every report is one line of the log, wherever the run was stopped."""
+    for _ in range(3):
+        train("--report-every", 1, *ONE_STEP)
+    lines = [line for line in read_log(Path("log/diffusion")) if "validate/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_weights_follow_from_the_seed_alone(train):
+    """Reports, pictures and checkpoints in between leave no trace; another seed is another run."""
+    for name, flags in {"a": [], "b": ["--report-every", 1], "c": ["--seed", 1]}.items():
+        train("--name", name, *flags)
+    assert differing("a", "b") == []
+    assert any(name.startswith("prior.unet") for name in differing("a", "c"))
+
+
+def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder, first_stage, tiny_sizes):
+    """No first stage, another one on resume, weights of another kind, a setting that differs; nothing is written."""
+    before = {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()}
+
+    def refused(*words, flags):
+        status, _, errors = run_main(stable_diffusion, "--data", phantom_folder, *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
+
+    refused("there are no weights at vqvae", "python prestage_train.py", flags=["--name", "new"])
+    refused("there are no weights at gone", "python prestage_train.py", flags=["--first-stage", "gone"])
+    refused("diffusion", "no first stage", flags=["--first-stage", "diffusion", "--name", "new"])
+    description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
+    util.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
+    refused("is a vae, no diffusion", flags=["--sample", "--name", "vae"])
+    refused("--first-stage vae", "contradicts", flags=["--first-stage", "vae"])
+    refused("--prediction eps", "contradicts", flags=["--first-stage", first_stage, "--prediction", "eps"])
+    refused("--sample-steps 1001", "1000", flags=["--sample", "--sample-steps", 1001])
+    Path("broken.safetensors").write_bytes(first_stage.read_bytes()[:-99])
+    refused("broken.safetensors", flags=["--first-stage", "broken.safetensors", "--name", "new"])
+
+    tensors, description = util.load_weights(first_stage)
+    keep = first_stage.read_bytes()
+    try:  # the same path, but trained further
+        util.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
+        status, _, errors = start("--steps", 4)
+        assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
+    finally:
+        first_stage.write_bytes(keep)
+    assert {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()} == before and len(before) == 2
+    assert not Path("log/new").exists() and not Path("model_ckpt/new").exists()
+    assert "resumed at step 3" in start("--steps", 4)[1]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint(trained, start, monkeypatch):
+    """It names the step and what to do."""
+    before = {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()}
+    forward = LatentDiffusion.forward
+    monkeypatch.setattr(LatentDiffusion, "forward", lambda self, *args: forward(self, *args) * torch.nan)
+    status, _, errors = start("--steps", 5)
+    assert status == 2 and len(errors.splitlines()) == 1 and "loss became nan at step 3" in errors
+    assert {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()} == before
+
+
+def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
+    """The weights carry their first stage: elsewhere, without it and without the data, they draw the same brain."""
+    assert run_main(stable_diffusion, "--sample", "--sample-steps", 6, "--out", "here")[0] == 0
+    Path("elsewhere/model_ckpt/mine").mkdir(parents=True)
+    shutil.copy("model_ckpt/diffusion/model.safetensors", "elsewhere/model_ckpt/mine")
+    monkeypatch.chdir("elsewhere")
+    monkeypatch.setattr(stable_diffusion, "load_first_stage", None)
+    assert run_main(stable_diffusion, "--sample", "--sample-steps", 6, "--name", "mine")[0] == 0
+    here, there = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (trained / "here", Path("mine_vis/samples")))
+    assert len(here) == 32 + 2 and here == there
+
+
+def test_every_flag_is_read():
+    """A flag that nothing reads is a promise that nobody keeps."""
+    source = Path(stable_diffusion.__file__).read_text() + Path(util.__file__).read_text()
+    assert set(vars(stable_diffusion.flags().parse_args([]))) - set(re.findall(r"\bargs\.(\w+)", source)) == set()
+
+
+def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tmp_path):
+    """torchrun with gloo: one log, one checkpoint, one process speaks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    flags = ("--data", phantom_folder, "--first-stage", first_stage, *TINY)
+    done = run_script("stable_diffusion.py", *flags, launcher=launcher, threads=1, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run diffusion:") == 1 and done.stdout.count("step 3 ") == 1
+    assert util.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt")["step"] == 3
