@@ -274,8 +274,8 @@ def validate(model: PixelCNN, codes: Tensor, z: Tensor, device: torch.device, pr
         return float(torch.cat([model.bits(a, b) for a, b in zip(codes.split(32), z.split(32), strict=True)]).mean())
 
 
-def train(args: argparse.Namespace, typed: dict) -> None:
-    """Trains, or resumes, the run args.name."""
+def train(args: argparse.Namespace, typed: dict) -> bool:
+    """Trains, or resumes, the run args.name. Returns whether it is finished, and not stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
     first_stage = load_first_stage(args.first_stage, device)
@@ -328,7 +328,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     run = util.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:
         print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
-        return
+        return True
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     weights = checkpoint.with_name("model.safetensors")
@@ -388,8 +388,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     print(f"weights: {weights}   log: {logger.folder}   pictures: {logger.pictures}")
     if math.isfinite(best):
         print(f"best on validate: {best:.0f} bits per image, against {first_stage.fixed_bits:.0f} at fixed length")
-    if step + 1 < args.steps and stale < args.patience:
+    finished = step + 1 == args.steps or stale >= args.patience
+    if not finished:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
+    return finished
 
 
 def main() -> None:
@@ -398,9 +400,8 @@ def main() -> None:
     trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
     if args.sample and not trained:
         print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    if not args.sample or not trained:
-        train(args, typed)
-    if args.sample:
+    finished = train(args, typed) if not (args.sample and trained) else True
+    if args.sample and finished:
         sample(args)
 
 

@@ -158,8 +158,8 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.d
     return float(torch.cat(losses).mean())
 
 
-def train(args: argparse.Namespace, typed: dict) -> None:
-    """Trains, or resumes, the run args.name."""
+def train(args: argparse.Namespace, typed: dict) -> bool:
+    """Trains, or resumes, the run args.name. Returns whether it is finished, and not stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
     first_stage = load_first_stage(args.first_stage, device)
@@ -212,7 +212,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     )
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
-        return
+        return True
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
@@ -265,8 +265,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         logger.flush(step + 1)
         save(step + 1)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
-    if step + 1 < args.steps:
+    finished = step + 1 == args.steps
+    if not finished:
         print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
+    return finished
 
 
 def main() -> None:
@@ -275,9 +277,8 @@ def main() -> None:
     trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
     if args.sample and not trained:
         print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    if not args.sample or not trained:
-        train(args, typed)
-    if args.sample:
+    finished = train(args, typed) if not (args.sample and trained) else True
+    if args.sample and finished:
         sample(args)
 
 
