@@ -22,11 +22,11 @@ demo: $(VENV)/installed
 	mkdir -p demo
 	cd demo && unset OASIS_DATA && \
 	$(RUN)/prestage_train.py --model vqvae --preset demo && \
-	$(RUN)/stable_diffusion.py --preset demo --sample --brains 2 && \
-	$(RUN)/pixelCNN.py --preset demo --sample --brains 2 && \
+	$(RUN)/stable_diffusion.py --preset demo && $(RUN)/stable_diffusion.py --sample --brains 2 && \
+	$(RUN)/pixelCNN.py --preset demo && $(RUN)/pixelCNN.py --sample --brains 2 && \
 	$(RUN)/dataset.py data/phantom && \
 	$(RUN)/evaluate.py --reconstruction vqvae && \
-	$(RUN)/logger.py log
+	MPLBACKEND=agg $(RUN)/logger.py log
 	@echo
 	@echo "The demo's pictures:"
 	@echo "  phantom slices                     demo/check_vis/contact_sheet.png"

@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +35,7 @@ from util import UserError
 SPLITS = ("train", "validate", "test")
 SLICES_PER_CASE = 32
 MASK_VALUES = (0, 85, 170, 255)
+PHANTOM = Path("data/phantom")
 PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
 # Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
 # pixels around them for augmentation; at 64 and 128 pixels the same box scaled down.
@@ -57,23 +59,30 @@ def to_uint8(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def find_data(flag: str | None) -> Path:
-    """The data folder of --data, else $OASIS_DATA, else data/keras_png_slices_data, else the phantom; says which."""
+def locate_data(flag: str | None) -> tuple[Path, str]:
+    """(folder, what named it) of --data, else $OASIS_DATA, else data/keras_png_slices_data, else the phantom."""
+    named = [(flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA")]
+    for folder, source in named:
+        if folder:
+            return _inner(Path(folder)), source
     usual = Path("data/keras_png_slices_data")
-    for folder, source in ((flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA"), (usual, "the usual place")):
-        if folder and (source != "the usual place" or usual.is_dir()):
-            print(f"data: {folder} ({source})")
-            return _inner(Path(folder))
-    folder = Path("data/phantom")
-    print(f"data: the built-in phantom in {folder}; for real brains put OASIS at {usual}, or use --data or $OASIS_DATA")
-    if not folder.is_dir():
-        write_phantom(folder, PHANTOM_CASES)
+    return (usual, "the usual place") if usual.is_dir() else (PHANTOM, "the built-in phantom")
+
+
+def find_data(flag: str | None) -> Path:
+    """The data folder of locate_data; says which it is, and draws the phantom if that is asked and not there yet."""
+    folder, source = locate_data(flag)
+    print(f"data: {folder} ({source})")
+    if folder == PHANTOM:
+        print("for real brains put OASIS at data/keras_png_slices_data, or use --data FOLDER or $OASIS_DATA")
+        if not folder.is_dir():
+            write_phantom(folder, PHANTOM_CASES)
     return folder
 
 
 def is_phantom(folder: Path) -> bool:
     """Whether write_phantom made the folder."""
-    return (folder / "PHANTOM.txt").is_file()
+    return folder == PHANTOM or (folder / "PHANTOM.txt").is_file()
 
 
 def _inner(folder: Path) -> Path:
@@ -142,13 +151,16 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
         first += number
     try:
         temporary.mkdir(parents=True)
-        with ProcessPoolExecutor(processes) as pool:
+        # on Ctrl-C this process cleans up; the workers need not complain too
+        with ProcessPoolExecutor(
+            processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool:
             list(pool.map(_write_phantom_case, jobs, chunksize=4))
         (temporary / "PHANTOM.txt").write_text(f"Generated heads, no real brains. Seed {seed}, cases {cases}.\n")
         try:
             temporary.rename(folder)
         except OSError:
-            if not is_phantom(folder):  # else another process finished first, with the same pictures
+            if not (folder / "PHANTOM.txt").is_file():  # else another process finished first, with the same pictures
                 raise UserError(f"{folder} exists already; remove it or name a new folder for the phantom") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -254,12 +266,15 @@ def _cached(folder: Path, split: str, kind: str, files: list[tuple[int, int, Pat
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}.npy")
         try:
-            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), image_size, image_size))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_size, image_size)}
             resize = _area_resize if kind == "case" else _centre_resize
-            for n, (_, _, path) in enumerate(files):
-                pixels[n] = resize(read_png(path), image_size, path)
-            _refuse_swapped(pixels, kind, folder)
-            pixels.flush()
+            with open(
+                temporary, "wb"
+            ) as file:  # in sequence: a full disk is an error here, and a crash in a memory map
+                np.lib.format.write_array_header_1_0(file, header)
+                for _, _, path in files:
+                    file.write(resize(read_png(path), image_size, path).tobytes())
+            _refuse_swapped(np.load(temporary, mmap_mode="r"), kind, folder)
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
@@ -322,7 +337,7 @@ def random_affine(
 def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Reads every file once. Returns (report lines, problems); no problems means the folder can be trained on."""
     report, problems, cases_of = [], [], {}
-    for split in SPLITS:
+    for split in _splits(folder):
         try:
             files = list_slices(folder, split)
         except UserError:
@@ -343,10 +358,12 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
             f"{len(files) / len(cases_of[split]):.1f} slices per case"
         )
         if images:
-            pixels = np.stack([i for i in images if i.shape == images[0].shape])
+            count, grey = sum(np.bincount(i.ravel(), minlength=256) for i in images), np.arange(256)
+            mean = float((count * grey).sum() / count.sum())
+            sd = float((count * (grey - mean) ** 2).sum() / count.sum()) ** 0.5
             report.append(
-                f"  brightness: mean {pixels.mean():.1f}, sd {pixels.std():.1f}, black {np.mean(pixels == 0):.0%}, "
-                f"maximum 255 in {np.mean(pixels.max((1, 2)) == 255):.0%} of the slices"
+                f"  brightness: mean {mean:.1f}, sd {sd:.1f}, black {count[0] / count.sum():.0%}, "
+                f"maximum 255 in {np.mean([i.max() == 255 for i in images]):.0%} of the slices"
             )
             if lit and all(np.isin(i, MASK_VALUES).all() for i in lit[:: max(1, len(lit) // 32)]):
                 problems.append(
@@ -354,7 +371,7 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
                 )
             if len(lit) < len(images):
                 problems.append(f"{split}: {len(images) - len(lit)} images are entirely black")
-            if len(sizes) > 1 or pixels.shape[1] != pixels.shape[2]:
+            if len(sizes) > 1 or images[0].shape[0] != images[0].shape[1]:
                 problems.append(f"{split}: images should be squares of one size, not {dict(sizes)}")
         problems += _some(f"{split}: missing", missing) + _some(f"{split}: double or out of 0..31", extra)
         problems += _some(f"{split}: unreadable", unreadable) + _some(f"{split}: identical pictures", copies)
@@ -364,6 +381,11 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     for (a, in_a), (b, in_b) in itertools.combinations(cases_of.items(), 2):
         problems += _some(f"cases in both {a} and {b}", [str(c) for c in sorted(in_a & in_b)])
     return report, problems
+
+
+def _splits(folder: Path) -> tuple[str, ...]:
+    """The splits to look for; a folder of bare slices, such as samples, counts as one."""
+    return SPLITS if any(folder.glob("keras_png_slices_*")) else ("train",)
 
 
 def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list[str]]:
@@ -417,7 +439,7 @@ def _some(what: str, items: list[str]) -> list[str]:
 def contact_sheet(folder: Path) -> Image.Image:
     """A row for each of up to six cases, spread over the splits, at z = 0, 5, .. 30; anterior is to the right."""
     rows, names, wanted = [], [], range(0, SLICES_PER_CASE, 5)
-    for split in SPLITS:
+    for split in _splits(folder):
         try:
             at = {(case, z): path for case, z, path in list_slices(folder, split)}
         except UserError:
@@ -425,9 +447,13 @@ def contact_sheet(folder: Path) -> Image.Image:
         cases = sorted({case for case, _ in at})
         for case in [cases[0], cases[len(cases) // 2]][: len(cases)]:
             row = [read_png(at[case, z]) if (case, z) in at else None for z in wanted]
-            shape = next(image.shape for image in row if image is not None)
+            shape = next((image.shape for image in row if image is not None), None)
+            if shape is None:
+                continue
             rows.append(np.stack([np.zeros(shape, np.uint8) if image is None else image for image in row]))
             names.append(f"{split} {case}")
+    if not rows:
+        raise UserError("there is no slice to show")
     captions = [f"z = {z}" for _ in rows for z in wanted]
     return util.sheet(
         rows,
@@ -439,7 +465,8 @@ def contact_sheet(folder: Path) -> Image.Image:
 
 def main() -> None:
     parser = util.plain_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="the folder that holds keras_png_slices_train and its fellows")
+    parser.add_argument("folder", type=Path, nargs="?", help="holds keras_png_slices_train and its fellows; "
+                        "default: the data that training would take")  # fmt: skip
     parser.add_argument("--phantom", action="store_true", help="write generated heads into FOLDER, which must be new")
     parser.add_argument(
         "--cases",
@@ -449,7 +476,7 @@ def main() -> None:
         default=list(PHANTOM_CASES.values()),
         help="phantom cases in train, validate and test (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom (default: %(default)s)")
+    parser.add_argument("--seed", type=util.seed, default=0, help="of the phantom (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -458,18 +485,19 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.phantom:
+        if args.folder is None:
+            raise UserError("--phantom needs a folder to write to, which must be new")
         if args.folder.exists():
             raise UserError(f"{args.folder} exists already; name a new folder for the phantom")
         write_phantom(args.folder, dict(zip(SPLITS, args.cases)), args.seed)
-    folder = _inner(args.folder)
+    folder = _inner(args.folder) if args.folder else find_data(None)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_train")
     print(f"check-up of {folder}{' (the phantom)' if is_phantom(folder) else ''}: reading every file ...", flush=True)
     report, problems = check_folder(folder)
     print("\n".join(report))
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(folder).save(args.out)
+        util.save_picture(args.out, contact_sheet(folder))
         print(f"contact sheet: {args.out}")
     except (UserError, ValueError) as error:
         problems.append(f"no contact sheet: {error}")

@@ -87,7 +87,7 @@ def score_reconstruction(model: VAE | VQVAE, data: Slices, device: torch.device,
         else:
             x_hat = model.decode(model.encode(x, z), z)
             mean, log_variance = model.posterior(x, z)
-            kl += float(0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()) / math.log(2)
+            kl += float(model.kl_bits(mean, log_variance).sum())
         masks = data.masks[index] if data.masks is not None else None
         scores.append(slice_scores(to_uint8(x_hat)[:, 0].cpu(), data.images[index].cpu(), masks))
     _, h, w = model.latent_shape
@@ -273,19 +273,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder of the weights")
     args = parser.parse_args()
     device = util.pick_device(args.device)
-    path = util.find_weights(args.reconstruction, f"python prestage_train.py --name {args.reconstruction}")
-    model = load_first_stage(path, device)
+    model = load_first_stage(args.reconstruction, device)
     folder = find_data(args.data)
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
     result = score_reconstruction(model, data, device)
-    price = {"bits": result["fixed_bits"]} if "fixed_bits" in result else {"bits": result["kl_bits"]}
-    rows = [{"codec": f"{model.kind} ({path})", **price, **result}]
+    price = {"bits": result["fixed_bits"]} if "fixed_bits" in result else {}  # a VAE's mean is real-valued
+    path = Path(model.description["path"])
+    rows = [{"codec": f"{model.kind} ({args.reconstruction})", **price, **result}]
     if args.floors:
         rows += score_floors(model.cpu(), load_slices(folder, "train", model.image_size), data)
     out = args.out or path.parent
     report = {"weights": str(path), "data": data.describe(), "result": result, "rows": rows}
     util.write_file(out / f"reconstruction_{args.split}.json", json.dumps(report, indent=2).encode())
-    draw(rows, result, args.split).savefig(out / f"reconstruction_{args.split}.png", dpi=110)
+    util.save_picture(out / f"reconstruction_{args.split}.png", draw(rows, result, args.split))
     print(table(rows))
     print("  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int)))
     print(f"scores: {out}/reconstruction_{args.split}.json and .png")

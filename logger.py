@@ -9,6 +9,7 @@ steps done), seconds (of training, over all starts), images_per_second and any s
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -21,15 +22,16 @@ from util import UserError
 UNITS = {
     "learning_rate": "learning rate",
     "images_per_second": "images / s",
-    "validate/psnr": "validate PSNR, dB",
+    "train/kl": "train KL, bits per image",
+    "train/bits": "train bits per image",
+    "validate/bits": "validate bits per image",
+    "validate/best_bits": "validate bits per image, best so far",
     "validate/ssim": "validate SSIM",
     "validate/brain_ssim": "validate brain SSIM",
-    "validate/bits": "validate bits per image",
-    "train/bits": "train bits per image",
-    "train/kl": "KL, bits per image",
-    "validate/kl": "validate KL, bits per image",
-    "validate/perplexity": "codebook perplexity",
-    "validate/usage": "share of codes in use",
+    "validate/psnr": "validate PSNR, dB",
+    "validate/perplexity": "validate codebook perplexity",
+    "validate/usage": "validate share of codes in use",
+    "weight/kl": "weight of the KL in bits per image",
 }
 
 
@@ -46,15 +48,15 @@ class Logger:
     def __init__(self, name: str, run: dict, *, step: int, every: int, quiet: bool = False):
         self.folder, self.pictures = Path("log") / name, Path(f"{name}_vis")
         self.every, self.quiet = every, quiet
-        self.steps, self.images, self.sums = 0, 0, {}
+        self.images, self.sums, self.counts = 0, {}, Counter()
         if quiet:
             return
         kept = [line for line in read_log(self.folder) if line["step"] <= step] if step else []
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pictures.mkdir(parents=True, exist_ok=True)
-        util.write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
         util.write_file(self.folder / "run.json", json.dumps(run, indent=2).encode())
+        util.write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.began = time.monotonic()
 
     def add(self, step: int, scalars: dict[str, Tensor | float], images: int) -> None:
@@ -64,18 +66,19 @@ class Logger:
         for name, value in scalars.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps, self.images = self.steps + 1, self.images + images
+            self.counts[name] += 1
+        self.images += images
         if step % self.every == 0:
             self.flush(step)
 
     def flush(self, step: int) -> None:
         """Writes the means of the steps since the last line, if any."""
-        if self.quiet or not self.steps:
+        if self.quiet or not self.images:
             return
         self._tick()
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         self._write(step, images_per_second=round(self.images / max(self.elapsed, 1e-9), 2), **means)
-        self.steps, self.images, self.sums = 0, 0, {}
+        self.images, self.sums, self.counts = 0, {}, Counter()
 
     def report(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a line of its own, such as a validation, and prints it. Its time does not count as training."""
@@ -90,7 +93,7 @@ class Logger:
         """Saves NAME_vis/name.png and returns the path."""
         path = self.pictures / f"{name}.png"
         if not self.quiet:
-            image.save(path)
+            util.save_picture(path, image)
         return path
 
     def pause(self) -> None:
@@ -116,11 +119,15 @@ def read_log(folder: Path) -> list[dict]:
         raise UserError(f"{folder} has no metrics.jsonl; give the log folder of a run, such as log/vqvae")
     lines = path.read_text().splitlines()
     try:
-        return [json.loads(line) for line in lines[:-1]] + [
-            json.loads(line) for line in lines[-1:] if line.endswith("}")
+        records = [json.loads(line) for line in lines[:-1]] + [
+            json.loads(line) for line in lines[-1:] if line[-1:] == "}"
         ]
-    except ValueError as error:
-        raise UserError(f"{path} holds a line that is no JSON ({error}); remove that line") from None
+        valid = all({"step", "seconds"} < record.keys() for record in records)
+    except (ValueError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} holds lines that are no reports of ours; remove them, or give another folder")
+    return records
 
 
 def smooth(values: list[float], weight: float) -> list[float]:
@@ -195,13 +202,13 @@ def main() -> None:
         inner = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         folders += inner if inner and not (folder / "metrics.jsonl").exists() else [folder]
     runs = {str(folder): read_log(folder) for folder in folders}
-    for name, lines in runs.items():
-        if not lines:
-            raise UserError(f"{name}/metrics.jsonl is empty: no report was written yet; train longer")
+    for name in [name for name, lines in runs.items() if not lines]:
+        print(f"{name}/metrics.jsonl is empty: no report was written yet")
+        del runs[name]
+    if not runs:
+        raise UserError(f"nothing to draw in {', '.join(map(str, args.log_dirs))}; train longer")
     out = args.out or args.log_dirs[0] / "curves.png"
-    figure = draw_curves(runs, args.x, args.smooth)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    util.save_picture(out, draw_curves(runs, args.x, args.smooth))
     for name, lines in runs.items():
         print(f"{name}: {lines[-1]['step']} steps in {lines[-1]['seconds']:.0f} s")
     print(f"curves: {out}")

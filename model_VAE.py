@@ -127,7 +127,9 @@ class VectorQuantizer(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """int64 [N]: the code nearest to each of float32 [N, dim] in Euclidean distance."""
         codes = self.codebook
-        return (codes.square().sum(1) - 2 * vectors @ codes.T).argmin(1)  # |v|^2 is the same for every code
+        with torch.autocast(vectors.device.type, enabled=False):
+            parts = vectors.float().split(65_536)  # k-means asks for more than memory likes at once
+            return torch.cat([(codes.square().sum(1) - 2 * v @ codes.T).argmin(1) for v in parts])  # without |v|^2
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Codes [B, dim, h, w] of int64 idx [B, h, w]."""
@@ -166,6 +168,8 @@ class VectorQuantizer(nn.Module):
         dead = self.count < self.revive_below
         if dead.any():  # averages too start anew, or the next update would undo the revival
             chosen = vectors[torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)]
+            if dist.is_initialized():
+                dist.broadcast(chosen, 0)
             self.codebook.data[dead] = chosen
             self.count[dead] = 2 * self.revive_below
             self.total[dead] = 2 * self.revive_below * chosen
@@ -219,6 +223,10 @@ class Autoencoder(nn.Module):
         height, width = self.box[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"box of {height}x{width} pixels is not divisible by the factor {self.factor}")
+        if latent_channels > self.factor**2:
+            raise ValueError(
+                f"{latent_channels} latent channels are more than the {self.factor**2} pixels they stand for"
+            )
         self.latent_shape = (latent_channels, height // self.factor, width // self.factor)
         embedding_dim = 2 * channels
         self.embed_z = Embedding(embedding_dim)
@@ -315,15 +323,16 @@ class VAE(Autoencoder):
         residual, log_variance = out.chunk(2, dim=1)
         return (linear + residual).float(), log_variance.float().clamp(-30, 20)
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box of a posterior sample, and {"kl": bits per image}.
+    @staticmethod
+    def kl_bits(mean: Tensor, log_variance: Tensor) -> Tensor:
+        """KL(q || N(0, 1)) of each image, [B]: (mu^2 + s^2 - 1 - log s^2) / 2 nats per number (ibid., appendix B)."""
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)) / math.log(2)
 
-        KL(N(mu, s^2) || N(0, 1)) = (mu^2 + s^2 - 1 - log s^2) / 2 nats per number (ibid., appendix B).
-        """
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstructed box of a posterior sample, and {"kl": mean bits per image}."""
         mean, log_variance = self.posterior(x, z)
         latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
-        return self._decode(latent, z), {"kl": nats / math.log(2)}
+        return self._decode(latent, z), {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised posterior mean, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -401,11 +410,11 @@ MODELS = {model.kind: model for model in (VAE, VQVAE)}
 
 def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> VAE | VQVAE:
     """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`."""
-    path = util.find_weights(run, f"python prestage_train.py --name {run}")
+    path = util.find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
     weights, description = util.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
-    description["digest"] = util.digest_of(weights)
+    description |= {"digest": util.digest_of(weights), "path": str(path)}
     return build_first_stage(description, weights, path).to(device)
 
 
@@ -431,7 +440,7 @@ def load_second_stage(
     run: str | Path, model_class: type, device: torch.device | str
 ) -> tuple[nn.Module, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
-    path = util.find_weights(run, f"the script of {model_class.kind} models, --name {run}")
+    path = util.find_weights(run, f"python {model_class.script} --name {run}")
     weights, description = util.load_weights(path)
     if description["kind"] != model_class.kind:
         raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")

@@ -110,7 +110,7 @@ class LatentDiffusion(nn.Module):
         T: number of steps of the forward process.
     """
 
-    kind = "diffusion"
+    kind, script = "diffusion", "stable_diffusion.py"
 
     def __init__(
         self,

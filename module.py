@@ -38,18 +38,17 @@ class ResBlock(nn.Module):
     The embedding [B, embedding_dim], of z or of time and z, is added to every position after the first convolution.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, dropout: float = 0.0):
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int):
         super().__init__()
         self.norm1, self.conv1 = norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.embed = nn.Linear(embedding_dim, channels_out)
         self.norm2, self.conv2 = norm(channels_out), zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.embed(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 
 
@@ -58,7 +57,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()
-        self.heads = max(1, channels // head_channels)
+        self.heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
         self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.project = zero(nn.Conv2d(channels, channels, 1))
 

@@ -82,7 +82,7 @@ class PixelCNN(nn.Module):
         channels, layers, kernel, dropout: of the stacks; kernel is odd.
     """
 
-    kind = "pixelcnn"
+    kind, script = "pixelcnn", "pixelCNN.py"
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ def sample(args: argparse.Namespace) -> None:
         slices = decode_codes(first_stage, idx)
         write_slices(out, i, slices)
         title = f"sampled brain {i}: seed {args.seed}, PixelCNN, temperature {args.temperature}, one noise for all z"
-        util.brain_sheet(slices, title).save(out / f"brain_{i:03d}.png")
+        util.save_picture(out / f"brain_{i:03d}.png", util.brain_sheet(slices, title))
         print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
@@ -274,16 +274,16 @@ def validate(model: PixelCNN, codes: Tensor, z: Tensor, device: torch.device, pr
         return float(torch.cat([model.bits(a, b) for a, b in zip(codes.split(32), z.split(32), strict=True)]).mean())
 
 
-def train(args: argparse.Namespace, typed: dict) -> bool:
-    """Trains, or resumes, the run args.name. Returns whether it is finished, and not stopped on the way."""
+def train(args: argparse.Namespace, typed: dict) -> None:
+    """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
+    args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     first_stage = load_first_stage(args.first_stage, device)
     if not isinstance(first_stage, VQVAE):
         raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
                         "python prestage_train.py --model vqvae, or use stable_diffusion.py")  # fmt: skip
     folder = find_data(args.data)
-    args = util.open_run(SCRIPT, args, typed, first_stage.description["preset"])
     print(
         f"run {args.name}: PixelCNN on the codes of {args.first_stage}, preset {args.preset}, at most {args.steps} "
         f"steps of {args.batch_size} grids on {util.describe_device(device)}"
@@ -311,7 +311,7 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start, best, stale = 0, math.inf, 0
     if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint)
+        state = util.load_checkpoint(checkpoint, SCRIPT)
         start, best, stale = state["step"], state["best"], state["stale"]
         util.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
         util.fill_model(model, state["model"], checkpoint)
@@ -328,14 +328,20 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     run = util.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:
         print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
-        return True
+        return
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     weights = checkpoint.with_name("model.safetensors")
 
     def save(step: int, improved: bool) -> None:
         """last.pt for resuming; model.safetensors, for use, when it improved, or when there is none yet."""
-        state = {"step": step, "best": best, "stale": stale, "first_stage": first_stage.description["digest"]}
+        state = {
+            "script": SCRIPT,
+            "step": step,
+            "best": best,
+            "stale": stale,
+            "first_stage": first_stage.description["digest"],
+        }
         state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         util.save_checkpoint(checkpoint, state)
         if improved or not weights.exists():
@@ -345,7 +351,7 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     def draw(step: int) -> None:
         slices = decode_codes(first_stage, sample_brain(ema, args.seed, 0, 1.0, device))
         title = f"sampled after {step} steps: seed {args.seed}, one noise for all z"
-        print(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
+        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
 
     # training
     step = start
@@ -359,10 +365,10 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
         with util.autocast(device, args.precision):
             logits = forward(codes[index], z_all[index])
         loss = F.cross_entropy(logits.float(), codes[index])
-        util.check_finite({"loss": loss}, step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        util.check_finite({"loss": loss, "gradient": norm}, step)
         optimizer.step()
         util.update_ema(ema, model, step)
 
@@ -390,8 +396,7 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
         print(f"best on validate: {best:.0f} bits per image, against {first_stage.fixed_bits:.0f} at fixed length")
     finished = step + 1 == args.steps or stale >= args.patience
     if not finished:
-        print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
-    return finished
+        util.stop_unfinished(step + 1, args)
 
 
 def main() -> None:
@@ -400,8 +405,11 @@ def main() -> None:
     trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
     if args.sample and not trained:
         print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    finished = train(args, typed) if not (args.sample and trained) else True
-    if args.sample and finished:
+    if args.sample and trained:
+        util.read_run(SCRIPT, args.name, typed)  # refuses settings that this run does not have
+    else:
+        train(args, typed)
+    if args.sample and util.first_process():
         sample(args)
 
 

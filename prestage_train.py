@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import util
-from dataset import Slices, find_data, has_masks, is_phantom, load_slices, to_uint8
+from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
 from evaluate import code_usage, mean_scores, slice_scores
 from logger import Logger
 from model_discriminator import (
@@ -191,7 +192,13 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
     try:
         return MODELS[args.model](**kwargs), kwargs
     except ValueError as error:
-        raise UserError(f"{error}; change --patch, --channel-multipliers or --image-size") from None
+        raise UserError(f"{error}; change --patch, --channel-multipliers, --latent-channels or --image-size") from None
+
+
+def default_preset(args) -> str:
+    """base on a GPU, else small, or demo on the phantom."""
+    on_gpu = util.pick_device(args.device).type == "cuda"
+    return "base" if on_gpu else "demo" if is_phantom(locate_data(args.data)[0]) else "small"
 
 
 @torch.no_grad()
@@ -212,9 +219,8 @@ def main() -> None:
     args, typed = util.parse_flags(flags())
     rank, world = util.start_processes()
     args.name = args.name or args.model
+    args = util.open_run(SCRIPT, args, typed, default_preset)
     folder = find_data(args.data)
-    on_gpu = util.pick_device(args.device).type == "cuda"
-    args = util.open_run(SCRIPT, args, typed, "base" if on_gpu else "demo" if is_phantom(folder) else "small")
     if args.gan_start < args.discriminator_start:
         raise UserError(
             f"--gan-start {args.gan_start} lies before --discriminator-start {args.discriminator_start}; "
@@ -239,7 +245,7 @@ def main() -> None:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start, balance = 0, 1.0
     if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint)
+        state = util.load_checkpoint(checkpoint, SCRIPT)
         start, balance = state["step"], state["balance"]
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(discriminator, state["discriminator"], checkpoint)
@@ -255,6 +261,9 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         print(f"resumed at step {start}")
+    if start >= args.steps:
+        print(f"run {args.name} has its {start} steps; raise --steps to train it further")
+        return
     forward, judge = model, discriminator
     if world > 1:
         forward, judge = (DistributedDataParallel(network) for network in (model, discriminator))
@@ -269,13 +278,14 @@ def main() -> None:
         logger.report(step, validate(ema, held_out, watched, device, args.precision))
         path = logger.picture(f"reconstruction_{step:06d}", draw_reconstructions(ema, held_out, device, step))
         logger.picture(f"prior_{step:06d}", draw_prior(ema, device, args.seed, step))
-        print(f"pictures: {path}")
+        tqdm.write(f"pictures: {path}")
 
     def save(step: int, whole: bool) -> None:
         """last.pt for resuming, then model.safetensors, its latent scale from 512 training slices or all of them."""
         util.save_checkpoint(
             checkpoint,
             {
+                "script": SCRIPT,
                 "step": step,
                 "balance": balance,
                 "model": model.state_dict(),
@@ -302,9 +312,6 @@ def main() -> None:
         logger.pause()
 
     # training
-    if start >= args.steps:
-        print(f"run {args.name} has its {start} steps; raise --steps to train it further")
-        return
     step = start
     for step in util.training_steps(start, args.steps, args.minutes, args.name):
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
@@ -329,33 +336,36 @@ def main() -> None:
         if gan_weight > 0:
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
-                fake_logits, fake_features = discriminator(x_hat, z)
+                fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
                 _, real_features = discriminator(target, z)
             losses["generator"] = generator_loss(fake_logits)
             losses["feature_matching"] = feature_matching_loss(real_features, fake_features)
             pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.decoder.last_layer)
-            balance = 0.99 * balance + 0.01 * float(pull)
+            balance = 0.99 * balance + 0.01 * util.mean_of_processes(pull)
             weights |= {
                 "generator": gan_weight * balance,
                 "feature_matching": gan_weight * args.feature_weight / args.gan_weight,
             }
             discriminator.train().requires_grad_(True)
         total = sum(weights[name] * loss for name, loss in losses.items())
-        util.check_finite(losses, step)
         optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        util.check_finite(losses | {"gradient": norm}, step)
         optimizer.step()
         util.update_ema(ema, model, step)
 
         # the discriminator, on real and reconstructed slices in one batch
         if gan:
             with util.autocast(device, args.precision):
-                real_logits, fake_logits = judge(torch.cat([target, x_hat.detach()]), torch.cat([z, z]))[0].chunk(2)
+                real_logits, fake_logits = judge(torch.cat([target, x_hat.detach().clamp(-1, 1)]), torch.cat([z, z]))[
+                    0
+                ].chunk(2)
             losses["discriminator"] = discriminator_loss(real_logits, fake_logits)
-            util.check_finite({"discriminator": losses["discriminator"]}, step)
             discriminator_optimizer.zero_grad()
             losses["discriminator"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
+            util.check_finite({"discriminator": losses["discriminator"], "discriminator gradient": norm}, step)
             discriminator_optimizer.step()
 
         scalars = {f"train/{name}": loss for name, loss in losses.items()} | {"learning_rate": rate}
@@ -375,7 +385,7 @@ def main() -> None:
         save(step + 1, whole=False)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if not finished:
-        print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
+        util.stop_unfinished(step + 1, args)
 
 
 if __name__ == "__main__":

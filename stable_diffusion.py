@@ -108,8 +108,6 @@ def sample(args: argparse.Namespace) -> None:
     """Writes sheets, slices and the GIF of args.brains new brains."""
     device = util.pick_device(args.device)
     model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device)
-    if args.sampler == "ddim" and args.sample_steps > model.T:
-        raise UserError(f"--sample-steps {args.sample_steps} is more than the model's {model.T}")
     steps = args.sample_steps if args.sampler == "ddim" else model.T
     out = args.out or Path(f"{args.name}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +120,7 @@ def sample(args: argparse.Namespace) -> None:
         slices = decode_brains(first_stage, path[-1])[0]
         write_slices(out, i, slices)
         title = f"sampled brain {i}: seed {args.seed}, {args.sampler}, {steps} steps, one noise for all z"
-        util.brain_sheet(slices, title).save(out / f"brain_{i:03d}.png")
+        util.save_picture(out / f"brain_{i:03d}.png", util.brain_sheet(slices, title))
         print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
@@ -158,13 +156,13 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.d
     return float(torch.cat(losses).mean())
 
 
-def train(args: argparse.Namespace, typed: dict) -> bool:
-    """Trains, or resumes, the run args.name. Returns whether it is finished, and not stopped on the way."""
+def train(args: argparse.Namespace, typed: dict) -> None:
+    """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
+    args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     first_stage = load_first_stage(args.first_stage, device)
     folder = find_data(args.data)
-    args = util.open_run(SCRIPT, args, typed, first_stage.description["preset"])
     print(
         f"run {args.name}: latent diffusion on {args.first_stage}, preset {args.preset}, {args.steps} steps of "
         f"{args.batch_size} latents on {util.describe_device(device)}"
@@ -192,7 +190,7 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start = 0
     if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint)
+        state = util.load_checkpoint(checkpoint, SCRIPT)
         start = state["step"]
         util.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
         util.fill_model(model, state["model"], checkpoint)
@@ -212,13 +210,14 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     )
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
-        return True
+        return
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
         util.save_checkpoint(
             checkpoint,
             {
+                "script": SCRIPT,
                 "step": step,
                 "first_stage": first_stage.description["digest"],
                 "model": model.state_dict(),
@@ -234,7 +233,7 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
         quick = argparse.Namespace(**{**vars(args), "sampler": "ddim", "sample_steps": 25, "eta": 0.0})
         slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
         title = f"sampled after {step} steps: seed {args.seed}, ddim in 25 steps, one noise for all z"
-        print(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
+        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
 
     # training
     step = start
@@ -247,10 +246,10 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
 
         with util.autocast(device, args.precision):
             loss = forward(latents[index], z_all[index]).mean()
-        util.check_finite({"loss": loss}, step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        util.check_finite({"loss": loss, "gradient": norm}, step)
         optimizer.step()
         util.update_ema(ema, model, step)
 
@@ -267,18 +266,22 @@ def train(args: argparse.Namespace, typed: dict) -> bool:
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     finished = step + 1 == args.steps
     if not finished:
-        print(f"stopped after {step + 1} of {args.steps} steps; the same command continues")
-    return finished
+        util.stop_unfinished(step + 1, args)
 
 
 def main() -> None:
     args, typed = util.parse_flags(flags())
     args.name = args.name or "diffusion"
+    if args.sample_steps > 1000:
+        raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
     trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
     if args.sample and not trained:
         print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    finished = train(args, typed) if not (args.sample and trained) else True
-    if args.sample and finished:
+    if args.sample and trained:
+        util.read_run(SCRIPT, args.name, typed)  # refuses settings that this run does not have
+    else:
+        train(args, typed)
+    if args.sample and util.first_process():
         sample(args)
 
 

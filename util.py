@@ -124,7 +124,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--batch-size", type=positive_int, help="slices per step and process")
     add("--learning-rate", type=positive_float, help="Adam's, after warm-up")
     add("--report-every", type=positive_int, help="steps between reports, each with validation, pictures, checkpoint")
-    add("--seed", type=int, default=0, help="all randomness follows from it (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="all randomness follows from it (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add(
         "--precision",
@@ -139,21 +139,39 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not text.isdecimal() or (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse type: an integer that NumPy and PyTorch take as a seed."""
+    if not text.isdecimal() or (value := int(text)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number between 0 and 2^63 - 1")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number, for the argparse types below."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no number")
     return value
 
 
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
-    if not 0 < (value := float(text)) < math.inf:
+    if (value := number(text)) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
 def fraction(text: str) -> float:
     """argparse type: a number in [0, 1]."""
-    if not 0 <= (value := float(text)) <= 1:
+    if not 0 <= (value := number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
@@ -178,8 +196,8 @@ def command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(_complain(str(error)))
-    except torch.OutOfMemoryError:
-        sys.exit(_complain("the GPU is out of memory; choose a smaller --batch-size, --preset small, or --device cpu"))
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(_complain("out of memory; choose a smaller --batch-size or --preset, or --device cpu"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space and run the same command again" if full else "check that path and its permissions"
@@ -201,10 +219,18 @@ def start_processes() -> tuple[int, int]:
     """Joins torchrun's processes if it started us. Returns (rank, world size), which is (0, 1) otherwise."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank():
         sys.stdout = io.StringIO()  # one process speaks
     return dist.get_rank(), dist.get_world_size()
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes results; torchrun's processes wait for each other here."""
+    if not dist.is_initialized():
+        return True
+    dist.barrier()
+    return dist.get_rank() == 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -238,7 +264,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of --precision. On a CPU, auto is bf16 only where matrix units (AMX) multiply it."""
     if precision == "auto":
         fast = (
-            torch.cuda.is_bf16_supported()
+            torch.cuda.is_bf16_supported(including_emulation=False)
             if device.type == "cuda"
             else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         )
@@ -278,7 +304,8 @@ def training_steps(start: int, stop: int, minutes: float | None, title: str) -> 
 
     began = time.monotonic()
     previous = {s: signal.signal(s, note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(range(start, stop), desc=title, initial=start, total=stop, unit="step", disable=None, dynamic_ncols=True)
+    silent = True if dist.is_initialized() and dist.get_rank() else None  # None: where there is no terminal
+    bar = tqdm(range(start, stop), desc=title, initial=start, total=stop, unit="step", disable=silent)
     try:
         for step in bar:
             yield step
@@ -295,10 +322,18 @@ def any_process(flag: bool) -> bool:
     """True when the flag is set in any of torchrun's processes."""
     if not dist.is_initialized():
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(float(flag), device=device)
+    total = torch.tensor(float(flag))
     dist.all_reduce(total)
     return bool(total > 0)
+
+
+def mean_of_processes(value: Tensor) -> float:
+    """The mean of a scalar over torchrun's processes."""
+    if not dist.is_initialized():
+        return float(value)
+    total = value.detach().cpu().clone()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float = 0.05) -> float:
@@ -352,16 +387,25 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Reads what save_checkpoint wrote, never running code from the file. Raises UserError on anything else."""
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Reads what `script` saved, never running code from the file. Raises UserError on anything else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train the run first, or name another") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} is no readable checkpoint ({type(error).__name__}); delete it or choose another --name"
         ) from None
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise UserError(f"{path} is no checkpoint of {script}; delete it or choose another --name")
+    return state
+
+
+def stop_unfinished(step: int, args: argparse.Namespace) -> None:
+    """Says how to continue, and exits with status 130 unless it was the time limit that stopped the run."""
+    print(f"stopped after {step} of {args.steps} steps; the same command continues")
+    sys.exit(0 if args.minutes else 130)
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> None:
@@ -437,47 +481,56 @@ def digest_of(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def open_run(script: str, args: argparse.Namespace, typed: dict, preset: str) -> argparse.Namespace:
+def read_run(script: str, name: str, typed: dict) -> dict | None:
+    """The recorded settings of run `name`, None if there is no such run.
+
+    Raises UserError when log/NAME belongs to something else or a typed setting contradicts the run.
+    """
+    if Path(name).name != name:
+        raise UserError(f"--name {name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis")
+    log = Path("log") / name
+    if not (log / "run.json").is_file():
+        for folder in (log, Path("model_ckpt") / name):
+            if folder.exists() and any(folder.iterdir()):
+                raise UserError(
+                    f"{folder} is not empty and no run of ours (log/{name}/run.json is missing); "
+                    "choose another --name or remove the folder"
+                )
+        return None
+    try:
+        recorded = json.loads((log / "run.json").read_text())
+        settings, owner = recorded["settings"], recorded["script"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{log}/run.json is no description of a run; choose another --name or remove {log}") from None
+    if owner != script:
+        raise UserError(f"{log} is a run of {owner}; choose another --name")
+    for flag, value in typed.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if flag not in FREE_ON_RESUME and flag in settings and settings[flag] != value:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
+                f"{settings[flag]}; leave the flag out, or choose another --name"
+            )
+    return settings
+
+
+def open_run(
+    script: str, args: argparse.Namespace, typed: dict, preset: Callable[[argparse.Namespace], str]
+) -> argparse.Namespace:
     """Completes the settings of a training run: those typed, else the existing run's, else the preset's, else plain.
 
     Args:
         script: file name of the training script, which owns the run.
-        args, typed: from parse_flags; args.name and args.device are set.
-        preset: the default of --preset for a new run.
-    Raises UserError when log/NAME belongs to something else or a typed setting contradicts the existing run.
+        args, typed: from parse_flags; args.name is set.
+        preset: gives the default of --preset for a new run.
+    Raises UserError as read_run.
     """
-    if Path(args.name).name != args.name:
-        raise UserError(
-            f"--name {args.name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis"
-        )
-    log = Path("log") / args.name
-    if (log / "run.json").is_file():
-        try:
-            recorded = json.loads((log / "run.json").read_text())
-            settings, owner = recorded["settings"], recorded["script"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{log}/run.json is no description of a run; choose another --name or remove {log}"
-            ) from None
-        if owner != script:
-            raise UserError(f"{log} is a run of {owner}; choose another --name")
-        for flag, value in typed.items():
-            value = list(value) if isinstance(value, tuple) else value
-            if flag not in FREE_ON_RESUME and flag in settings and settings[flag] != value:
-                raise UserError(
-                    f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
-                    f"{settings[flag]}; leave the flag out to resume, or choose another --name"
-                )
-        settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - OF_ONE_START}
-        return argparse.Namespace(**{**vars(args), **settings, **typed})
-    for folder in (log, Path("model_ckpt") / args.name):
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is not empty and no run of ours (log/{args.name}/run.json is missing); "
-                "choose another --name or remove the folder"
-            )
-    args.preset = args.preset or preset
-    return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
+    settings = read_run(script, args.name, typed)
+    if settings is None:
+        args.preset = args.preset or preset(args)
+        return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
+    settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - OF_ONE_START}
+    return argparse.Namespace(**{**vars(args), **settings, **typed})
 
 
 def check_same_data(name: str, data: dict[str, dict]) -> None:
@@ -496,13 +549,16 @@ def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> d
     """What run.json records: settings, data digest, versions, commit and machine."""
     here = Path(__file__).parent
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {
         "script": script,
         "settings": {flag: value for flag, value in vars(args).items() if flag not in OF_ONE_START},
         "data": data,
         **more,
-        "commit": git.stdout.strip() or "not a git checkout",
+        "commit": commit or "not a git checkout",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": describe_device(pick_device(args.device)),
@@ -602,6 +658,16 @@ def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
     rows = list(slices.reshape(4, 8, *slices.shape[1:]))
     zoom = max(1, 128 // slices.shape[1])
     return sheet(rows, title=title, captions=[f"z = {z}" for z in range(32)], zoom=zoom)
+
+
+def save_picture(path: Path, picture) -> None:
+    """Writes a PIL image or a matplotlib figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(buffer, "PNG")
+    else:
+        picture.savefig(buffer, format="png", dpi=110)
+    write_file(path, buffer.getvalue())
 
 
 def save_gif(path: Path, frames: list[np.ndarray], seconds: float) -> None:

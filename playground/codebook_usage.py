@@ -92,8 +92,7 @@ def main() -> None:
     axis.set_title(f"the {min(64, K)} most used codes, {model.factor} x {model.factor} pixels each, at z = 15")
     for axis in (above, below):
         axis.set(xticks=[], yticks=[])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110, format="png")
+    util.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

@@ -60,8 +60,7 @@ def main() -> None:
     title += f"latent rows decoded by {args.first_stage}; " if first_stage else ""
     title += "grey -1..1, clipped; anterior right"
     page = util.sheet(rows, title=title, row_names=names, captions=captions, zoom=max(1, 192 // x.shape[-1]))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, "PNG")
+    util.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

@@ -51,8 +51,7 @@ def main() -> None:
     figure.supxlabel("step")
     figure.supylabel("weight of the KL in bits per pixel")
     figure.suptitle(f"KL weight over a run of {args.steps:,} steps, cyclical annealing of Fu et al. 2019; dashed: mean")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110, format="png")
+    util.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

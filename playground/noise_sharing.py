@@ -81,8 +81,7 @@ def main() -> None:
     title += f"ddim in {args.sample_steps} steps; anterior right"
     zoom = max(1, 192 // first_stage.image_size)
     page = util.sheet(rows, title=title, row_names=list(brains), captions=captions, zoom=zoom)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, "PNG")
+    util.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

@@ -76,8 +76,7 @@ def main() -> None:
         )
     prior, decoder, _ = load_second_stage(args.prior, LatentDiffusion, "cpu")
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(first_stage, data, prior, decoder, args.seed).savefig(args.out, dpi=80)
+    util.save_picture(args.out, draw(first_stage, data, prior, decoder, args.seed))
     print(f"picture: {args.out}")
 
 

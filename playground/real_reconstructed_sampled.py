@@ -48,8 +48,8 @@ def main() -> None:
     names = [f"real, case {int(case[0])}", "reconstructed", "new, diffusion", "new, PixelCNN"]
     captions = [f"z = {n}" for _ in rows for n in SHOWN]
     title = f"real, reconstructed and new slices; seed {args.seed}; grey 0..255, anterior is right"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    util.sheet(rows, title=title, row_names=names, captions=captions, zoom=256 // x.shape[-1]).save(args.out)
+    page = util.sheet(rows, title=title, row_names=names, captions=captions, zoom=256 // x.shape[-1])
+    util.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

@@ -67,8 +67,7 @@ def main() -> None:
     title += "wrong ones; change against the right z, mid-grey is none; anterior right"
     zoom = max(1, 192 // model.image_size)
     page = util.sheet([r.numpy() for r in rows], title=title, row_names=names, captions=captions, zoom=zoom)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, "PNG")
+    util.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 
