@@ -306,6 +306,13 @@ class Autoencoder(nn.Module):
                 f"not {list(x.shape)} and {list(z.shape)}"
             )
 
+    def _check_grid(self, name: str, grid: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
+        if grid.shape[1:] != shape or z.shape != grid.shape[:1]:
+            raise ValueError(
+                f"{name} must be [B, {', '.join(map(str, shape))}] and z [B], "
+                f"not {list(grid.shape)} and {list(z.shape)}"
+            )
+
 
 class VAE(Autoencoder):
     """Variational autoencoder (Kingma and Welling 2014) with a mean and a variance for every latent number."""
@@ -325,7 +332,7 @@ class VAE(Autoencoder):
 
     @staticmethod
     def kl_bits(mean: Tensor, log_variance: Tensor) -> Tensor:
-        """KL(q || N(0, 1)) of each image, [B]: (mu^2 + s^2 - 1 - log s^2) / 2 nats per number (ibid., appendix B)."""
+        """KL(q || N(0, 1)) of each image, [B]: (mu^2 + s^2 - 1 - log s^2) / 2 nats a number (ibid., appendix B)."""
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)) / math.log(2)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -341,6 +348,7 @@ class VAE(Autoencoder):
 
     def decode(self, latent: Tensor, z: Tensor) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B]."""
+        self._check_grid("latent", latent, self.latent_shape, z)
         return self.pad(self._decode(self._denormalise(latent), z).clamp(-1, 1))
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -388,6 +396,7 @@ class VQVAE(Autoencoder):
 
     def decode_indices(self, idx: Tensor, z: Tensor) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of int64 idx [B, h, w] and z int64 [B]."""
+        self._check_grid("idx", idx, self.latent_shape[1:], z)
         return self.pad(self._decode(self.quantizer.lookup(idx), z).clamp(-1, 1))
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
@@ -396,6 +405,7 @@ class VQVAE(Autoencoder):
 
     def decode(self, latent: Tensor, z: Tensor) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of the codes nearest to a normalised latent [B, C, h, w]."""
+        self._check_grid("latent", latent, self.latent_shape, z)
         return self.decode_indices(self.nearest(self._denormalise(latent)), z)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:

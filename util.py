@@ -427,7 +427,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{path} is no readable safetensors file ({type(error).__name__}); is the copy whole?"
         ) from None
-    if metadata.get("project") != "stable-diffusion-on-oasis":
+    if metadata.get("project") != "stable-diffusion-on-oasis" or "description" not in metadata:
         raise UserError(
             f"{path} was not written by this project; give a model.safetensors from model_ckpt/ or pretrained/"
         )

@@ -177,9 +177,7 @@ def floors(model, data) -> dict[str, dict]:
 
 def test_the_klt_floor_is_lossless_with_all_channels_and_grows_with_them(tiny_sizes, validate, monkeypatch):
     monkeypatch.setattr(evaluate, "avif", lambda pictures, quality, sizes: (sizes.append(1), pictures)[1])
-    rows = [
-        floors(VAE(**tiny_sizes | {"latent_channels": C}), validate)[f"block KLT f4 d{C}"] for C in (1, 4, 8, 16)
-    ]
+    rows = [floors(VAE(**tiny_sizes | {"latent_channels": C}), validate)[f"block KLT f4 d{C}"] for C in (1, 4, 8, 16)]
     assert [row["numbers"] for row in rows] == [C * 12 * 14 for C in (1, 4, 8, 16)]
     assert rows[3]["psnr"] == 100 and rows[3]["ssim"] == pytest.approx(1) == rows[3]["brain_ssim"]
     blocks = to_blocks(VAE(**tiny_sizes), validate.images).flatten(0, 1)

@@ -420,6 +420,7 @@ def described(model, sizes: dict) -> dict:
 def test_a_saved_model_gives_identical_outputs(trained, tiny_sizes, tmp_path):
     """To the last bit in the memory format of training; frozen, in evaluation mode, its scale included."""
     x, z = slices(3)
+    digest = util.digest_of(trained.state_dict())
     trained.to(memory_format=torch.channels_last)  # another format sums in another order
     latent = trained.encode(x, z)
     path = tmp_path / "model.safetensors"
@@ -429,7 +430,7 @@ def test_a_saved_model_gives_identical_outputs(trained, tiny_sizes, tmp_path):
         assert torch.equal(loaded.encode(x, z), latent)
         assert torch.equal(loaded.decode(latent, z), trained.decode(latent, z))
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-        assert loaded.description["step"] == 3 and loaded.description["digest"] == util.digest_of(trained.state_dict())
+        assert loaded.description["step"] == 3 and loaded.description["digest"] == digest
 
 
 def test_a_file_of_another_kind_or_shape_is_refused(trained, tiny_sizes, tmp_path):
@@ -447,7 +448,7 @@ def test_a_file_of_another_kind_or_shape_is_refused(trained, tiny_sizes, tmp_pat
 class Prior(torch.nn.Linear):
     """Stands for a second stage."""
 
-    kind = "prior"
+    kind, script = "prior", "prior.py"
 
 
 def test_a_second_stage_carries_its_first(trained, tiny_sizes, tmp_path):

@@ -78,7 +78,7 @@ def train(start):
 
 
 def last(name: str = "pixelcnn") -> dict:
-    return util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"))
+    return util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "pixelCNN.py")
 
 
 def weights(name: str = "pixelcnn") -> tuple[dict[str, torch.Tensor], dict]:
@@ -395,4 +395,4 @@ def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tm
     done = run_script("pixelCNN.py", *flags, launcher=launcher, threads=1, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run pixelcnn:") == 1
-    assert util.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt")["step"] == 3
+    assert util.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt", "pixelCNN.py")["step"] == 3

@@ -119,7 +119,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
         out = train("--name", "stopped", *flags, *ONE_STEP)
         assert (f"stopped after {step} of 5 steps" in out) == (step < 5)
     assert differing(weights("straight"), weights("stopped")) == []
-    one, other = (util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt")) for name in ("straight", "stopped"))
+    one, other = (
+        util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
+        for name in ("straight", "stopped")
+    )
     assert one["balance"] == other["balance"] and differing(one["discriminator"], other["discriminator"]) == []
     if "--gan-weight" not in flags:
         assert one["balance"] != 1  # the discriminator did have its say
@@ -140,7 +143,10 @@ def test_the_two_phases_do_not_touch_each_other(train):
     train("--name", "seen", *GAN)
     assert differing(weights("alone"), weights("watched")) == []
     assert "decoder.stem.weight" in differing(weights("alone"), weights("seen"))
-    critics = {name: util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt")) for name in ("alone", "watched")}
+    critics = {
+        name: util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
+        for name in ("alone", "watched")
+    }
     assert differing(critics["alone"]["discriminator"], critics["watched"]["discriminator"]) != []
     logged = {name: {key for line in read_log(Path("log") / name) for key in line} for name in ("alone", "seen")}
     adversarial = {"train/discriminator", "train/generator", "train/feature_matching", "weight/generator"}
@@ -185,7 +191,7 @@ def test_a_checkpoint_of_something_else_is_one_line(train, run_main, phantom_fol
     """Keys and shapes are checked, in the optimisers too."""
     train("--name", "run", *ONE_STEP)
     path = Path("model_ckpt/run/last.pt")
-    state = util.load_checkpoint(path)
+    state = util.load_checkpoint(path, "prestage_train.py")
     if content == "another optimiser":
         state["optimizer"] = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).state_dict()
     elif content != "garbage":
@@ -327,6 +333,6 @@ def test_two_processes_train_one_run(run_script, phantom_folder, tmp_path):
     done = run_script("prestage_train.py", *flags, launcher=launcher, threads=1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run vqvae:") == 1 and done.stdout.count("step 4 ") == 1
-    assert util.load_checkpoint(tmp_path / "model_ckpt/vqvae/last.pt")["step"] == 4
+    assert util.load_checkpoint(tmp_path / "model_ckpt/vqvae/last.pt", "prestage_train.py")["step"] == 4
     assert [line["step"] for line in read_log(tmp_path / "log/vqvae")] == [1, 2, 2, 3, 4, 4]
     assert load_first_stage(tmp_path / "model_ckpt/vqvae").description["step"] == 4

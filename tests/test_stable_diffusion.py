@@ -240,7 +240,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
         assert (f"stopped after {step} of 3 steps" in out) == (step < 3)
         assert (f"resumed at step {step - 1}" in out) == (step > 1)
     assert differing("straight", "stopped") == []
-    one, other = (util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt")) for name in ("straight", "stopped"))
+    one, other = (
+        util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "stable_diffusion.py")
+        for name in ("straight", "stopped")
+    )
     assert one["step"] == 3 and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     assert "has its 3 steps; raise --steps" in train("--name", "stopped", *flags)
     assert "resumed at step 3" in train("--name", "straight", *flags, "--steps", 4)
@@ -336,4 +339,4 @@ def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tm
     done = run_script("stable_diffusion.py", *flags, launcher=launcher, threads=1, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run diffusion:") == 1 and done.stdout.count("step 3 ") == 1
-    assert util.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt")["step"] == 3
+    assert util.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt", "stable_diffusion.py")["step"] == 3
