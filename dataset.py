@@ -336,7 +336,7 @@ def random_affine(
 
 def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Reads every file once. Returns (report lines, problems); no problems means the folder can be trained on."""
-    report, problems, cases_of = [], [], {}
+    report, problems, cases_of, seen_pictures = [], [], {}, {}
     for split in _splits(folder):
         try:
             files = list_slices(folder, split)
@@ -349,10 +349,11 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
             f"case {c} slice {z}" for c in sorted(cases_of[split]) for z in range(SLICES_PER_CASE) if (c, z) not in seen
         ]
         extra = [f"case {c} slice {z}" for (c, z), n in sorted(seen.items()) if n > 1 or not 0 <= z < SLICES_PER_CASE]
-        images, unreadable = _read_all(files)
+        readable, unreadable = _read_all(files)
+        images = [image for image, _ in readable]
         sizes = Counter(f"{i.shape[1]}x{i.shape[0]}" for i in images)
         lit = [i for i in images if i.any()]
-        copies = _identical(images, files)
+        copies = _identical(readable, seen_pictures)
         report.append(
             f"{split}: {len(files)} images of {len(cases_of[split])} cases, {dict(sizes)}, 8-bit grey, "
             f"{len(files) / len(cases_of[split]):.1f} slices per case"
@@ -393,12 +394,9 @@ def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list
         seg_files = list_slices(folder, split, "seg")
     except UserError:
         return [f"  {split}: no masks (brain scores need them, training does not)"], []
-    masks, unreadable = _read_all(seg_files)
-    wrong = (
-        [p.name for m, (_, _, p) in zip(masks, seg_files) if not np.isin(m, MASK_VALUES).all()]
-        if not unreadable
-        else []
-    )
+    readable, unreadable = _read_all(seg_files)
+    masks = [mask for mask, _ in readable]
+    wrong = [path.name for mask, path in readable if not np.isin(mask, MASK_VALUES).all()]
     orphans = [f"case {c} slice {z}" for c, z in sorted({f[:2] for f in files} ^ {f[:2] for f in seg_files})]
     brain = np.mean([np.mean(m > 0) for m in masks]) if masks else 0
     return (
@@ -409,24 +407,23 @@ def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list
     )
 
 
-def _read_all(files: list[tuple[int, int, Path]]) -> tuple[list[np.ndarray], list[str]]:
-    images, unreadable = [], []
+def _read_all(files: list[tuple[int, int, Path]]) -> tuple[list[tuple[np.ndarray, Path]], list[str]]:
+    """(picture, file) of those that can be read, and what is wrong with the others."""
+    readable, unreadable = [], []
     for _, _, path in files:
         try:
-            images.append(read_png(path))
+            readable.append((read_png(path), path))
         except UserError as error:
             unreadable.append(str(error).split(";")[0])
-    return images, unreadable
+    return readable, unreadable
 
 
-def _identical(images: list[np.ndarray], files: list) -> list[str]:
-    if len(images) != len(files):
-        return []
-    first: dict[bytes, Path] = {}
+def _identical(readable: list[tuple[np.ndarray, Path]], seen: dict[bytes, Path]) -> list[str]:
+    """Pairs of equal pictures; `seen` goes from split to split, since a copy across splits is the worst kind."""
     return [
-        f"{path.name} = {kept.name}"
-        for image, (_, _, path) in zip(images, files)
-        if (kept := first.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)) is not path
+        f"{path.parent.name}/{path.name} = {kept.parent.name}/{kept.name}"
+        for image, path in readable
+        if (kept := seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)) is not path
     ]
 
 

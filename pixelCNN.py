@@ -355,7 +355,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     # training
     step = start
-    for step in util.training_steps(start, args.steps, args.minutes, args.name):
+    steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
+    for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         index = util.batch_index(args.seed, step, args.batch_size, len(codes), rank, world).to(device)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
@@ -396,7 +397,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         print(f"best on validate: {best:.0f} bits per image, against {first_stage.fixed_bits:.0f} at fixed length")
     finished = step + 1 == args.steps or stale >= args.patience
     if not finished:
-        util.stop_unfinished(step + 1, args)
+        util.stop_unfinished(step + 1, steps)
 
 
 def main() -> None:

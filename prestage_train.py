@@ -313,7 +313,8 @@ def main() -> None:
 
     # training
     step = start
-    for step in util.training_steps(start, args.steps, args.minutes, args.name):
+    steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
+    for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         augment = torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
         index = util.batch_index(args.seed, step, args.batch_size, len(train), rank, world)
@@ -385,7 +386,7 @@ def main() -> None:
         save(step + 1, whole=False)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if not finished:
-        util.stop_unfinished(step + 1, args)
+        util.stop_unfinished(step + 1, steps)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     # training
     step = start
-    for step in util.training_steps(start, args.steps, args.minutes, args.name):
+    steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
+    for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         index = util.batch_index(args.seed, step, args.batch_size, len(latents), rank, world).to(device)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
@@ -266,7 +267,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     finished = step + 1 == args.steps
     if not finished:
-        util.stop_unfinished(step + 1, args)
+        util.stop_unfinished(step + 1, steps)
 
 
 def main() -> None:

@@ -289,33 +289,39 @@ def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0
     return torch.tensor([shuffled[e][p % count] for e, p in zip(epoch, position)])
 
 
-def training_steps(start: int, stop: int, minutes: float | None, title: str) -> Iterator[int]:
-    """Yields start .. stop - 1 under a progress bar; ends early, after a whole step, on the time limit or Ctrl-C.
+class TrainingSteps:
+    """Iterates over start .. stop - 1 under a progress bar; ends early, after a whole step, on the time limit or Ctrl-C.
 
-    A second Ctrl-C interrupts at once. Under torchrun all processes end after the same step.
+    A second Ctrl-C interrupts at once. Under torchrun all processes end after the same step. Afterwards `interrupted`
+    tells whether a signal ended it.
     """
-    interrupted = []
 
-    def note_signal(signum, frame):
-        if interrupted:
+    def __init__(self, start: int, stop: int, minutes: float | None, title: str):
+        self.start, self.stop, self.minutes, self.title = start, stop, minutes, title
+        self.interrupted = False
+
+    def _note_signal(self, signum, frame) -> None:
+        if self.interrupted:
             raise KeyboardInterrupt
-        interrupted.append(signum)
+        self.interrupted = True
         tqdm.write("stopping after this step and saving; Ctrl-C again stops at once")
 
-    began = time.monotonic()
-    previous = {s: signal.signal(s, note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    silent = True if dist.is_initialized() and dist.get_rank() else None  # None: where there is no terminal
-    bar = tqdm(range(start, stop), desc=title, initial=start, total=stop, unit="step", disable=silent)
-    try:
-        for step in bar:
-            yield step
-            late = minutes is not None and time.monotonic() - began > 60 * minutes
-            if any_process(bool(interrupted) or late):
-                break
-    finally:
-        bar.close()
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+    def __iter__(self) -> Iterator[int]:
+        began = time.monotonic()
+        previous = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        silent = True if dist.is_initialized() and dist.get_rank() else None  # None: where there is no terminal
+        steps = range(self.start, self.stop)
+        bar = tqdm(steps, desc=self.title, initial=self.start, total=self.stop, unit="step", disable=silent)
+        try:
+            for step in bar:
+                yield step
+                late = self.minutes is not None and time.monotonic() - began > 60 * self.minutes
+                if any_process(self.interrupted or late):
+                    break
+        finally:
+            bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
 
 
 def any_process(flag: bool) -> bool:
@@ -402,10 +408,10 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return state
 
 
-def stop_unfinished(step: int, args: argparse.Namespace) -> None:
-    """Says how to continue, and exits with status 130 unless it was the time limit that stopped the run."""
-    print(f"stopped after {step} of {args.steps} steps; the same command continues")
-    sys.exit(0 if args.minutes else 130)
+def stop_unfinished(step: int, steps: TrainingSteps) -> None:
+    """Says how to continue, and exits: with status 130 after Ctrl-C, 0 after the time limit."""
+    print(f"stopped after {step} of {steps.stop} steps; the same command continues")
+    sys.exit(130 if steps.interrupted else 0)
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> None:
@@ -477,7 +483,7 @@ def digest_of(weights: dict[str, Tensor]) -> str:
     """16 hexadecimal digits that tell one set of weights from another."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + weights[name].detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -235,6 +235,15 @@ def test_the_check_up_finds_nothing_in_sound_folders(phantom_folder, noise_folde
     assert sum("32.0 slices per case" in line for line in report) == 3
 
 
+def test_a_folder_of_bare_slices_counts_as_one_split(phantom_folder, tmp_path):
+    """As samples are written."""
+    bare = Path(shutil.copytree(part(phantom_folder, "test"), tmp_path / "samples"))
+    report, problems = check_folder(bare)
+    assert problems == [] and "32 images of 1 cases" in "\n".join(report)
+    (bare / "case_005_slice_3.nii.png").unlink()
+    assert "case 5 slice 3" in "\n".join(check_folder(bare)[1])
+
+
 def missing_slice(folder):
     (part(folder, "train") / "case_001_slice_7.nii.png").unlink()
     return "case 1 slice 7"
@@ -336,6 +345,10 @@ def test_the_check_up_reports_by_exit_status_and_contact_sheet(run_main, run_scr
     missing_slice(noise_folder)
     status, out, _ = run_main(dataset, noise_folder, "--out", "sheet.png")
     assert status == 1 and "PROBLEM  train: missing (1): case 1 slice 7" in out and (tmp_path / "sheet.png").is_file()
+    (tmp_path / "data").mkdir()
+    noise_folder.rename(tmp_path / "data/keras_png_slices_data")
+    status, out, _ = run_main(dataset)  # no folder: the data that training would take
+    assert status == 1 and "case 1 slice 7" in out
     done = run_script("dataset.py", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
 

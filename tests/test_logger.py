@@ -44,6 +44,14 @@ def test_lines_hold_the_means_of_their_steps(clock):
     assert json.loads(Path("log/run/run.json").read_text()) == {"script": "x"}
 
 
+def test_a_scalar_that_begins_late_is_averaged_over_the_steps_that_have_it(clock):
+    """The discriminator's losses begin in the middle of a run, and perhaps of a line."""
+    log = Logger("run", {}, step=0, every=3)
+    for step in (1, 2, 3):
+        log.add(step, {"always": float(step)} | ({"late": 4.0 * step} if step > 1 else {}), images=1)
+    assert (lines()[0]["always"], lines()[0]["late"]) == (2, 10)
+
+
 def test_only_training_counts_as_time(clock, capsys):
     """Validation, pictures and checkpoints between flush and pause do not slow the logged speed."""
     log = Logger("run", {}, step=0, every=2)
@@ -167,5 +175,8 @@ def test_two_runs_are_drawn_into_one_png(run_main, tmp_path):
     assert (0x1F, 0x77, 0xB4) in colours and (0xFF, 0x7F, 0x0E) in colours  # a line of each run
     status, _, _ = run_main(logger, "log", "--out", "new/all.png")
     assert status == 0 and (tmp_path / "new/all.png").is_file()
+    util.write_file(tmp_path / "log/c/metrics.jsonl", b"")
+    status, out, _ = run_main(logger, "log")
+    assert status == 0 and "log/c/metrics.jsonl is empty" in out  # a run that has just begun is in nobody's way
     status, _, errors = run_main(logger, "log", "--smooth", 1)
     assert status == 2 and len(errors.splitlines()) == 1

@@ -97,7 +97,9 @@ def test_quantisation_is_float32_under_autocast():
     for given in (latent, latent.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
             quantised, idx, loss = quantizer(given)
+            alone = quantizer.nearest(given.movedim(1, -1).reshape(-1, 8)).view_as(idx)
         assert quantised.dtype == loss.dtype == torch.float32 and torch.equal(idx, quantizer(given.float())[1])
+        assert torch.equal(alone, idx)
 
 
 def test_the_ema_codebook_converges_to_the_cluster_means():
@@ -388,9 +390,12 @@ def test_wrong_shapes_are_refused_by_name(trained):
                 trained.decode_indices(bad_idx, bad_z)
 
 
-def test_a_box_that_the_factor_does_not_divide_is_refused(tiny_sizes):
+def test_what_cannot_be_built_is_refused(tiny_sizes):
+    """A box that the factor does not divide, and more numbers than the pixels they stand for."""
     with pytest.raises(ValueError, match="factor 4"):
         VAE(**tiny_sizes | {"box": (8, 4, 46, 56)})
+    with pytest.raises(ValueError, match="17 latent channels"):
+        VAE(**tiny_sizes | {"latent_channels": 17})
 
 
 @pytest.mark.parametrize("preset", util.PRESET_NAMES)
@@ -465,5 +470,7 @@ def test_a_second_stage_carries_its_first(trained, tiny_sizes, tmp_path):
     assert first_back.description == first_stage.description
     with pytest.raises(util.UserError, match="no first stage"):
         load_first_stage(path)
+    with pytest.raises(util.UserError, match=r"prior\.py --name nobody"):
+        model_VAE.load_second_stage("nobody", Prior, "cpu")
     with pytest.raises(util.UserError, match=trained.kind):
         model_VAE.load_second_stage(tmp_path / "first.safetensors", Prior, "cpu")

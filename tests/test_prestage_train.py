@@ -26,11 +26,11 @@ ONE_STEP = ["--minutes", 1e-9]  # a limit that is over when the first step is do
 
 @pytest.fixture
 def train(run_main, phantom_folder):
-    """train("--steps", 3): runs the script on the phantom, checks that it ends well, and returns what it printed."""
+    """train("--steps", 3): runs the script on the phantom, checks its exit status, and returns what it printed."""
 
-    def start(*flags) -> str:
-        status, out, errors = run_main(prestage_train, "--data", phantom_folder, *TINY, *flags)
-        assert status == 0, errors
+    def start(*flags, status: int = 0) -> str:
+        ended, out, errors = run_main(prestage_train, "--data", phantom_folder, *TINY, *flags)
+        assert ended == status, errors
         return out
 
     return start
@@ -164,7 +164,8 @@ def test_ctrl_c_ends_after_a_whole_step_and_the_same_command_continues(train, mo
 
     train("--name", "straight")
     monkeypatch.setattr(prestage_train, "reconstruction_loss", interrupted)
-    assert "stopped after 2 of 5 steps; the same command continues" in train("--name", "run")
+    flags = ("--name", "run", "--minutes", 60)  # 130 tells `make demo` not to go on, with a time limit or without
+    assert "stopped after 2 of 5 steps; the same command continues" in train(*flags, status=130)
     assert "resumed at step 2" in train("--name", "run")
     assert differing(weights("straight"), weights("run")) == []
     assert "has its 5 steps; raise --steps" in train("--name", "run")
@@ -186,18 +187,17 @@ def test_a_loss_that_is_not_finite_names_itself_and_keeps_the_checkpoint(train, 
     assert {path: path.read_bytes() for path in Path("model_ckpt/run").iterdir()} == before and len(before) == 2
 
 
-@pytest.mark.parametrize("content", ["step only", "list", "another optimiser", "garbage"])
+@pytest.mark.parametrize("content", ["list", "another script", "another model", "cut off"])
 def test_a_checkpoint_of_something_else_is_one_line(train, run_main, phantom_folder, content):
-    """Keys and shapes are checked, in the optimisers too."""
     train("--name", "run", *ONE_STEP)
     path = Path("model_ckpt/run/last.pt")
     state = util.load_checkpoint(path, "prestage_train.py")
-    if content == "another optimiser":
-        state["optimizer"] = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).state_dict()
-    elif content != "garbage":
-        state = {"step only": {"step": 1}, "list": [1, 2]}[content]
-    util.save_checkpoint(path, state)
-    if content == "garbage":
+    if content == "another model":
+        state["model"]["encoder.stem.1.weight"] = torch.zeros(1, 2, 3, 4)
+    if content == "another script":
+        state["script"] = "pixelCNN.py"
+    util.save_checkpoint(path, [1, 2] if content == "list" else state)
+    if content == "cut off":
         path.write_bytes(path.read_bytes()[:-300])
     status, _, errors = run_main(prestage_train, "--data", phantom_folder, *TINY, "--name", "run")
     assert status == 2 and len(errors.splitlines()) == 1 and "last.pt" in errors

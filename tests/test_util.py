@@ -101,10 +101,10 @@ def test_mix_seed_separates_tuples_and_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_training_steps_ends_after_a_whole_step_on_a_signal(number):
+def test_TrainingSteps_ends_after_a_whole_step_on_a_signal(number):
     """The step in which the signal arrives is completed, none follows, and the old handlers come back."""
     before, done = signal.getsignal(number), []
-    for step in util.training_steps(3, 100, None, "test"):
+    for step in util.TrainingSteps(3, 100, None, "test"):
         if step == 5:
             os.kill(os.getpid(), number)
         done.append(step)
@@ -114,17 +114,17 @@ def test_training_steps_ends_after_a_whole_step_on_a_signal(number):
 def test_a_second_ctrl_c_interrupts_at_once():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        for step in util.training_steps(0, 100, None, "test"):
+        for step in util.TrainingSteps(0, 100, None, "test"):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             done.append(step)
     assert done == []
 
 
-def test_training_steps_keeps_its_limits():
-    assert list(util.training_steps(2, 5, None, "test")) == [2, 3, 4]
-    assert list(util.training_steps(2, 5, 1e-9, "test")) == [2]  # the first step is done whatever the limit
-    assert list(util.training_steps(2, 5, 60.0, "test")) == [2, 3, 4]
+def test_TrainingSteps_keeps_its_limits():
+    assert list(util.TrainingSteps(2, 5, None, "test")) == [2, 3, 4]
+    assert list(util.TrainingSteps(2, 5, 1e-9, "test")) == [2]  # the first step is done whatever the limit
+    assert list(util.TrainingSteps(2, 5, 60.0, "test")) == [2, 3, 4]
 
 
 def test_learning_rate_factor_warms_up_and_falls_to_its_final_value():
@@ -214,19 +214,23 @@ class Trap:
 def test_load_checkpoint_never_runs_code_from_the_file(tmp_path, legacy):
     path, sign = tmp_path / "last.pt", tmp_path / "code ran"
     if legacy:
-        path.write_bytes(pickle.dumps({"step": Trap(sign)}))
+        path.write_bytes(pickle.dumps({"script": "x.py", "step": Trap(sign)}))
     else:
-        torch.save({"step": Trap(sign)}, path)
+        torch.save({"script": "x.py", "step": Trap(sign)}, path)
     with pytest.raises(UserError, match="last.pt"):
         util.load_checkpoint(path, "x.py")
     assert not sign.exists()
 
 
-def test_load_checkpoint_refuses_damaged_files(tmp_path):
+def test_load_checkpoint_refuses_damaged_files_and_those_of_others(tmp_path):
     path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match="last.pt"):
+        util.load_checkpoint(path, "x.py")
+    for state in ({"script": "y.py", "step": 1}, {"step": 1}, [1, 2], torch.zeros(2)):
+        util.save_checkpoint(path, state)
+        with pytest.raises(UserError, match="last.pt is no checkpoint of x.py"):
+            util.load_checkpoint(path, "x.py")
     util.save_checkpoint(path, {"script": "x.py", "x": torch.randn(100)})
-    with pytest.raises(UserError, match="no checkpoint of y.py"):
-        util.load_checkpoint(path, "y.py")
     whole = path.read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", b"hello\n", bytes(1000)):
         path.write_bytes(content)
@@ -391,7 +395,8 @@ def test_a_flag_out_of_range_is_one_line_and_status_2(run_script, typed):
 @pytest.mark.parametrize(
     "flag, value",
     [("--steps", "-3"), ("--steps", "many"), ("--minutes", "inf"), ("--minutes", "nan"), ("--learning-rate", "0")]
-    + [("--kl-ramp", "1.5"), ("--gan-weight", "nan"), ("--preset", "huge"), ("--model", "gan"), ("--seed", "1.5")],
+    + [("--kl-ramp", "1.5"), ("--gan-weight", "nan"), ("--preset", "huge"), ("--model", "gan"), ("--seed", "1.5")]
+    + [("--seed", "-1"), ("--seed", str(2**63)), ("--minutes", "ten"), ("--kl-ramp", ""), ("--gan-weight", "-0.1")],
 )
 def test_every_kind_of_flag_has_a_range(run_main, flag, value):
     status, _, errors = run_main(prestage_train, flag, value)
