@@ -290,7 +290,7 @@ def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0
 
 
 class TrainingSteps:
-    """Iterates over start .. stop - 1 under a progress bar; ends early, after a whole step, at the time limit or Ctrl-C.
+    """Iterates over start .. stop - 1 under a progress bar; ends early, after a whole step, on time limit or Ctrl-C.
 
     A second Ctrl-C interrupts at once. Under torchrun all processes end after the same step. Afterwards `interrupted`
     tells whether a signal ended it.
