@@ -245,7 +245,7 @@ def draw(rows: list[dict], result: dict, split: str):
         ylabel=score.replace("_", " ").replace("ssim", "SSIM"),
         title=f"quality and its price on {split}",
     )
-    left.margins(x=0.25)
+    left.margins(x=0.35)
     right.plot(list(result["ssim_per_z"]), list(result["ssim_per_z"].values()), marker=".")
     right.set(xlabel="slice index z", ylabel="SSIM", title="first stage, per slice index (0 is the lowest)")
     for axis in (left, right):

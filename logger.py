@@ -139,7 +139,7 @@ def smooth(values: list[float], weight: float) -> list[float]:
     return out
 
 
-def draw_curves(runs: dict[str, list[dict]], x: str = "step", weight: float = 0.8):
+def draw_curves(runs: dict[str, list[dict]], x: str = "step", weight: float = 0.6):
     """A matplotlib figure with one panel per scalar: raw lines faint, smoothed lines strong, one colour per run."""
     import matplotlib.pyplot as plt
 
@@ -191,7 +191,7 @@ def main() -> None:
         "--x", choices=("step", "seconds"), default="step", help="horizontal axis (default: %(default)s)"
     )
     parser.add_argument(
-        "--smooth", type=util.fraction, default=0.8, help="weight of the moving average (default: %(default)s)"
+        "--smooth", type=util.fraction, default=0.6, help="weight of the moving average (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="PNG to write; default: curves.png in the first folder")
     args = parser.parse_args()

@@ -88,7 +88,7 @@ def sample_latents(
     else:
         steps = sample_ddpm(denoise, draw(), model.alpha, model.sigma, draw)
     total = args.sample_steps if args.sampler == "ddim" else model.T
-    every = max(1, total // 24)  # kept for the GIF
+    every = max(1, total // 16)  # kept for the GIF
     path = []
     for n, x in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
         if n % every == 0 or n == total - 1:

@@ -643,7 +643,8 @@ def sheet(
     height = height + (18 if captions else 0)
     left = gap + (max(int(font.getlength(name)) for name in row_names) + 8 if row_names else 0)
     size = (max(left + columns * (width + gap), int(font.getlength(title)) + 2 * gap), 26 + len(rows) * (height + gap))
-    page = Image.new("RGB", size, "white")
+    mode = "RGB" if any(row.ndim == 4 for row in rows) else "L"
+    page = Image.new(mode, size, "white")
     draw, words = ImageDraw.Draw(page), iter(captions or [])
     draw.text((gap, 4), title, "black", font)
     for r, row in enumerate(rows):
@@ -652,7 +653,7 @@ def sheet(
             draw.text((gap, top + height // 2 - 8), row_names[r], "black", font)
         for c, picture in enumerate(row):
             at = (left + c * (width + gap), top)
-            picture = Image.fromarray(picture).convert("RGB")
+            picture = Image.fromarray(picture).convert(mode)
             page.paste(picture.resize((width, picture.height * zoom), Image.Resampling.NEAREST), at)
             if captions:
                 draw.text((at[0], at[1] + height - 17), next(words), "black", ImageFont.load_default(12))

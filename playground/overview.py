@@ -34,7 +34,7 @@ def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed:
     figure, axes = plt.subplots(2, 5, figsize=(15, 6.6), layout="constrained")
     h, w = first_stage.latent_shape[1:]
     colours = torch.rand(first_stage.codebook_size, 3, generator=torch.Generator().manual_seed(1))
-    colours[idx[0, 0, 0]] = 0  # the corner is background
+    colours[int(first_stage.quantizer.count.argmax())] = 0  # the code of black
     stage_one = [
         (real, f"slice x, case {int(case)}, z = 15"),
         (to_uint8(first_stage.crop(x))[0, 0], "the coded box"),
