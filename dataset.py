@@ -421,7 +421,7 @@ def _read_all(files: list[tuple[int, int, Path]]) -> tuple[list[tuple[np.ndarray
 def _identical(readable: list[tuple[np.ndarray, Path]], seen: dict[bytes, Path]) -> list[str]:
     """Pairs of equal pictures; `seen` goes from split to split, since a copy across splits is the worst kind."""
     return [
-        f"{path.parent.name}/{path.name} = {kept.parent.name}/{kept.name}"
+        f"{path.name} = {kept.name if kept.parent == path.parent else f'{kept.parent.name}/{kept.name}'}"
         for image, path in readable
         if (kept := seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)) is not path
     ]

@@ -279,7 +279,7 @@ def main() -> None:
     if args.sample and not trained:
         print(f"there is no trained run {args.name} yet: training it first, then sampling")
     if args.sample and trained:
-        util.read_run(SCRIPT, args.name, typed)  # refuses settings that this run does not have
+        util.check_sampling(SCRIPT, args.name, typed)
     else:
         train(args, typed)
     if args.sample and util.first_process():

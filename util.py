@@ -520,6 +520,12 @@ def read_run(script: str, name: str, typed: dict) -> dict | None:
     return settings
 
 
+def check_sampling(script: str, name: str, typed: dict) -> None:
+    """Raises UserError when --sample comes with a setting of training that the trained run `name` does not have."""
+    if (Path("log") / name / "run.json").is_file():  # weights alone are enough to sample
+        read_run(script, name, {flag: value for flag, value in typed.items() if flag not in ("seed", "precision")})
+
+
 def open_run(
     script: str, args: argparse.Namespace, typed: dict, preset: Callable[[argparse.Namespace], str]
 ) -> argparse.Namespace:

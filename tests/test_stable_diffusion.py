@@ -142,7 +142,7 @@ def test_samplers_are_told_apart(awaken):
 
 @pytest.mark.parametrize("steps", [1, 23, 24, 50, 120])
 def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
-    """At most 51 latents, first and last step among them."""
+    """At most 34 latents, first and last step among them."""
     sizes = {"latent_shape": (2, 2, 2), "channels": 8, "channel_multipliers": (1,), "blocks": 1, "T": 120}
     model, seen = awaken(LatentDiffusion(**sizes).eval()), []
     denoise = model.denoise
@@ -153,7 +153,7 @@ def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
 
     model.denoise = watched
     path = sample_latents(model, range(1), settings("--sample-steps", steps), CPU)
-    assert len(seen) == steps and min(steps, 24) <= len(path) <= 51
+    assert len(seen) == steps and min(steps, 16) <= len(path) <= 34
     assert torch.equal(path[-1], seen[-1][1])  # the sample is what the last step makes of its x,
     assert all(any(torch.equal(x, y) for y, _ in seen[1:]) for x in path[:-1])  # and the way there is those x
 
@@ -280,7 +280,9 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
         assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
 
     refused("there are no weights at vqvae", "python prestage_train.py", flags=["--name", "new"])
-    refused("there are no weights at gone", "python prestage_train.py", flags=["--first-stage", "gone"])
+    gone = ["--first-stage", "gone"]
+    refused("there are no weights at gone", "python prestage_train.py", flags=[*gone, "--name", "new"])
+    refused("--first-stage gone", "contradicts", flags=gone)
     refused("diffusion", "no first stage", flags=["--first-stage", "diffusion", "--name", "new"])
     description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
     util.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
