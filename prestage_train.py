@@ -11,6 +11,7 @@ import copy
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -268,6 +269,7 @@ def main() -> None:
     if world > 1:
         forward, judge = (DistributedDataParallel(network) for network in (model, discriminator))
     if args.compile:
+        torch._functorch.config.donated_buffer = False  # adaptive_weight walks the graph before backward does
         forward, judge = torch.compile(forward), torch.compile(judge)
     data = {"train": train.describe(), "validate": held_out.describe()}
     util.check_same_data(args.name, data)
