@@ -1,4 +1,4 @@
-"""The first stage: encoder, decoder, quantiser, and the two autoencoders VAE and VQVAE made of them.
+"""The first stage: encoder, decoder, and the autoencoders VAE, VQVAE and VQVAE2 made of them and of a quantiser.
 
     x [B, 1, S, S] --crop--> box --encoder--> latent [B, C, h, w] --decoder--> box --pad--> x
 
@@ -11,22 +11,23 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import util
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
+from quantizer import FiniteScalarQuantizer, VectorQuantizer
 
 
 class Encoder(nn.Module):
-    """[B, 1, H, W] to [B, channels_out, H / f, W / f] with f = patch 2^(levels - 1); z is added in every block.
+    """[B, channels_in, H, W] to [B, channels_out, H / f, W / f], f = patch 2^(levels - 1); z is added in every block.
 
     The stem is a pixel unshuffle: one grey channel at full resolution needs no convolutions of its own.
     """
 
     def __init__(
         self,
+        channels_in: int,
         channels_out: int,
         patch: int,
         channels: int,
@@ -36,7 +37,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         width = [channels * m for m in channel_multipliers]
-        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(patch**2, width[0], 3, padding=1))
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels_in * patch**2, width[0], 3, padding=1))
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
         for level, w in enumerate(width):
             self.downs.append(Downsample(width[level - 1], w) if level else nn.Identity())
@@ -91,118 +92,65 @@ class Decoder(nn.Module):
         return self.out(h)
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest code of a learned codebook (van den Oord et al. 2017), in float32 whatever the autocast.
+def karhunen_loeve(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The linear code of blocks [N, D] with the least squared error, as float64 (basis [dim, D], sd [dim]).
 
-    The codebook follows exponential moving averages of the vectors that chose each code (ibid., appendix A.1), or, with
-    ema=False, the gradient of the codebook loss ||sg[e] - q||^2. Codes that hardly anything chooses are replaced.
+    The orthonormal rows are the eigenvectors of the second moment about zero, not about the mean, so that black, which
+    is zero here, codes as exactly zero. Black blocks are left out.
+    """
+    blocks = blocks[blocks.abs().amax(1) > 0].double()
+    basis = torch.linalg.eigh(blocks.T @ blocks)[1].flip(1)[:, :dim].T
+    return basis, (blocks @ basis.T).std(0).clamp(min=1e-6)
 
-    Args:
-        codebook_size: K.
-        dim: length of a code.
-        commitment: beta, the weight of ||e - sg[q]||^2, which ties the encoder to the codes.
-        decay: of the moving averages.
-        revive_below: a code that fewer vectors per step choose, on average, is replaced by one of the batch.
+
+class LinearPath(nn.Module):
+    """A linear code of f x f blocks: pictures [B, 1, H, W] with black 0 to [B, C, H / f, W / f] and back, in float32.
+
+    bf16 would round a latent of 8 to 1/32, and near -1 has steps of half a grey level.
     """
 
-    def __init__(
-        self,
-        codebook_size: int,
-        dim: int,
-        commitment: float = 0.25,
-        ema: bool = True,
-        decay: float = 0.99,
-        revive_below: float = 0.5,
-    ):
+    def __init__(self, channels: int, factor: int):
         super().__init__()
-        self.commitment, self.ema, self.decay, self.revive_below = commitment, ema, decay, revive_below
-        codebook = torch.randn(codebook_size, dim)
-        if ema:
-            self.register_buffer("codebook", codebook)
-        else:
-            self.codebook = nn.Parameter(codebook)
-        self.register_buffer("count", torch.ones(codebook_size))  # vectors per step and code
-        self.register_buffer("total", codebook.clone())  # their sum
+        self.factor = factor
+        self.analysis = nn.Conv2d(1, channels, factor, factor, bias=False)
+        self.synthesis = nn.ConvTranspose2d(channels, 1, factor, factor, bias=False)
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """int64 [N]: the code nearest to each of float32 [N, dim] in Euclidean distance."""
-        codes = self.codebook
-        with torch.autocast(vectors.device.type, enabled=False):
-            parts = vectors.float().split(65_536)  # k-means asks for more than memory likes at once
-            return torch.cat([(codes.square().sum(1) - 2 * v @ codes.T).argmin(1) for v in parts])  # without |v|^2
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] of x [B, 1, H, W]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.analysis(x.float())
 
-    def lookup(self, idx: Tensor) -> Tensor:
-        """Codes [B, dim, h, w] of int64 idx [B, h, w]."""
-        return F.embedding(idx, self.codebook).movedim(-1, 1)
-
-    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns quantised latent (the gradient passes straight through), idx int64 [B, h, w], loss.
-
-        latent: [B, dim, h, w]. In training mode the codebook moves, after it was used.
-        """
+    def decode(self, latent: Tensor) -> Tensor:
+        """[B, 1, H, W] of latent [B, C, h, w]."""
         with torch.autocast(latent.device.type, enabled=False):
-            latent = latent.float()
-            B, C, h, w = latent.shape
-            vectors = latent.movedim(1, -1).reshape(-1, C)
-            idx = self.nearest(vectors.detach())
-            quantised = self.lookup(idx.view(B, h, w))
-            loss = self.commitment * F.mse_loss(latent, quantised.detach())
-            if not self.ema:
-                loss = loss + F.mse_loss(quantised, latent.detach())
-            straight_through = latent + (quantised - latent).detach()
-            if self.training:
-                self._follow(vectors.detach(), idx)
-        return straight_through, idx.view(B, h, w), loss
+            return self.synthesis(latent.float())
 
     @torch.no_grad()
-    def _follow(self, vectors: Tensor, idx: Tensor) -> None:
-        count = torch.bincount(idx, minlength=len(self.count)).to(vectors.dtype)
-        total = torch.zeros_like(self.total).index_add_(0, idx, vectors)
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        self.count.lerp_(count, 1 - self.decay)
-        self.total.lerp_(total, 1 - self.decay)
-        if self.ema:
-            self.codebook.copy_(self.total / self.count.clamp(min=1e-5)[:, None])
-        dead = self.count < self.revive_below
-        if dead.any():  # averages too start anew, or the next update would undo the revival
-            chosen = vectors[torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)]
-            if dist.is_initialized():
-                dist.broadcast(chosen, 0)
-            self.codebook.data[dead] = chosen
-            self.count[dead] = 2 * self.revive_below
-            self.total[dead] = 2 * self.revive_below * chosen
+    def start(self, x: Tensor, whiten: bool) -> None:
+        """Becomes the Karhunen-Loeve transform of the blocks of x [N, 1, H, W].
 
-    @torch.no_grad()
-    def start(self, vectors: Tensor, iterations: int = 20) -> None:
-        """k-means on encoder outputs float32 [N, dim], N >= K; empty clusters restart at vectors drawn at random."""
-        K = len(self.count)
-        if len(vectors) < K:
-            raise ValueError(f"{len(vectors)} vectors cannot start {K} codes")
-        distinct = torch.unique(vectors, dim=0)  # half of all vectors are the black background
-        distinct = distinct if len(distinct) >= K else vectors
-        self.codebook.data.copy_(distinct[torch.randperm(len(distinct))[:K]])
-        for _ in range(iterations):
-            idx = self.nearest(vectors)
-            count = torch.bincount(idx, minlength=K)
-            mean = torch.zeros_like(self.total).index_add_(0, idx, vectors) / count.clamp(min=1)[:, None]
-            empty = count == 0
-            mean[empty] = distinct[torch.randint(len(distinct), (int(empty.sum()),))]
-            self.codebook.data.copy_(mean)
-        self.count.fill_(4 * self.revive_below)
-        self.total.copy_(self.codebook * self.count[:, None])
+        The latent gets unit variance: each channel by itself (whiten), or all by one factor, which keeps distances.
+        """
+        C, f = self.analysis.weight.shape[0], self.factor
+        basis, sd = karhunen_loeve(F.unfold(x, f, stride=f).transpose(1, 2).reshape(-1, f * f), C)
+        scale = sd if whiten else sd.square().mean().sqrt().expand(C)
+        self.analysis.weight.copy_((basis / scale[:, None]).view(C, 1, f, f))
+        self.synthesis.weight.copy_((basis * scale[:, None]).view(C, 1, f, f))
 
 
 class Autoencoder(nn.Module):
-    """What VAE and VQVAE share: box, encoder, decoder, linear path, scale of the latents.
+    """What the three models share: box, encoder, decoders, linear path, scale of the latents.
+
+    The fidelity decoder is trained with the encoder. The perceptual decoder, if there is one, begins as its copy and is
+    then trained against a discriminator alone, so that both read the same latents; `decoder_in_use` says which decodes.
 
     Args:
         image_size: S.
         box: (top, left, height, width) of the part that is coded; the rest of every picture is black.
         patch: pixels a side that the stem folds into channels.
-        channels, channel_multipliers, blocks: the first level's width, each level's relative to it, ResBlocks a level.
+        channels, channel_multipliers, blocks: the first level's width, each level's relative to it, blocks a level.
         latent_channels: C of the latent.
+        perceptual: whether there is a second decoder.
     """
 
     def __init__(
@@ -215,7 +163,10 @@ class Autoencoder(nn.Module):
         channel_multipliers: tuple[int, ...],
         blocks: int,
         latent_channels: int,
+        encoder_inputs: int = 1,
         encoder_outputs: int,
+        linear_channels: int,
+        perceptual: bool = False,
     ):
         super().__init__()
         self.image_size, self.box = image_size, tuple(box)
@@ -223,19 +174,43 @@ class Autoencoder(nn.Module):
         height, width = self.box[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"box of {height}x{width} pixels is not divisible by the factor {self.factor}")
-        if latent_channels > self.factor**2:
+        if linear_channels > self.factor**2:
             raise ValueError(
-                f"{latent_channels} latent channels are more than the {self.factor**2} pixels they stand for"
+                f"{linear_channels} latent channels are more than the {self.factor**2} pixels they stand for"
             )
         self.latent_shape = (latent_channels, height // self.factor, width // self.factor)
-        embedding_dim = 2 * channels
-        self.embed_z = Embedding(embedding_dim)
-        sizes = (patch, channels, channel_multipliers, blocks, embedding_dim)
-        self.encoder, self.decoder = Encoder(encoder_outputs, *sizes), Decoder(latent_channels, *sizes)
-        self.analysis = nn.Conv2d(1, latent_channels, self.factor, self.factor, bias=False)
-        self.synthesis = nn.ConvTranspose2d(latent_channels, 1, self.factor, self.factor, bias=False)
+        self.sizes = (patch, channels, tuple(channel_multipliers), blocks, 2 * channels)
+        self.embed_z = Embedding(2 * channels)
+        self.encoder = Encoder(encoder_inputs, encoder_outputs, *self.sizes)
+        self.decoder = Decoder(latent_channels, *self.sizes)
+        self.perceptual = Decoder(latent_channels, *self.sizes) if perceptual else None
+        self.decoder_in_use = "fidelity"
+        self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_sd", torch.ones(latent_channels, 1, 1))
+
+    # ---- two decoders, one latent
+
+    def use_decoder(self, name: str) -> None:
+        """Lets "fidelity" or "perceptual" decode from now on, and be what training changes.
+
+        The encoder, the quantiser and the linear path belong to the fidelity decoder; they freeze with it.
+        """
+        if name not in ("fidelity", "perceptual"):
+            raise ValueError(f"decoder {name} is neither fidelity nor perceptual")
+        if name == "perceptual" and self.perceptual is None:
+            raise ValueError("this first stage has no perceptual decoder")
+        self.decoder_in_use = name
+        for parameter in self.parameters():
+            parameter.requires_grad_(name == "fidelity")
+        if self.perceptual is not None:
+            for parameter in self.perceptual.parameters():
+                parameter.requires_grad_(name == "perceptual")
+
+    def start_perceptual(self) -> None:
+        """Makes the perceptual decoder a copy of the fidelity decoder, and uses it."""
+        self.use_decoder("perceptual")
+        self.perceptual.load_state_dict(self.decoder.state_dict())
 
     # ---- picture <-> box
 
@@ -252,32 +227,16 @@ class Autoencoder(nn.Module):
     # ---- box <-> latent as the network has it, not yet normalised
 
     def _encode(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Linear path [B, C, h, w] and network output [B, encoder_outputs, h, w] of a box; to the former black is 0."""
-        with torch.autocast(x.device.type, enabled=False):  # bf16 rounds a latent of 8 to 1/32
-            linear = self.analysis(x.float() + 1)
-        return linear, self.encoder(x, self.embed_z(z))
+        """Linear code [B, C, h, w] and network output [B, encoder_outputs, h, w] of a box; to the former black is 0."""
+        return self.linear.encode(x + 1), self.encoder(x, self.embed_z(z))
+
+    def _linear_decode(self, latent: Tensor) -> Tensor:
+        return self.linear.decode(latent)
 
     def _decode(self, latent: Tensor, z: Tensor) -> Tensor:
         """The box, float32; may leave [-1, 1] a little, mostly below -1 where the picture is black."""
-        with torch.autocast(latent.device.type, enabled=False):  # bf16 near -1 has steps of half a grey level
-            linear = self.synthesis(latent.float()) - 1
-        return linear + self.decoder(latent, self.embed_z(z)).float()
-
-    @torch.no_grad()
-    def start_linear_path(self, x: Tensor, whiten: bool) -> None:
-        """Sets analysis and synthesis to the block Karhunen-Loeve transform of slices x [N, 1, S, S].
-
-        The eigenvectors are those of the second moment about black, not about the mean, so black codes as exactly zero.
-        The latent gets unit variance: each channel by itself (whiten), or all by one factor, which keeps distances.
-        """
-        C, f = self.latent_shape[0], self.factor
-        blocks = F.unfold(self.crop(x) + 1, f, stride=f).transpose(1, 2).reshape(-1, f * f).double()
-        blocks = blocks[blocks.abs().amax(1) > 0]
-        basis = torch.linalg.eigh(blocks.T @ blocks)[1].flip(1)[:, :C].T  # [C, f * f], orthonormal rows
-        sd = (blocks @ basis.T).std(0).clamp(min=1e-6)
-        scale = sd if whiten else sd.square().mean().sqrt().expand(C)
-        self.analysis.weight.copy_((basis / scale[:, None]).view(C, 1, f, f))
-        self.synthesis.weight.copy_((basis * scale[:, None]).view(C, 1, f, f))
+        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
+        return self._linear_decode(latent) - 1 + decoder(latent, self.embed_z(z)).float()
 
     @torch.no_grad()
     def set_latent_statistics(self, batches) -> None:
@@ -320,9 +279,19 @@ class VAE(Autoencoder):
     kind = "vae"
 
     def __init__(self, *, latent_channels: int, **sizes):
-        super().__init__(latent_channels=latent_channels, encoder_outputs=2 * latent_channels, **sizes)
+        super().__init__(
+            latent_channels=latent_channels,
+            encoder_outputs=2 * latent_channels,
+            linear_channels=latent_channels,
+            **sizes,
+        )
         with torch.no_grad():  # the posterior starts narrow, so that the decoder first learns to decode
             self.encoder.out[-1].bias[latent_channels:] = -4
+
+    @torch.no_grad()
+    def start(self, x: Tensor, z: Tensor) -> None:
+        """Sets the linear path from training slices x [N, 1, S, S]."""
+        self.linear.start(self.crop(x) + 1, whiten=True)
 
     def posterior(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, float32 [B, C, h, w], of q(latent | x, z), before normalisation."""
@@ -337,8 +306,9 @@ class VAE(Autoencoder):
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstructed box of a posterior sample, and {"kl": mean bits per image}."""
-        mean, log_variance = self.posterior(x, z)
-        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
+            mean, log_variance = self.posterior(x, z)
+            latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         return self._decode(latent, z), {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
@@ -357,22 +327,75 @@ class VAE(Autoencoder):
         return self._normalise(noise)
 
 
+def make_quantizer(
+    quantizer: str, codebook_size: int | None, levels: tuple[int, ...] | None, dim: int, options: dict
+) -> VectorQuantizer | FiniteScalarQuantizer:
+    """The quantiser named "vq", of codebook_size codes of `dim` numbers, or "fsq", of `dim` levels."""
+    if quantizer == "vq":
+        return VectorQuantizer(codebook_size, dim, **options)
+    if quantizer != "fsq":
+        raise ValueError(f"quantizer {quantizer} is neither vq nor fsq")
+    if len(levels) != dim:
+        raise ValueError(f"{len(levels)} levels do not fit {dim} latent channels")
+    return FiniteScalarQuantizer(levels)
+
+
+def quantise(quantizer: nn.Module, latent: Tensor) -> Tensor:
+    """idx int64 [B, h, w] of the codes nearest to unnormalised vectors [B, C, h, w]."""
+    B, C, h, w = latent.shape
+    return quantizer.nearest(latent.float().movedim(1, -1).reshape(-1, C)).view(B, h, w)
+
+
+def draw_codes(quantizer: nn.Module, count: int, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+    """idx int64 [count, h, w] drawn one by one, as often as training used them (vq), or uniformly (fsq)."""
+    if isinstance(quantizer, VectorQuantizer):
+        idx = torch.multinomial(quantizer.count.cpu(), count * math.prod(grid), replacement=True, generator=generator)
+        return idx.view(count, *grid)
+    return torch.randint(quantizer.codebook_size, (count, *grid), generator=generator)
+
+
 class VQVAE(Autoencoder):
-    """Vector-quantised autoencoder (van den Oord et al. 2017): the latent is a grid of codes out of K."""
+    """Vector-quantised autoencoder (van den Oord et al. 2017): the latent is a grid of codes out of K.
+
+    Args:
+        quantizer: "vq", a learned codebook, or "fsq", finite scalar quantisation.
+        codebook_size: K of a vq.
+        levels: of an fsq, one per latent channel; K is their product.
+        quantizer_options: further keywords of VectorQuantizer.
+    """
 
     kind = "vqvae"
 
     def __init__(
-        self, *, latent_channels: int, codebook_size: int, commitment: float = 0.25, ema_codebook: bool = True, **sizes
+        self,
+        *,
+        latent_channels: int,
+        quantizer: str = "vq",
+        codebook_size: int | None = None,
+        levels: tuple[int, ...] | None = None,
+        quantizer_options: dict | None = None,
+        **sizes,
     ):
-        super().__init__(latent_channels=latent_channels, encoder_outputs=latent_channels, **sizes)
-        self.quantizer = VectorQuantizer(codebook_size, latent_channels, commitment, ema_codebook)
-        self.codebook_size = codebook_size
+        super().__init__(
+            latent_channels=latent_channels,
+            encoder_outputs=latent_channels,
+            linear_channels=latent_channels,
+            **sizes,
+        )
+        self.quantizer = make_quantizer(quantizer, codebook_size, levels, latent_channels, quantizer_options or {})
+        self.codebook_size = self.quantizer.codebook_size
 
     @property
     def fixed_bits(self) -> float:
         """Bits per image at a fixed length per code: h w log2 K."""
         return self.latent_shape[1] * self.latent_shape[2] * math.log2(self.codebook_size)
+
+    @torch.no_grad()
+    def start(self, x: Tensor, z: Tensor) -> None:
+        """Sets the linear path, then the codes, from training slices x [N, 1, S, S] and z [N]."""
+        self.linear.start(self.crop(x) + 1, whiten=isinstance(self.quantizer, FiniteScalarQuantizer))
+        vectors = torch.cat([self.vectors(*part) for part in zip(x.split(32), z.split(32), strict=True)])
+        self.quantizer.start(vectors.movedim(1, -1).flatten(0, 2))
 
     def vectors(self, x: Tensor, z: Tensor) -> Tensor:
         """Encoder output float32 [B, C, h, w] before quantisation."""
@@ -381,18 +404,14 @@ class VQVAE(Autoencoder):
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstructed box, and {"codebook": commitment (and codebook) loss}. Training mode moves the codebook."""
-        quantised, _, loss = self.quantizer(self.vectors(x, z))
+        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
+            quantised, _, loss = self.quantizer(self.vectors(x, z))
         return self._decode(quantised, z), {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
         """idx int64 [B, h, w] in [0, K) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
         self._check(x, z)
-        return self.nearest(self.vectors(x, z))
-
-    def nearest(self, latent: Tensor) -> Tensor:
-        """idx int64 [B, h, w] of the codes nearest to unnormalised vectors [B, C, h, w]."""
-        B, C, h, w = latent.shape
-        return self.quantizer.nearest(latent.movedim(1, -1).reshape(-1, C)).view(B, h, w)
+        return quantise(self.quantizer, self.vectors(x, z))
 
     def decode_indices(self, idx: Tensor, z: Tensor) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of int64 idx [B, h, w] and z int64 [B]."""
@@ -406,36 +425,161 @@ class VQVAE(Autoencoder):
     def decode(self, latent: Tensor, z: Tensor) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of the codes nearest to a normalised latent [B, C, h, w]."""
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self.decode_indices(self.nearest(self._denormalise(latent)), z)
+        return self.decode_indices(quantise(self.quantizer, self._denormalise(latent)), z)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, C, h, w] of codes drawn one by one as often as training used them."""
+        idx = draw_codes(self.quantizer, count, self.latent_shape[1:], generator)
+        return self._normalise(self.quantizer.lookup(idx.to(self.latent_mean.device)))
+
+
+class VQVAE2(Autoencoder):
+    """Two-level vector-quantised autoencoder (Razavi et al. 2019): coarse top codes, and bottom codes given the top.
+
+    A top code stands for 2f x 2f pixels, a bottom code for f x f. The bottom encoder sees the slice and what the top
+    codes say about it, and its linear path codes the difference. The latent of `encode` is [top, doubled | bottom].
+
+    Args: as VQVAE; latent_channels is the length of a code at either level, and both have K codes.
+    """
+
+    kind = "vqvae2"
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int,
+        quantizer: str = "vq",
+        codebook_size: int | None = None,
+        levels: tuple[int, ...] | None = None,
+        quantizer_options: dict | None = None,
+        **sizes,
+    ):
+        C = latent_channels
+        super().__init__(latent_channels=2 * C, encoder_inputs=2, encoder_outputs=C, linear_channels=C, **sizes)
+        patch, channels, multipliers, blocks, embedding_dim = self.sizes
         _, h, w = self.latent_shape
-        idx = torch.multinomial(self.quantizer.count.cpu(), count * h * w, replacement=True, generator=generator)
-        return self._normalise(self.quantizer.lookup(idx.view(count, h, w).to(self.latent_mean.device)))
+        if h % 2 or w % 2:
+            raise ValueError(f"a grid of {h}x{w} codes cannot be halved for the top level")
+        self.encoder_top = Encoder(1, C, patch, channels, (*multipliers, multipliers[-1]), blocks, embedding_dim)
+        self.linear_top = LinearPath(C, 2 * self.factor)
+        self.quantizer_top, self.quantizer = (
+            make_quantizer(quantizer, codebook_size, levels, C, quantizer_options or {}) for _ in range(2)
+        )
+        self.codebook_size, self.grids = self.quantizer.codebook_size, ((h // 2, w // 2), (h, w))
+
+    @property
+    def fixed_bits(self) -> float:
+        """Bits per image at a fixed length per code, of both levels."""
+        return sum(math.prod(grid) for grid in self.grids) * math.log2(self.codebook_size)
+
+    @torch.no_grad()
+    def start(self, x: Tensor, z: Tensor) -> None:
+        """Sets both linear paths and both codebooks from training slices x [N, 1, S, S] and z [N], top first."""
+        box, whiten = self.crop(x) + 1, isinstance(self.quantizer, FiniteScalarQuantizer)
+        parts = list(zip(x.split(32), z.split(32), strict=True))
+        self.linear_top.start(box, whiten)
+        self.quantizer_top.start(torch.cat([self.top_vectors(*p) for p in parts]).movedim(1, -1).flatten(0, 2))
+        top = [self._quantised_top(*part) for part in parts]
+        self.linear.start(box - torch.cat([self.linear_top.decode(t) for t in top]), whiten)
+        vectors = torch.cat([self.bottom_vectors(*part, t) for part, t in zip(parts, top, strict=True)])
+        self.quantizer.start(vectors.movedim(1, -1).flatten(0, 2))
+
+    def top_vectors(self, x: Tensor, z: Tensor) -> Tensor:
+        """Top encoder output float32 [B, C, h / 2, w / 2] before quantisation."""
+        box = self.crop(x)
+        return (self.linear_top.encode(box + 1) + self.encoder_top(box, self.embed_z(z))).float()
+
+    def _quantised_top(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.quantizer_top.lookup(quantise(self.quantizer_top, self.top_vectors(x, z)))
+
+    def bottom_vectors(self, x: Tensor, z: Tensor, top: Tensor) -> Tensor:
+        """Bottom encoder output float32 [B, C, h, w], given the quantised top [B, C, h / 2, w / 2]."""
+        box, known = self.crop(x), self.linear_top.decode(top) - 1
+        seen = torch.cat([box, known], dim=1)
+        return (self.linear.encode(box - known) + self.encoder(seen, self.embed_z(z))).float()
+
+    def _join(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return torch.cat([F.interpolate(top, scale_factor=2.0, mode="nearest"), bottom], dim=1)
+
+    def _split(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        top, bottom = latent.chunk(2, dim=1)
+        return F.avg_pool2d(top, 2), bottom
+
+    def _linear_decode(self, latent: Tensor) -> Tensor:
+        top, bottom = self._split(latent.float())
+        return self.linear_top.decode(top) + self.linear.decode(bottom)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstructed box, and {"codebook": losses of both quantisers}. Training mode moves the codebooks."""
+        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
+            top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
+            bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
+        return self._decode(self._join(top, bottom), z), {"codebook": loss_top + loss_bottom}
+
+    def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(top int64 [B, h / 2, w / 2], bottom int64 [B, h, w]) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
+        self._check(x, z)
+        idx_top = quantise(self.quantizer_top, self.top_vectors(x, z))
+        vectors = self.bottom_vectors(x, z, self.quantizer_top.lookup(idx_top))
+        return idx_top, quantise(self.quantizer, vectors)
+
+    def _lookup(self, idx: tuple[Tensor, Tensor]) -> Tensor:
+        return self._join(self.quantizer_top.lookup(idx[0]), self.quantizer.lookup(idx[1]))
+
+    def decode_indices(self, idx: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
+        """x float32 [B, 1, S, S] in [-1, 1] of (top, bottom) as encode_indices gives them, and z int64 [B]."""
+        for name, level, grid in zip(("top idx", "bottom idx"), idx, self.grids, strict=True):
+            self._check_grid(name, level, grid, z)
+        return self.pad(self._decode(self._lookup(idx), z).clamp(-1, 1))
+
+    def encode(self, x: Tensor, z: Tensor) -> Tensor:
+        """Normalised quantised latent, float32 [B, 2 C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
+        return self._normalise(self._lookup(self.encode_indices(x, z)))
+
+    def decode(self, latent: Tensor, z: Tensor) -> Tensor:
+        """x float32 [B, 1, S, S] in [-1, 1] of the codes nearest to a normalised latent [B, 2 C, h, w]."""
+        self._check_grid("latent", latent, self.latent_shape, z)
+        top, bottom = self._split(self._denormalise(latent))
+        return self.decode_indices((quantise(self.quantizer_top, top), quantise(self.quantizer, bottom)), z)
+
+    def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents [count, 2 C, h, w] of codes drawn one by one as often as training used them."""
+        quantizers = (self.quantizer_top, self.quantizer)
+        idx = (draw_codes(q, count, g, generator) for q, g in zip(quantizers, self.grids, strict=True))
+        return self._normalise(self._lookup(tuple(level.to(self.latent_mean.device) for level in idx)))
 
 
-MODELS = {model.kind: model for model in (VAE, VQVAE)}
+MODELS = {model.kind: model for model in (VAE, VQVAE, VQVAE2)}
 
 
-def load_first_stage(run: str | Path, device: torch.device | str = "cpu") -> VAE | VQVAE:
-    """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`."""
+def load_first_stage(run: str | Path, device: torch.device | str = "cpu", decoder: str = "fidelity") -> Autoencoder:
+    """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`.
+
+    `decoder` is "fidelity" or "perceptual". Raises UserError when there is no such file or no such decoder.
+    """
     path = util.find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
     weights, description = util.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
     description |= {"digest": util.digest_of(weights), "path": str(path)}
-    return build_first_stage(description, weights, path).to(device)
+    return build_first_stage(description, weights, path, decoder).to(device)
 
 
-def build_first_stage(description: dict, weights: dict[str, Tensor], path: Path) -> VAE | VQVAE:
+def build_first_stage(
+    description: dict, weights: dict[str, Tensor], path: Path, decoder: str = "fidelity"
+) -> Autoencoder:
     """The frozen autoencoder of weights and their description {"kind", "model_kwargs", ...}; `path` is for messages.
 
     The description stays on the model as `description`, for those who store it beside their own weights.
     """
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
-    model = util.fill_model(model, weights, path).eval().requires_grad_(False)
+    util.fill_model(model, weights, path)
+    try:
+        model.use_decoder(decoder)
+    except ValueError as error:
+        raise util.UserError(f"--decoder {decoder}: {error}; train one with --gan-weight above 0 ({path})") from None
+    model.eval().requires_grad_(False)
     return model.to(memory_format=torch.channels_last)  # convolutions run twice as fast
 
 
@@ -447,7 +591,7 @@ def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, de
 
 
 def load_second_stage(
-    run: str | Path, model_class: type, device: torch.device | str
+    run: str | Path, model_class: type, device: torch.device | str, decoder: str = "fidelity"
 ) -> tuple[nn.Module, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
     path = util.find_weights(run, f"python {model_class.script} --name {run}")
@@ -456,5 +600,5 @@ def load_second_stage(
         raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")
     prior = model_class(**description["model_kwargs"]).eval().requires_grad_(False)
     util.fill_model(prior, util.part_of(weights, "prior."), path)
-    first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path)
+    first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path, decoder)
     return prior.to(device), first_stage.to(device), description

@@ -43,6 +43,15 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
+def lecam_penalty(real: Tensor, fake: Tensor, anchors: Tensor) -> Tensor:
+    """E[(D(x) - a_fake)^2] + E[(D(x') - a_real)^2] of logits of any shape (Tseng et al. 2021, eq. 4).
+
+    `anchors` [2] holds a_real and a_fake, moving averages of the mean logits. The penalty grows with the distance
+    between the judgements of real and fake, so a discriminator that learns too fast is held back.
+    """
+    return (real - anchors[1]).square().mean() + (fake - anchors[0]).square().mean()
+
+
 def generator_loss(fake: Tensor) -> Tensor:
     """-E[D(x')] of logits of any shape."""
     return -fake.mean()

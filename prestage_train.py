@@ -1,10 +1,11 @@
-"""First stage: trains a VAE or a VQ-VAE on slices, sharpened by a z-conditioned PatchGAN.
+"""First stage: trains a VAE, a VQ-VAE or a VQ-VAE-2 on slices, then sharpens its decoder with a z-conditioned PatchGAN.
 
-    python prestage_train.py --model vqvae        # or vae; the same command resumes
+    python prestage_train.py --model vqvae        # or vae, vqvae2; the same command resumes
 
-Every step first improves the autoencoder, then the discriminator. Writes model_ckpt/NAME/model.safetensors (averaged
-weights, for use), model_ckpt/NAME/last.pt (everything, for resuming), log/NAME (python logger.py log/NAME draws it) and
-NAME_vis/ (real | reconstructed | difference, and draws from the prior).
+Until --gan-start the autoencoder is trained to be faithful. Then encoder, codes and this fidelity decoder are frozen,
+and a copy of the decoder, the perceptual one, goes on against the discriminator: both decode the same latents. Writes
+model_ckpt/NAME/model.safetensors (averaged weights, for use), model_ckpt/NAME/last.pt (everything, for resuming),
+log/NAME (python logger.py log/NAME draws it) and NAME_vis/ (real | reconstructed | difference, draws from the prior).
 """
 
 import copy
@@ -26,11 +27,15 @@ from model_discriminator import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    lecam_penalty,
 )
-from model_VAE import MODELS, VAE, VQVAE
+from model_VAE import MODELS, VAE, VQVAE, Autoencoder
 from util import UserError
 
 SCRIPT = Path(__file__).name
+WATCHED_SLICES = 128  # of validation, at every report
+STATISTICS_SLICES = 2048  # give the scale of the latents: its error is then far below a per cent
+COUNTABLE_CODES = 2**20  # of more possible codes nobody can say how many are in use
 
 
 # --------------------------------------------------------------------------------------------------- losses, schedules
@@ -53,6 +58,13 @@ def cyclical_weight(step: int, steps: int, cycles: int, ramp: float) -> float:
     return min(1.0, position / ramp) if ramp > 0 else 1.0
 
 
+def kl_factor(schedule: str, step: int, steps: int, cycles: int, ramp: float) -> float:
+    """The KL weight's factor in [0, 1]: "cyclical", "monotonic" (one cycle, then 1 for good) or "constant"."""
+    if schedule == "constant":
+        return 1.0
+    return cyclical_weight(step, steps, cycles if schedule == "cyclical" else 1, ramp)
+
+
 def ramp_weight(step: int, start: int, length: int) -> float:
     """0 before `start`, then linearly to 1 over `length` steps."""
     return min(1.0, max(0.0, (step - start) / length))
@@ -62,27 +74,27 @@ def ramp_weight(step: int, start: int, length: int) -> float:
 
 
 @torch.no_grad()
-def validate(model: VAE | VQVAE, data: Slices, index: Tensor, device: torch.device, precision: str) -> dict[str, float]:
+def validate(model: Autoencoder, data: Slices, index: Tensor, device: torch.device, precision: str) -> dict[str, float]:
     """Mean scores over the slices `index`, named as they are logged."""
     scores, codes = [], []
     for part in index.split(32):
         x, z, _ = data.batch(part, device)
         with util.autocast(device, precision):
             if isinstance(model, VQVAE):
-                codes.append(model.encode_indices(x, z).cpu())
-                x_hat = model.decode_indices(codes[-1].to(device), z)
+                codes.append(model.encode_indices(x, z))
+                x_hat = model.decode_indices(codes[-1], z)
             else:
                 x_hat = model.decode(model.encode(x, z), z)
         masks = data.masks[part] if data.masks is not None else None
         scores.append(slice_scores(to_uint8(x_hat)[:, 0].cpu(), data.images[part].cpu(), masks))
     result = mean_scores(scores)
-    if codes:
-        result |= code_usage(torch.cat(codes).numpy(), model.codebook_size)
+    if codes and model.codebook_size <= COUNTABLE_CODES:
+        result |= code_usage(torch.cat(codes).cpu().numpy(), model.codebook_size)
     return {f"validate/{name}": value for name, value in result.items()}
 
 
 @torch.no_grad()
-def draw_reconstructions(model: VAE | VQVAE, data: Slices, device: torch.device, step: int):
+def draw_reconstructions(model: Autoencoder, data: Slices, device: torch.device, step: int):
     """Sheet real | reconstructed | 5 x difference of six slices of one validation case."""
     index = torch.linspace(0, min(31, len(data) - 1), 6).round().long()
     x, z, case = data.batch(index, device)
@@ -100,7 +112,7 @@ def draw_reconstructions(model: VAE | VQVAE, data: Slices, device: torch.device,
 
 
 @torch.no_grad()
-def draw_prior(model: VAE | VQVAE, device: torch.device, seed: int, step: int):
+def draw_prior(model: Autoencoder, device: torch.device, seed: int, step: int):
     """4x8 sheet: a latent from the untrained prior decoded at every z. What a second stage has to improve on."""
     latent = model.prior_latent(1, torch.Generator().manual_seed(seed)).expand(32, -1, -1, -1)
     slices = to_uint8(model.decode(latent.to(device), torch.arange(32, device=device)))[:, 0].cpu().numpy()
@@ -138,7 +150,35 @@ def flags():
         default=8,
         help="numbers per latent vector or code (default: %(default)s)",
     )
-    add("--codebook-size", type=util.positive_int, help="codes of a VQ-VAE")
+    add(
+        "--quantizer",
+        choices=("vq", "fsq"),
+        default="vq",
+        help="of a VQ-VAE: learned codes, or every number rounded to a few levels (default: %(default)s)",
+    )
+    add("--codebook-size", type=util.positive_int, help="codes of vq")
+    add(
+        "--levels",
+        type=util.positive_int,
+        nargs="+",
+        default=(8, 5, 5, 5),
+        metavar="L",
+        help="levels of fsq, one per number of a code; their product counts the codes, and --latent-channels follows "
+        "from them (default: 8 5 5 5)",
+    )
+    add(
+        "--code-space",
+        choices=("plane", "sphere"),
+        default="plane",
+        help="sphere divides vectors and codes of vq by their length (default: %(default)s)",
+    )
+    add(
+        "--code-gradient",
+        choices=("straight", "rotation"),
+        default="straight",
+        help="how the gradient of a vq code "
+        "reaches the encoder: straight through, or by the rotation trick (default: %(default)s)",
+    )
     add(
         "--codebook", choices=("ema", "loss"), default="ema", help="how codes follow the encoder (default: %(default)s)"
     )
@@ -147,6 +187,12 @@ def flags():
         type=util.positive_float,
         default=1e-3,
         help="of the KL in bits per pixel, VAE (default: %(default)s)",
+    )
+    add(
+        "--kl-schedule",
+        choices=("cyclical", "monotonic", "constant"),
+        default="cyclical",
+        help="of the KL weight (default: %(default)s)",
     )
     add("--kl-cycles", type=util.positive_int, default=4, help="annealing cycles over the run (default: %(default)s)")
     add(
@@ -159,14 +205,15 @@ def flags():
     add(
         "--gan-start",
         type=util.positive_int,
-        help="step at which the autoencoder begins to see it, ramped over as many steps as lie between the two starts",
+        help="step at which the autoencoder is frozen and the perceptual "
+        "decoder begins; the discriminator's weight ramps up over as many steps as lie between the two starts",
     )
     add(
         "--gan-weight",
         type=util.fraction,
-        default=0.1,
-        help="of the adversarial loss, after balancing its gradient with "
-        "the reconstruction's; 0 trains without discriminator (default: %(default)s)",
+        default=0.5,
+        help="of the adversarial loss, after balancing its "
+        "gradient with the reconstruction's; 0 trains no perceptual decoder (default: %(default)s)",
     )
     add(
         "--feature-weight",
@@ -174,11 +221,22 @@ def flags():
         default=0.1,
         help="of discriminator feature matching (default: %(default)s)",
     )
+    add("--lecam-weight", type=util.fraction, default=0.05, help="of LeCam regularisation (default: %(default)s)")
+    add("--discriminator-learning-rate", type=util.positive_float, help="default: that of the autoencoder")
+    add(
+        "--guard",
+        type=util.fraction,
+        default=0.01,
+        help="validation SSIM that the perceptual decoder may lose against "
+        "the fidelity decoder; beyond it, the last good one returns and the adversarial weight is halved "
+        "(default: %(default)s)",
+    )
     return parser
 
 
 def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
     """The untrained autoencoder and the keywords that rebuild it."""
+    fsq = args.model != "vae" and args.quantizer == "fsq"
     kwargs = {
         "image_size": args.image_size,
         "box": box,
@@ -186,10 +244,18 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
         "channels": args.channels,
         "channel_multipliers": tuple(args.channel_multipliers),
         "blocks": args.blocks,
-        "latent_channels": args.latent_channels,
+        "latent_channels": len(args.levels) if fsq else args.latent_channels,
+        "perceptual": args.gan_weight > 0,
     }
-    if args.model == "vqvae":
-        kwargs |= {"codebook_size": args.codebook_size, "ema_codebook": args.codebook == "ema"}
+    if fsq:
+        kwargs |= {"quantizer": "fsq", "levels": tuple(args.levels)}
+    elif args.model != "vae":
+        options = {
+            "ema": args.codebook == "ema",
+            "sphere": args.code_space == "sphere",
+            "rotation": args.code_gradient == "rotation",
+        }
+        kwargs |= {"codebook_size": args.codebook_size, "quantizer_options": options}
     try:
         return MODELS[args.model](**kwargs), kwargs
     except ValueError as error:
@@ -202,18 +268,24 @@ def default_preset(args) -> str:
     return "base" if on_gpu else "demo" if is_phantom(locate_data(args.data)[0]) else "small"
 
 
-@torch.no_grad()
-def start_from_data(model: VAE | VQVAE, data: Slices) -> None:
-    """Sets the linear path to the KLT, and the codebook to k-means, of 256 slices spread over the training set."""
+def start_from_data(model: Autoencoder, data: Slices) -> None:
+    """Sets linear path and codes from 256 slices spread over the training set."""
     x, z, _ = data.batch(torch.linspace(0, len(data) - 1, min(256, len(data))).round().long())
-    model.start_linear_path(x, whiten=isinstance(model, VAE))
-    if isinstance(model, VQVAE):
-        vectors = torch.cat([model.vectors(*part) for part in zip(x.split(32), z.split(32), strict=True)])
-        if vectors[:, 0].numel() < model.codebook_size:
-            raise UserError(
-                f"--codebook-size {model.codebook_size} is more than {len(x)} slices have vectors; choose less"
-            )
-        model.quantizer.start(vectors.movedim(1, -1).flatten(0, 2))
+    try:
+        model.start(x, z)
+    except ValueError as error:
+        raise UserError(f"--codebook-size is too large for {len(x)} slices: {error}; choose less") from None
+
+
+def new_optimizer(network: torch.nn.Module, rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam over what may change of a network."""
+    return torch.optim.Adam((p for p in network.parameters() if p.requires_grad), lr=rate, betas=betas, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def main() -> None:
@@ -228,68 +300,77 @@ def main() -> None:
             "the discriminator needs a start of its own"
         )
     device = util.pick_device(args.device)
+    faithful = min(args.gan_start, args.steps) if args.gan_weight > 0 else args.steps  # steps of the fidelity decoder
     print(
         f"run {args.name}: {args.model}, preset {args.preset}, {args.steps} steps of {args.batch_size} slices at "
-        f"{args.image_size} px on {util.describe_device(device)}"
+        f"{args.image_size} px on {util.describe_device(device)}; the perceptual decoder has the last "
+        f"{args.steps - faithful}"
     )
 
     # data
     train = load_slices(folder, "train", args.image_size, device)
     held_out = load_slices(folder, "validate", args.image_size, masks=has_masks(folder, "validate"))
-    watched = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).round().long()
+    watched = torch.linspace(0, len(held_out) - 1, min(WATCHED_SLICES, len(held_out))).round().long()
 
     # networks
     torch.manual_seed(args.seed)
     model, model_kwargs = build(args, train.content_box())
     discriminator = PatchDiscriminator(channels=args.channels)
-    adam = {"lr": args.learning_rate, "fused": True}
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
-    start, balance = 0, 1.0
-    if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint, SCRIPT)
-        start, balance = state["step"], state["balance"]
+    state = util.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
+    start = state["step"] if state else 0
+    # averages of the adaptive weight and of the discriminator's mean logits; what the guard knows
+    gan = state["gan"] if state else {"balance": 1.0, "anchors": torch.zeros(2), "scale": 1.0, "fidelity": None}
+    if state:
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(discriminator, state["discriminator"], checkpoint)
     else:
         start_from_data(model, train)
+    model.use_decoder("perceptual" if start > faithful else "fidelity")
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast in bf16, on GPU and CPU
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), **adam)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.9), **adam)
-    if start:
+    ema = copy.deepcopy(model).eval()
+    optimizer = new_optimizer(model, args.learning_rate, (0.9, 0.99))
+    discriminator_rate = args.discriminator_learning_rate or args.learning_rate
+    discriminator_optimizer = new_optimizer(discriminator, discriminator_rate, (0.5, 0.9))
+    if state:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         print(f"resumed at step {start}")
+    good = copy.deepcopy(ema.perceptual)  # the last perceptual decoder that the guard let pass
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further")
         return
-    forward, judge = model, discriminator
-    if world > 1:
-        forward, judge = (DistributedDataParallel(network) for network in (model, discriminator))
+
+    def wrapped(network: torch.nn.Module) -> torch.nn.Module:
+        """The network as training calls it."""
+        network = DistributedDataParallel(network) if world > 1 else network
+        return torch.compile(network) if args.compile else network
+
     if args.compile:
         torch._functorch.config.donated_buffer = False  # adaptive_weight walks the graph before backward does
-        forward, judge = torch.compile(forward), torch.compile(judge)
+    forward, judge = wrapped(model), wrapped(discriminator)
     data = {"train": train.describe(), "validate": held_out.describe()}
     util.check_same_data(args.name, data)
     run = util.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
-    def report(step: int) -> None:
-        logger.report(step, validate(ema, held_out, watched, device, args.precision))
+    def report(step: int, scores: dict[str, float]) -> None:
+        logger.report(step, scores)
         path = logger.picture(f"reconstruction_{step:06d}", draw_reconstructions(ema, held_out, device, step))
-        logger.picture(f"prior_{step:06d}", draw_prior(ema, device, args.seed, step))
+        if step <= faithful:
+            logger.picture(f"prior_{step:06d}", draw_prior(ema, device, args.seed, step))
         tqdm.write(f"pictures: {path}")
 
-    def save(step: int, whole: bool) -> None:
-        """last.pt for resuming, then model.safetensors, its latent scale from 512 training slices or all of them."""
+    def save(step: int) -> None:
+        """last.pt for resuming, then model.safetensors."""
         util.save_checkpoint(
             checkpoint,
             {
                 "script": SCRIPT,
                 "step": step,
-                "balance": balance,
+                "gan": gan,
                 "model": model.state_dict(),
                 "ema": ema.state_dict(),
                 "discriminator": discriminator.state_dict(),
@@ -297,9 +378,10 @@ def main() -> None:
                 "discriminator_optimizer": discriminator_optimizer.state_dict(),
             },
         )
-        index = torch.arange(len(train)) if whole else torch.linspace(0, len(train) - 1, 512).round().long()
-        with util.autocast(device, args.precision):
-            ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
+        if step <= faithful:  # afterwards the latents stay as they are
+            index = torch.linspace(0, len(train) - 1, min(STATISTICS_SLICES, len(train))).round().long()
+            with util.autocast(device, args.precision):
+                ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
         util.save_weights(
             checkpoint.with_name("model.safetensors"),
             ema.state_dict(),
@@ -317,16 +399,27 @@ def main() -> None:
     step = start
     steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
     for step in steps:
+        if step == faithful:
+            model.load_state_dict(ema.state_dict())
+            for network in (model, ema):
+                network.start_perceptual()
+            forward, optimizer = wrapped(model.eval()), new_optimizer(model, args.learning_rate, (0.9, 0.99))
+            gan["fidelity"] = util.mean_of_processes(
+                validate(ema, held_out, watched, device, args.precision)["validate/ssim"]
+            )
+            good = copy.deepcopy(ema.perceptual)
+            tqdm.write(f"step {step}: fidelity decoder done, validation SSIM {gan['fidelity']:.4f}; perceptual begins")
+        perceptual = step >= faithful
+
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         augment = torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
         index = util.batch_index(args.seed, step, args.batch_size, len(train), rank, world)
         x, z, _ = train.batch(index, device, augment)
         target = model.crop(x)
-        rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
-        for group in optimizer.param_groups + discriminator_optimizer.param_groups:
-            group["lr"] = rate
-        gan = args.gan_weight > 0 and step >= args.discriminator_start
-        gan_weight = args.gan_weight * ramp_weight(step, args.gan_start, args.gan_start - args.discriminator_start + 1)
+        begin, end = (faithful, args.steps) if perceptual else (0, faithful)
+        factor = util.learning_rate_factor(step - begin, end - begin)
+        set_rate(optimizer, args.learning_rate * factor)
+        set_rate(discriminator_optimizer, discriminator_rate * (factor if perceptual else 1))
 
         # the autoencoder: reconstruction, the price of the latent, and what the discriminator says
         with util.autocast(device, args.precision):
@@ -334,58 +427,76 @@ def main() -> None:
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
         weights = {"reconstruction": 1.0, "codebook": 1.0}
         if "kl" in losses:
-            kl_weight = args.kl_weight * cyclical_weight(step, args.steps, args.kl_cycles, args.kl_ramp)
+            kl_weight = args.kl_weight * kl_factor(args.kl_schedule, step, faithful, args.kl_cycles, args.kl_ramp)
             weights["kl"] = kl_weight / args.image_size**2  # the loss is in bits per image, the weight per pixel
-        if gan_weight > 0:
+        if perceptual:
+            losses = {"reconstruction": losses["reconstruction"]}  # the latent is frozen
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
                 fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
                 _, real_features = discriminator(target, z)
+            discriminator.train().requires_grad_(True)
             losses["generator"] = generator_loss(fake_logits)
             losses["feature_matching"] = feature_matching_loss(real_features, fake_features)
-            pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.decoder.last_layer)
-            balance = 0.99 * balance + 0.01 * util.mean_of_processes(pull)
-            weights |= {
-                "generator": gan_weight * balance,
-                "feature_matching": gan_weight * args.feature_weight / args.gan_weight,
-            }
-            discriminator.train().requires_grad_(True)
+            pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
+            gan["balance"] = 0.99 * gan["balance"] + 0.01 * util.mean_of_processes(pull)
+            ramp = gan["scale"] * ramp_weight(step, args.gan_start, args.gan_start - args.discriminator_start + 1)
+            weights["generator"] = args.gan_weight * gan["balance"] * ramp
+            weights["feature_matching"] = args.feature_weight * ramp
         total = sum(weights[name] * loss for name, loss in losses.items())
         optimizer.zero_grad()
         total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         util.check_finite(losses | {"gradient": norm}, step)
         optimizer.step()
-        util.update_ema(ema, model, step)
+        util.update_ema(ema, model, step - begin)
 
         # the discriminator, on real and reconstructed slices in one batch
-        if gan:
+        if args.gan_weight > 0 and step >= args.discriminator_start:
+            both, both_z = torch.cat([target, x_hat.detach().clamp(-1, 1)]), torch.cat([z, z])
             with util.autocast(device, args.precision):
-                real_logits, fake_logits = judge(torch.cat([target, x_hat.detach().clamp(-1, 1)]), torch.cat([z, z]))[
-                    0
-                ].chunk(2)
+                real_logits, fake_logits = judge(both, both_z)[0].chunk(2)
             losses["discriminator"] = discriminator_loss(real_logits, fake_logits)
+            losses["lecam"] = lecam_penalty(real_logits, fake_logits, gan["anchors"].to(device))
             discriminator_optimizer.zero_grad()
-            losses["discriminator"].backward()
+            (losses["discriminator"] + args.lecam_weight * losses["lecam"]).backward()
             norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
             util.check_finite({"discriminator": losses["discriminator"], "discriminator gradient": norm}, step)
             discriminator_optimizer.step()
+            means = [util.mean_of_processes(logits.detach().mean()) for logits in (real_logits, fake_logits)]
+            gan["anchors"] = gan["anchors"].lerp(torch.tensor(means), 0.01)
 
-        scalars = {f"train/{name}": loss for name, loss in losses.items()} | {"learning_rate": rate}
-        scalars |= {
-            f"weight/{name}": weight for name, weight in weights.items() if name not in ("reconstruction", "codebook")
-        }
-        logger.add(step + 1, scalars, args.batch_size * world)
+        scalars = {f"train/{name}": loss for name, loss in losses.items()}
+        scalars |= {f"weight/{name}": weight for name, weight in weights.items() if name in ("kl", "generator")}
+        logger.add(step + 1, scalars | {"learning_rate": args.learning_rate * factor}, args.batch_size * world)
         finished = step + 1 == args.steps
-        reported = (step + 1) % args.report_every == 0 or finished
-        if reported and rank == 0:
+        reported = (step + 1) % args.report_every == 0 or finished or step + 1 == faithful
+        if not reported:
+            continue
+        if perceptual or rank == 0:
+            scores = validate(ema, held_out, watched, device, args.precision)
+        if perceptual:
+            lost = gan["fidelity"] - util.mean_of_processes(scores["validate/ssim"])
+            if lost > args.guard:
+                gan["scale"] /= 2
+                for network in (model, ema):
+                    network.perceptual.load_state_dict(good.state_dict())
+                optimizer = new_optimizer(model, args.learning_rate, (0.9, 0.99))
+                scores = validate(ema, held_out, watched, device, args.precision)
+                tqdm.write(
+                    f"step {step + 1}: the perceptual decoder lost {lost:.4f} SSIM; the last good one is back, "
+                    f"the adversarial weight is {gan['scale']:g} of what it was"
+                )
+            else:
+                good.load_state_dict(ema.perceptual.state_dict())
+        if rank == 0:
             logger.flush(step + 1)
-            save(step + 1, whole=finished)
-            report(step + 1)
+            save(step + 1)
+            report(step + 1, scores | ({"weight/guard": gan["scale"]} if perceptual else {}))
 
     if not reported and rank == 0:
         logger.flush(step + 1)
-        save(step + 1, whole=False)
+        save(step + 1)
     print(f"weights: {checkpoint.with_name('model.safetensors')}   log: {logger.folder}   pictures: {logger.pictures}")
     if not finished:
         util.stop_unfinished(step + 1, steps)

@@ -333,11 +333,11 @@ def any_process(flag: bool) -> bool:
     return bool(total > 0)
 
 
-def mean_of_processes(value: Tensor) -> float:
+def mean_of_processes(value: Tensor | float) -> float:
     """The mean of a scalar over torchrun's processes."""
     if not dist.is_initialized():
         return float(value)
-    total = value.detach().cpu().clone()
+    total = torch.as_tensor(value).detach().cpu().clone()
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
 
