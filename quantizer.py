@@ -47,7 +47,8 @@ class VectorQuantizer(nn.Module):
         sphere: vectors and codes are divided by their length, so that direction alone counts (Yu et al. 2022, 3.2).
         rotation: the gradient of the code reaches the encoder by the rotation trick instead of straight through.
         decay: of the moving averages.
-        revive_below: a code that fewer vectors per step choose, on average, is replaced by one of the batch.
+        revive_below: a code chosen less often than this, where 1 is its fair share of all choices, is replaced by a
+            vector of the batch.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class VectorQuantizer(nn.Module):
         sphere: bool = False,
         rotation: bool = False,
         decay: float = 0.99,
-        revive_below: float = 0.5,
+        revive_below: float = 0.05,
     ):
         super().__init__()
         self.codebook_size, self.commitment, self.ema, self.sphere = codebook_size, commitment, ema, sphere
@@ -70,8 +71,8 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
-        self.register_buffer("count", torch.ones(codebook_size))  # vectors per step and code
-        self.register_buffer("total", codebook.clone())  # their sum
+        self.register_buffer("count", torch.ones(codebook_size))  # how often chosen; 1 is the fair share of a code
+        self.register_buffer("total", codebook.clone())  # sum of the vectors in the same unit
 
     def _project(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1) if self.sphere else vectors
@@ -113,8 +114,9 @@ class VectorQuantizer(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
-        self.count.lerp_(count, 1 - self.decay)
-        self.total.lerp_(total, 1 - self.decay)
+        fair = count.sum() / self.codebook_size
+        self.count.lerp_(count / fair, 1 - self.decay)
+        self.total.lerp_(total / fair, 1 - self.decay)
         if self.ema:
             self.codebook.copy_(self._project(self.total / self.count.clamp(min=1e-5)[:, None]))
         dead = self.count < self.revive_below
@@ -143,8 +145,8 @@ class VectorQuantizer(nn.Module):
             empty = count == 0
             mean[empty] = distinct[torch.randint(len(distinct), (int(empty.sum()),))]
             self.codebook.data.copy_(self._project(mean))
-        self.count.fill_(4 * self.revive_below)
-        self.total.copy_(self.codebook * self.count[:, None])
+        self.count.fill_(1)
+        self.total.copy_(self.codebook)
 
 
 class FiniteScalarQuantizer(nn.Module):

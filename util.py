@@ -41,16 +41,16 @@ class UserError(Exception):
 PRESETS: dict[str, dict[str, tuple]] = {
     "prestage_train.py": {
         "image_size": (64, 256, 256),
-        "steps": (600, 3600, 60_000),
-        "batch_size": (32, 16, 32),
-        "channels": (32, 64, 96),
-        "channel_multipliers": ((1, 2), (1, 2), (1, 2)),
-        "patch": (2, 4, 4),
-        "blocks": (1, 2, 3),
+        "steps": (600, 2400, 60_000),
+        "batch_size": (32, 4, 32),
+        "channels": (32, 128, 96),
+        "channel_multipliers": ((1, 2), (1,), (1, 2)),
+        "patch": (2, 8, 4),
+        "blocks": (1, 3, 3),
         "codebook_size": (256, 1024, 1024),
         "learning_rate": (1e-3, 8e-4, 3e-4),
-        "discriminator_start": (400, 2600, 20_000),
-        "gan_start": (450, 2800, 22_000),
+        "discriminator_start": (350, 1600, 40_000),
+        "gan_start": (450, 2000, 45_000),
         "report_every": (200, 400, 1000),
     },
     "stable_diffusion.py": {
@@ -85,6 +85,8 @@ OF_ONE_START = {
     "sample_steps",
     "eta",
     "temperature",
+    "top_p",
+    "decoder",
 }
 # What may change from start to start without making the run another experiment.
 FREE_ON_RESUME = OF_ONE_START | {"data", "steps", "report_every", "patience"}
