@@ -4,11 +4,12 @@
     python playground/equal_time.py --draw                            # table and plot of all arms that were run
 
 Every arm has one code (K 1024) or one vector of 8 numbers per 8x8 pixels, the loss L1 + 0.5 (1 - SSIM), Adam with a
-warm-up and a cosine over the seconds, and the same slices in the same order. `ours` is the default of
-prestage_train.py, `ours-*` change one thing, `classic` convolves at full resolution over the whole picture from random
-weights, as the first VQ-VAEs do. MONAI and diffusers are needed for their arms only:
-pip install -r playground/requirements-peers.txt. Time is that of training steps alone, not of loading or validation.
-The plot shows validation SSIM against training seconds: further left and higher is better.
+warm-up and a cosine over the seconds, and the same slices in the same order. `ours` is what prestage_train.py takes on
+a CPU, `ours-*` change one thing, `classic` convolves at full resolution over the whole picture from random weights, as
+the first VQ-VAEs do. MONAI and diffusers are needed for their arms only: pip install -r
+playground/requirements-peers.txt. Seconds are those of training steps alone, without loading and validation: on a GPU
+by the clock, on a CPU the processor time of each thread, which other work on the machine does not lengthen. The plot
+shows validation SSIM against training seconds: further left and higher is better.
 """
 
 import argparse
@@ -28,8 +29,13 @@ from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from evaluate import mean_scores, slice_scores
 from model_VAE import VAE, VQVAE
 from prestage_train import reconstruction_loss, start_from_data
+from util import PRESET_NAMES, PRESETS
 
-SIZES = {"patch": 4, "channels": 64, "channel_multipliers": (1, 2), "blocks": 2}
+SIZES = {
+    name: values[PRESET_NAMES.index("small")]
+    for name, values in PRESETS["prestage_train.py"].items()
+    if name in ("patch", "channels", "channel_multipliers", "blocks")
+}
 WHOLE_PICTURE = (0, 0, 256, 256)
 
 
@@ -40,17 +46,16 @@ class Ours(nn.Module):
         super().__init__()
         kwargs = {"codebook_size": 1024} if kind is VQVAE else {}
         box = box or train.content_box()
-        self.net = kind(image_size=256, box=box, latent_channels=8, **kwargs, **{**SIZES, **sizes})
+        self.net = kind(**{"image_size": 256, "box": box, "latent_channels": 8, **kwargs, **SIZES, **sizes})
         if linear_path:
             start_from_data(self.net, train)
         else:
-            for path in (self.net.analysis, self.net.synthesis):
-                path.weight.data.zero_().requires_grad_(False)
+            for parameter in self.net.linear.parameters():
+                parameter.data.zero_().requires_grad_(False)
             for half in (self.net.encoder, self.net.decoder):  # nothing else would break the symmetry
                 half.out[2].reset_parameters()
-            if kind is VQVAE:
-                x, z, _ = train.batch(torch.arange(0, len(train), len(train) // 64)[:64])
-                self.net.quantizer.start(self.net.vectors(x, z).detach().movedim(1, -1).flatten(0, 2))
+            x, z, _ = train.batch(torch.arange(0, len(train), len(train) // 64)[:64])
+            self.net.quantizer.start(self.net.vectors(x, z).detach().movedim(1, -1).flatten(0, 2))
         if not attention:
             self.net.encoder.attention = self.net.decoder.attention = nn.Identity()
 
@@ -169,36 +174,26 @@ class DiffusersKL(nn.Module):
         return self.net.decode(self.net.encode(x).latent_dist.mode()).sample
 
 
-# name: (class, keywords, batch size, learning rate)
+PATCH_4 = {"patch": 4, "channels": 64, "channel_multipliers": (1, 2), "blocks": 2}
+CLASSIC = {"patch": 1, "channels": 16, "channel_multipliers": (1, 2, 4, 8), "blocks": 1}
+
+# name: (class, keywords, batch size)
 ARMS = {
-    "ours": (Ours, {}, 16, 8e-4),
-    "ours-vae": (Ours, {"kind": VAE}, 16, 8e-4),
-    "ours-batch8": (Ours, {}, 8, 8e-4),
-    "ours-patch8": (Ours, {"patch": 8, "channels": 128, "channel_multipliers": (1,), "blocks": 5}, 16, 8e-4),
-    "ours-patch8-batch8": (Ours, {"patch": 8, "channels": 128, "channel_multipliers": (1,), "blocks": 5}, 8, 8e-4),
-    "ours-patch8-wide": (Ours, {"patch": 8, "channels": 192, "channel_multipliers": (1,), "blocks": 2}, 16, 8e-4),
-    "ours-patch2": (Ours, {"patch": 2, "channels": 32, "channel_multipliers": (1, 2, 4), "blocks": 1}, 16, 8e-4),
-    "ours-narrow": (Ours, {"channels": 32}, 16, 8e-4),
-    "ours-no-attention": (Ours, {"attention": False}, 16, 8e-4),
-    "ours-whole-picture": (Ours, {"box": WHOLE_PICTURE}, 16, 8e-4),
-    "ours-random-start": (Ours, {"linear_path": False}, 16, 8e-4),
-    "classic": (
-        Ours,
-        {
-            "patch": 1,
-            "channels": 16,
-            "channel_multipliers": (1, 2, 4, 8),
-            "blocks": 1,
-            "box": WHOLE_PICTURE,
-            "linear_path": False,
-        },
-        16,
-        8e-4,
-    ),
-    "monai-vqvae": (MonaiVQVAE, {}, 16, 8e-4),
-    "monai-kl": (MonaiKL, {}, 16, 8e-4),
-    "diffusers-vq": (DiffusersVQ, {}, 16, 8e-4),
-    "diffusers-kl": (DiffusersKL, {}, 16, 8e-4),
+    "ours": (Ours, {}, 4),
+    "ours-vae": (Ours, {"kind": VAE}, 4),
+    "ours-batch-16": (Ours, {}, 16),
+    "ours-patch-4": (Ours, PATCH_4, 4),
+    "ours-no-attention": (Ours, {"attention": False}, 4),
+    "ours-sphere": (Ours, {"quantizer_options": {"sphere": True}}, 4),
+    "ours-rotation": (Ours, {"quantizer_options": {"rotation": True}}, 4),
+    "ours-fsq": (Ours, {"quantizer": "fsq", "levels": (8, 8, 4, 4), "latent_channels": 4, "codebook_size": None}, 4),
+    "ours-whole-picture": (Ours, {"box": WHOLE_PICTURE}, 4),
+    "ours-random-start": (Ours, {"linear_path": False}, 4),
+    "classic": (Ours, {**CLASSIC, "box": WHOLE_PICTURE, "linear_path": False}, 4),
+    "monai-vqvae": (MonaiVQVAE, {}, 4),
+    "monai-kl": (MonaiKL, {}, 4),
+    "diffusers-vq": (DiffusersVQ, {}, 4),
+    "diffusers-kl": (DiffusersKL, {}, 4),
 }
 
 
@@ -222,26 +217,33 @@ def train_arm(args: argparse.Namespace) -> None:
     train = load_slices(folder, "train", 256)
     held_out = load_slices(folder, "validate", 256, masks=has_masks(folder, "validate"))
     watched = torch.linspace(0, len(held_out) - 1, 64).round().long()
-    build, kwargs, batch_size, learning_rate = ARMS[args.arm]
-    batch_size, learning_rate = args.batch_size or batch_size, args.learning_rate or learning_rate
+    build, kwargs, batch_size = ARMS[args.arm]
+    batch_size = args.batch_size or batch_size
     torch.manual_seed(0)
     model = build(train, **kwargs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
-        (p for p in model.parameters() if p.requires_grad), lr=learning_rate, betas=(0.9, 0.99), fused=True
+        (p for p in model.parameters() if p.requires_grad), lr=args.learning_rate, betas=(0.9, 0.99), fused=True
     )
     marks = [args.seconds * share for share in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.arm}: {parameters:,} parameters, {args.seconds:.0f} s on {util.describe_device(device)}", flush=True)
     points, seconds, step = [], 0.0, 0
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
+
     bar = tqdm(total=args.seconds, unit="s", disable=None)
     while marks:
-        began = time.perf_counter()
+        began = clock()
         x, z, _ = train.batch(
             util.batch_index(0, step, batch_size, len(train)), device, torch.Generator().manual_seed(step)
         )
         rate = util.learning_rate_factor(int(1e4 * seconds / args.seconds), 10_000, warm_up=1) * min(1, (step + 1) / 20)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
+            group["lr"] = args.learning_rate * rate
         with util.autocast(device, args.precision):
             x_hat, price = model(x, z)
         target = model.net.crop(x) if build is Ours else x
@@ -250,9 +252,7 @@ def train_arm(args: argparse.Namespace) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds, step = seconds + time.perf_counter() - began, step + 1
+        seconds, step = seconds + clock() - began, step + 1
         bar.update(min(seconds, args.seconds) - bar.n)
         if seconds >= marks[0]:
             while marks and seconds >= marks[0]:
@@ -265,7 +265,7 @@ def train_arm(args: argparse.Namespace) -> None:
         "arm": args.arm,
         "parameters": parameters,
         "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "learning_rate": args.learning_rate,
         "device": util.describe_device(device),
         "seconds_per_step": seconds / step,
         "points": points,
@@ -327,8 +327,8 @@ def main() -> None:
     add = parser.add_argument
     add("--arm", choices=sorted(ARMS), default="ours", help="what to train (default: %(default)s)")
     add("--seconds", type=util.positive_float, default=300, help="of training steps (default: %(default)s)")
-    add("--batch-size", type=util.positive_int, help="default: the arm's, 16 or 8")
-    add("--learning-rate", type=util.positive_float, help="default: 8e-4")
+    add("--batch-size", type=util.positive_int, help="default: 4, and 16 for the arm that says so")
+    add("--learning-rate", type=util.positive_float, default=8e-4, help="of Adam (default: %(default)s)")
     add("--tag", help="added to the name of the result, when an arm is run with other settings")
     add("--draw", action="store_true", help="print and draw all results in --out instead of training")
     add("--data", metavar="FOLDER", help="as in training")
