@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(RUN)/stable_diffusion.py --preset demo && $(RUN)/stable_diffusion.py --sample --brains 2 && \
 	$(RUN)/pixelCNN.py --preset demo && $(RUN)/pixelCNN.py --sample --brains 2 && \
 	$(RUN)/dataset.py data/phantom && \
-	$(RUN)/evaluate.py --reconstruction vqvae && \
+	$(RUN)/evaluate.py --reconstruction vqvae --no-floors && \
 	MPLBACKEND=agg $(RUN)/logger.py log
 	@echo
 	@echo "The demo's pictures:"

@@ -1,14 +1,14 @@
-"""Scores of a first stage on a split, beside what codecs without a network reach on the same slices.
+"""Scores of a first stage on a split, with their price, beside what codecs without a network reach on the same slices.
 
     python evaluate.py --reconstruction vqvae               # a run, its folder, or a weights file
-    python evaluate.py --reconstruction vqvae --floors      # also k-means at the same grid and K, block KLT, AVIF
+    python evaluate.py --reconstruction vqvae --no-floors   # without k-means, block KLT and AVIF, which take minutes
 
 SSIM is Wang et al. 2004 (util.ssim_map) after clamping and rounding to 8 bits, averaged over the whole picture; half of
 every picture is black, so brain SSIM, the same map averaged over the tissue mask, stands beside it. Quality means
-nothing without its price, so bits per image stand there too. Writes DIR/reconstruction_SPLIT.json and .png.
+nothing without its price, so bits per image stand there too. Brackets hold 95 % intervals, by bootstrap over cases:
+the slices of one head are no independent observations. Writes DIR/reconstruction_SPLIT.json and .png.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -18,15 +18,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import util
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
-from model_VAE import VAE, VQVAE, load_first_stage
+from floors import score_floors
+from model_VAE import Autoencoder, load_first_stage
+from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
+from util import UserError
 
-# ------------------------------------------------------------------------------------------------------------ metrics
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first; Wang et al. 2003, section 3.2
+COUNTABLE = 2**20  # codes; larger codebooks cannot be counted one by one on any split
+RINGS = 16  # of spatial frequency; at 64 px none of them is empty
+ACTIVE = 0.01  # variance of the mean above which a latent number carries something (Burda et al. 2016, section 3)
+
+# ------------------------------------------------------------------------------------------------- pictures, compared
 
 
 def slice_scores(x_hat: Tensor, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -52,243 +59,469 @@ def mean_scores(scores: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: float(torch.cat([s[name] for s in scores]).nanmean()) for name in scores[0]}
 
 
-def entropy_bits(idx: np.ndarray, codebook_size: int) -> float:
+def luminance_map(x: Tensor, y: Tensor) -> Tensor:
+    """The luminance term of util.ssim_map (Wang et al. 2004, eq. 6); arguments and shape as there."""
+    height, width = (util.window_matrix(size, x) for size in x.shape[-2:])
+    mean_x, mean_y = (height @ image @ width.T for image in (x, y))
+    c1 = 0.01**2
+    return (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale SSIM (Wang, Simoncelli, Bovik 2003, eq. 7): contrast and structure at every scale, luminance at the
+    coarsest, each averaged over its map, to the power of its weight.
+
+    The next scale is the mean over 2x2 pixels. There are five scales, or as many as the 11x11 window fits in (three at
+    64 px), whose weights then are scaled to sum to 1. Negative averages count as 0, since they have no such power.
+
+    Args:
+        x, y: floating [B, 1, H, W] in [0, 1], at least 11 pixels a side; float64 where the pictures are mostly black.
+    Returns [B].
+    """
+    scales = sum(min(x.shape[-2:]) >> n >= 11 for n in range(len(MS_SSIM_WEIGHTS)))
+    if not scales:
+        raise ValueError(f"x must have at least 11 pixels a side, not {list(x.shape)}")
+    weights = MS_SSIM_WEIGHTS[:scales]
+    whole = sum(weights) if scales < len(MS_SSIM_WEIGHTS) else 1  # the published five sum to 1.0001
+    product = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    for n, weight in enumerate(weights, 1):
+        similarity = util.ssim_map(x, y)
+        if n < scales:
+            similarity = similarity / luminance_map(x, y)  # leaves contrast and structure
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        product = product * similarity.mean((1, 2, 3)).clamp(min=0) ** (weight / whole)
+    return product
+
+
+def all_scores(x_hat: Tensor, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """slice_scores and "ms_ssim"; arguments as there."""
+    a, b = (image.double()[:, None] / 255 for image in (x_hat, x))
+    return slice_scores(x_hat, x, mask) | {"ms_ssim": ms_ssim(a, b)}
+
+
+def radial_spectrum(pictures: Tensor, bands: int = RINGS) -> Tensor:
+    """Mean power in rings of spatial frequency, float64 [B, bands], of grey 0..1.
+
+    Ring k holds frequencies of k to k + 1 in units of 0.5 / bands cycles per pixel, without the constant; the corners
+    above 0.5 belong to none. White noise of variance v has power v in every ring. No window: the pictures are black at
+    the border, so their periodic continuation does not jump.
+
+    pictures: uint8 [B, S, S].
+    """
+    B, S = pictures.shape[:2]
+    power = torch.fft.fft2(pictures.double() / 255).abs().square() / S**2
+    frequency = torch.fft.fftfreq(S, dtype=torch.float64, device=pictures.device)
+    radius = (frequency[:, None].square() + frequency.square()).sqrt().flatten()
+    ring = (radius * 2 * bands).long()
+    inside = (radius > 0) & (ring < bands)
+    total = power.new_zeros(B, bands).index_add_(1, ring[inside], power.flatten(1)[:, inside])
+    return total / torch.bincount(ring[inside], minlength=bands).clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------ means and intervals
+
+
+def bootstrap_interval(values: Tensor, case: Tensor, resamples: int = 1000, seed: int = 0) -> list[float] | None:
+    """95 % interval [low, high] of the mean of values [N], NaN left out, by percentiles of a bootstrap over cases.
+
+    Whole cases (int [N]) are drawn with replacement, each with all its slices, since slices of one head are alike
+    (Efron and Tibshirani 1993, chapter 13, with clusters). None where there are fewer than two cases.
+    """
+    values = values.double().numpy()
+    owner = np.unique(case.numpy(), return_inverse=True)[1]
+    known = ~np.isnan(values)
+    total, count = np.bincount(owner, np.where(known, values, 0)), np.bincount(owner, known)
+    total, count = total[count > 0], count[count > 0]
+    if len(count) < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(len(count), size=(resamples, len(count)))
+    return np.percentile(total[drawn].sum(1) / count[drawn].sum(1), [2.5, 97.5]).tolist()
+
+
+def summarise(scores: dict[str, Tensor], case: Tensor) -> dict:
+    """{name: mean, name_interval: 95 % interval over cases or None} of scores [N], NaN, or a score of NaN, left out."""
+    result = {}
+    for name, values in scores.items():
+        if values.isnan().all():  # masks without any brain
+            continue
+        result |= {name: float(values.nanmean()), f"{name}_interval": bootstrap_interval(values, case)}
+    return result
+
+
+def curve_over_z(values: Tensor, z: Tensor, case: Tensor) -> tuple[dict[int, float], dict[int, list[float] | None]]:
+    """Mean, and interval over cases, of values [N] at every slice index that has any."""
+    mean, interval = {}, {}
+    for at in z[~values.isnan()].unique().tolist():
+        mean[at] = float(values[z == at].nanmean())
+        interval[at] = bootstrap_interval(values[z == at], case[z == at])
+    return mean, interval
+
+
+def score_codec(data: Slices, codec: str, reconstruct: Callable[[Tensor], Tensor]) -> dict:
+    """{"codec", means and intervals of all_scores} on a split of a function from real to decoded uint8 [B, S, S]."""
+    scores = []
+    for index in tqdm(torch.arange(len(data)).split(32), desc=codec, unit="batch", disable=None):
+        real, masks = data.images[index].cpu(), data.masks[index] if data.masks is not None else None
+        scores.append(all_scores(reconstruct(real), real, masks))
+    return {"codec": codec, **summarise(join(scores), data.case)}
+
+
+def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One dictionary of [N] of those of the batches."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+# -------------------------------------------------------------------------------------------------- codes and latents
+
+
+def entropy_bits(idx: np.ndarray) -> float:
     """Zero-order entropy, bits per code, of integers idx of any shape."""
-    share = np.bincount(idx.ravel(), minlength=codebook_size) / idx.size
-    return float(-(share[share > 0] * np.log2(share[share > 0])).sum())
+    share = np.unique(idx, return_counts=True)[1] / idx.size
+    return float(-(share * np.log2(share)).sum()) + 0.0  # no -0.0
 
 
 def code_usage(idx: np.ndarray, codebook_size: int) -> dict[str, float]:
     """{"usage": share of codes that occur, "perplexity": 2^entropy} of integers idx of any shape."""
-    return {"usage": len(np.unique(idx)) / codebook_size, "perplexity": 2 ** entropy_bits(idx, codebook_size)}
+    return {"usage": len(np.unique(idx)) / codebook_size, "perplexity": 2 ** entropy_bits(idx)}
 
 
-def brain_positions(masks: Tensor, model: VQVAE) -> Tensor:
-    """bool [B, h, w]: the code positions of uint8 masks [B, H, W] whose block holds brain."""
+def factor_digits(idx: np.ndarray, levels: list[int]) -> list[np.ndarray]:
+    """The digits of a product code, one array a channel: idx = sum_i digit_i prod(levels[:i])."""
+    digits = []
+    for level in levels:
+        digits.append(idx % level)
+        idx = idx // level
+    return digits
+
+
+def brain_positions(masks: Tensor, model: Autoencoder, grid: tuple[int, int] | None = None) -> Tensor:
+    """bool [B, h, w]: the positions of a grid, the latent's unless given, whose block of masks [B, H, W] has brain."""
     inside = model.crop((masks[:, None] > 0).float())
-    return F.max_pool2d(inside, model.factor)[:, 0] > 0
+    return F.adaptive_max_pool2d(inside, grid or model.latent_shape[1:])[:, 0] > 0
+
+
+def code_statistics(
+    idx: np.ndarray, codebook_size: int, levels: list[int] | None = None, brain: np.ndarray | None = None
+) -> dict:
+    """What one grid of codes costs and uses.
+
+    Args:
+        idx: int64 [N, h, w].
+        levels: of a product code. With more than 2^20 codes hardly any comes twice, so the entropy is then the sum of
+            the channels', an upper bound, and usage is left out.
+        brain: bool [N, h, w], the positions that hold brain, or None.
+    Returns {"grid", "codebook_size", "entropy_bits" per image, and where codes can be counted "usage", "perplexity",
+    and with brain "brain_usage", "brain_perplexity"}.
+    """
+    positions = idx[0].size
+    result = {"grid": list(idx.shape[1:]), "codebook_size": codebook_size}
+    if codebook_size > COUNTABLE:
+        digits = factor_digits(idx, levels or [codebook_size])
+        return result | {"entropy_bits": positions * sum(entropy_bits(digit) for digit in digits)}
+    result |= {"entropy_bits": positions * entropy_bits(idx)} | code_usage(idx, codebook_size)
+    if brain is not None and brain.any():
+        result |= {f"brain_{name}": value for name, value in code_usage(idx[brain], codebook_size).items()}
+    return result
+
+
+def latent_statistics(mean: Tensor, square: Tensor, variance: Tensor) -> dict:
+    """How much of a VAE's latent is noise, and how many of its channels carry anything.
+
+    Args:
+        mean, square, variance: float64 [N, C], averages over each slice's positions of the posterior mean, its square,
+            and the posterior variance.
+    Returns {"noise_share": Var(sigma eps) / Var(latent) = E[sigma^2] / (Var(mean) + E[sigma^2]), averaged over the
+    channels, "noise_share_per_channel", "active_channels": those with Var(mean) > 0.01 (Burda et al. 2016)}.
+    """
+    of_means = square.mean(0) - mean.mean(0).square()
+    share = variance.mean(0) / (of_means + variance.mean(0))
+    return {
+        "noise_share": float(share.mean()),
+        "noise_share_per_channel": share.tolist(),
+        "active_channels": int((of_means > ACTIVE).sum()),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ a first stage
 
 
 @torch.no_grad()
-def score_reconstruction(model: VAE | VQVAE, data: Slices, device: torch.device, batch_size: int = 32) -> dict:
-    """Mean scores, per-z SSIM, and the price in bits (VQVAE) or in numbers and KL bits (VAE) over a whole split."""
-    scores, codes, brain, kl = [], [], [], 0.0
+def score_reconstruction(
+    model: Autoencoder,
+    data: Slices,
+    device: torch.device,
+    batch_size: int = 32,
+    prior: PixelCNN | PixelCNN2 | None = None,
+    seed: int = 0,
+) -> dict:
+    """Means with intervals, curves over z, power by frequency, and the price in bits, over a whole split.
+
+    Args:
+        prior: adds "prior_bits", what the codes cost under it.
+        seed: of the permutation of z for the scores "*_shuffled_z": own z to the encoder, another's to the decoder.
+    """
+    has_codes = hasattr(model, "encode_indices")
+    encode, decode = (model.encode_indices, model.decode_indices) if has_codes else (model.encode, model.decode)
+    wrong_z = data.z[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
+    scores, codes, brain, moments = [], [], [], []
+    power = torch.zeros(2, RINGS, dtype=torch.float64)  # reconstructed, real
     for index in tqdm(torch.arange(len(data)).split(batch_size), desc="reconstruct", unit="batch", disable=None):
         x, z, _ = data.batch(index, device)
-        if isinstance(model, VQVAE):
-            idx = model.encode_indices(x, z)
-            x_hat = model.decode_indices(idx, z)
-            codes.append(idx.cpu().numpy())
-            if data.masks is not None:
-                brain.append(brain_positions(data.masks[index], model).numpy())
+        real, masks = data.images[index].cpu(), data.masks[index] if data.masks is not None else None
+        latent = encode(x, z)
+        decoded, misled = (to_uint8(decode(latent, at))[:, 0].cpu() for at in (z, wrong_z[index].to(device)))
+        score = all_scores(decoded, real, masks)
+        told_wrong = slice_scores(misled, real, masks)
+        score |= {f"{name}_shuffled_z": told_wrong[name] for name in ("ssim", "brain_ssim") if name in told_wrong}
+        power += torch.stack([radial_spectrum(pictures).sum(0) for pictures in (decoded, real)])
+        if has_codes:
+            grids = [latent] if isinstance(latent, Tensor) else list(latent)
+            codes.append([idx.cpu().numpy() for idx in grids])
+            if masks is not None:
+                brain.append([brain_positions(masks, model, idx.shape[1:]).numpy() for idx in grids])
+            if prior is not None:
+                score["prior_bits"] = prior.bits(latent, z).double().cpu()
         else:
-            x_hat = model.decode(model.encode(x, z), z)
             mean, log_variance = model.posterior(x, z)
-            kl += float(model.kl_bits(mean, log_variance).sum())
-        masks = data.masks[index] if data.masks is not None else None
-        scores.append(slice_scores(to_uint8(x_hat)[:, 0].cpu(), data.images[index].cpu(), masks))
-    _, h, w = model.latent_shape
-    result = mean_scores(scores) | {"numbers": math.prod(model.latent_shape), "grid": [h, w]}
-    per_slice = torch.cat([s["ssim"] for s in scores])
-    result["ssim_per_z"] = {int(z): float(per_slice[data.z == z].mean()) for z in data.z.unique()}
-    if isinstance(model, VQVAE):
-        codes = np.concatenate(codes)
-        result |= {
-            "codebook_size": model.codebook_size,
-            "fixed_bits": model.fixed_bits,
-            "entropy_bits": entropy_bits(codes, model.codebook_size) * h * w,
-        } | code_usage(codes, model.codebook_size)
-        if brain:
-            used = code_usage(codes[np.concatenate(brain)], model.codebook_size)
-            result |= {f"brain_{name}": value for name, value in used.items()}
-    else:
-        result["kl_bits"] = kl / len(data)
-    return result
+            score["kl_bits"] = model.kl_bits(mean, log_variance).double().cpu()
+            parts = (mean.double(), mean.double().square(), log_variance.double().exp())
+            moments.append(torch.stack([part.mean((2, 3)).cpu() for part in parts]))
+        scores.append(score)
+
+    per_slice = join(scores)
+    result = summarise(per_slice, data.case)
+    result |= {"numbers": math.prod(model.latent_shape), "grid": list(model.latent_shape[1:])}
+    for name in ("ssim", "brain_ssim"):
+        if name in result:
+            curve, interval = curve_over_z(per_slice[name], data.z, data.case)
+            result |= {f"{name}_per_z": curve, f"{name}_per_z_interval": interval}
+    result["spectrum"] = {  # frequency: the middle of each ring, cycles per pixel
+        "frequency": [(k + 0.5) * 0.5 / RINGS for k in range(RINGS)],
+        "power_ratio": (power[0] / power[1].clamp(min=1e-12)).tolist(),
+    }
+    if has_codes:
+        return result | {"fixed_bits": model.fixed_bits} | _price_of_grids(model, codes, brain)
+    return result | latent_statistics(*torch.cat(moments, dim=1))
 
 
-# ------------------------------------------------------------------------- floors: codecs without a network, same box
+def _price_of_grids(model: Autoencoder, codes: list[list[np.ndarray]], brain: list[list[np.ndarray]]) -> dict:
+    """code_statistics of the only grid, or, of several, "entropy_bits" of all and "levels", a list of them."""
+    grids = [np.concatenate(level) for level in zip(*codes)]
+    on_brain = [np.concatenate(level) for level in zip(*brain)] or [None] * len(grids)
+    sizes = getattr(model, "codebook_sizes", None) or [model.codebook_size] * len(grids)
+    factors = getattr(getattr(model, "quantizer", None), "levels", None)
+    factors = None if factors is None else [int(level) for level in factors]
+    levels = [code_statistics(idx, K, factors, inside) for idx, K, inside in zip(grids, sizes, on_brain, strict=True)]
+    if len(levels) == 1:
+        return levels[0]
+    return {"entropy_bits": sum(level["entropy_bits"] for level in levels), "levels": levels}
 
 
-def to_blocks(model: VAE | VQVAE, pictures: Tensor) -> Tensor:
-    """The f x f blocks of the coded box, float32 [B, h * w, f * f] with grey 0..1, of uint8 [B, S, S]."""
-    x = model.crop(pictures[:, None].float() / 255)
-    return F.unfold(x, model.factor, stride=model.factor).transpose(1, 2)
+def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> PixelCNN | PixelCNN2 | None:
+    """The PixelCNN of a run, or, unless one is named, of the run pixelcnn if it was trained on this first stage.
 
-
-def from_blocks(model: VAE | VQVAE, blocks: Tensor) -> Tensor:
-    """The pictures, uint8 [B, S, S], of what to_blocks returns."""
-    x = F.fold(blocks.transpose(1, 2), model.box[2:], model.factor, stride=model.factor)
-    return to_uint8(model.pad(2 * x - 1))[:, 0]
-
-
-@torch.no_grad()
-def kmeans(vectors: Tensor, K: int, seed: int = 0, iterations: int = 40, at_most: int = 300_000) -> Tensor:
-    """Centres [K, D] of at most `at_most` vectors [N, D] >= 0, by Lloyd's algorithm from a k-means++ start.
-
-    The last centre is zero, since black needs one and no more (Arthur and Vassilvitskii 2007 for the start).
+    Raises UserError when the named one does not fit; says how to get one when there is none.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pool = vectors[vectors.amax(1) > 0]
-    pool = pool[torch.randperm(len(pool), generator=generator)[:at_most]]
+    if not hasattr(model, "encode_indices"):
+        if run is not None:
+            raise UserError(f"--prior {run}: a {model.kind} has no codes; leave --prior out")
+        return None
 
-    candidates, distance = pool[:30_000], torch.ones(min(len(pool), 30_000))
-    centres = torch.zeros(K - 1, pool.shape[1])
-    for k in range(K - 1):  # far from all centres so far, with probability as the squared distance
-        centres[k] = candidates[torch.multinomial(distance + 1e-12, 1, generator=generator)[0]]
-        to_new = (candidates - centres[k]).square().sum(1)
-        distance = torch.minimum(distance, to_new) if k else to_new
+    def fits(description: dict) -> bool:
+        trained_on = description.get("first_stage", {}).get("digest")
+        return description["kind"] in PRIORS and trained_on == model.description["digest"]
 
-    for _ in tqdm(range(iterations), desc=f"k-means, K {K}", disable=None):
-        idx, distance = _nearest(pool, centres)
-        count = torch.bincount(idx, minlength=K - 1)
-        mean = torch.zeros_like(centres).index_add_(0, idx, pool) / count.clamp(min=1)[:, None]
-        empty = (count == 0).nonzero()[:, 0]
-        mean[empty] = pool[distance.topk(len(empty)).indices]  # to the vectors that are served worst
-        centres = mean
-    return torch.cat([centres, torch.zeros(1, centres.shape[1])])
-
-
-def _nearest(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the nearest centre and squared distance to it, for each of [N, D]."""
-    parts = [
-        (v.square().sum(1, keepdim=True) + centres.square().sum(1) - 2 * v @ centres.T).min(1)
-        for v in vectors.split(16_384)
-    ]
-    return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
-
-
-@torch.no_grad()
-def score_floors(model: VAE | VQVAE, train: Slices, data: Slices, cases: int = 60) -> list[dict]:
-    """Rows {"codec", "bits" or "numbers", scores} of simple codecs on the split `data`.
-
-    k-means has the model's grid and K, the block KLT its grid and width; both are fitted to the first training cases.
-    """
-    C, h, w = model.latent_shape
-    f, rows = model.factor, []
-
-    def score(codec: str, reconstruct: Callable[[Tensor], Tensor]) -> dict:
-        scores = []
-        for index in tqdm(torch.arange(len(data)).split(32), desc=codec, unit="batch", disable=None):
-            real = data.images[index].cpu()
-            masks = data.masks[index] if data.masks is not None else None
-            scores.append(slice_scores(reconstruct(real), real, masks))
-        return {"codec": codec, **mean_scores(scores)}
-
-    chosen = torch.isin(train.case, train.case.unique()[:cases])
-    blocks = to_blocks(model, train.images.cpu()[chosen]).flatten(0, 1)
-    if isinstance(model, VQVAE):
-        centres = kmeans(blocks, model.codebook_size)
-
-        def quantise(real: Tensor) -> Tensor:
-            vectors = to_blocks(model, real)
-            return from_blocks(model, centres[_nearest(vectors.flatten(0, 1), centres)[0]].view_as(vectors))
-
-        rows.append({**score(f"k-means {f}x{f}, K {model.codebook_size}", quantise), "bits": model.fixed_bits})
-
-    basis = torch.linalg.eigh((blocks.T @ blocks).double())[1].flip(1)[:, :C].float()
-    row = score(f"block KLT f{f} d{C}", lambda real: from_blocks(model, to_blocks(model, real) @ basis @ basis.T))
-    rows.append({**row, "numbers": C * h * w})
-
-    for quality in (1, 5, 10, 20, 30):
-        sizes: list[int] = []
-        row = score(f"AVIF quality {quality}", partial(avif, quality=quality, sizes=sizes))
-        rows.append({**row, "bits": 8 * float(np.mean(sizes))})
-    return rows
-
-
-def avif(pictures: Tensor, quality: int, sizes: list[int]) -> Tensor:
-    """uint8 [B, H, W] through AVIF and back; appends the sizes in bytes."""
-    decoded = []
-    for picture in pictures.numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "AVIF", quality=quality)
-        sizes.append(buffer.tell())
-        decoded.append(np.array(Image.open(buffer).convert("L")))
-    return torch.from_numpy(np.stack(decoded))
+    if run is None:
+        run = Path("model_ckpt/pixelcnn/model.safetensors")
+        if not run.is_file() or not fits(util.load_weights(run)[1]):
+            first_stage = model.description["path"]
+            print(f"bits under a prior: left out; train one with: python pixelCNN.py --first-stage {first_stage}")
+            return None
+    prior, _, description = load_prior(run, device)
+    if not fits(description):
+        raise UserError(f"--prior {run} was trained on another first stage; name one trained on this, or leave it out")
+    return prior
 
 
 # ------------------------------------------------------------------------------------------------------------- report
 
+COLUMNS = {"ssim": "SSIM", "brain_ssim": "brain SSIM", "ms_ssim": "MS-SSIM", "psnr": "PSNR, dB"}
+
+
+def with_interval(row: dict, name: str, form: str = ".4f") -> str:
+    """A mean and, where it is known, its interval, such as 0.9513 [0.9490, 0.9534]; a dash for what is missing."""
+    if name not in row:
+        return "-"
+    interval = row.get(f"{name}_interval")
+    return f"{row[name]:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table of codecs: price, SSIM, brain SSIM, PSNR."""
-    lines = ["| codec | bits per image | numbers | SSIM | brain SSIM | PSNR, dB |", "|---|---|---|---|---|---|"]
+    """A Markdown table of codecs: price and scores."""
+    lines = [f"| codec | bits per image | numbers | {' | '.join(COLUMNS.values())} |", "|---" * 7 + "|"]
     for row in rows:
-        bits = f"{row['bits']:,.0f}" if "bits" in row else "-"
-        numbers = f"{row['numbers']:,}" if "numbers" in row else "-"
-        brain = f"{row['brain_ssim']:.4f}" if "brain_ssim" in row else "-"
-        lines.append(f"| {row['codec']} | {bits} | {numbers} | {row['ssim']:.4f} | {brain} | {row['psnr']:.2f} |")
+        kl = f"{row['kl_bits']:,.0f} (KL)" if "kl_bits" in row else "-"
+        cells = [row["codec"], f"{row['bits']:,.0f}" if "bits" in row else kl]
+        cells += [f"{row['numbers']:,}" if "numbers" in row else "-"]
+        cells += [with_interval(row, name, ".2f" if name == "psnr" else ".4f") for name in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ledger(result: dict) -> str:
+    """What the table has no column for, a line each: bits, codes or latent, shuffled z, power by frequency."""
+    lines = []
+    if "fixed_bits" in result:
+        factors = " of the channels" if result.get("codebook_size", 0) > COUNTABLE else ""
+        lines.append(f"bits per image    {result['fixed_bits']:,.0f} at fixed length, "
+                     f"{result['entropy_bits']:,.0f} by zero-order entropy{factors}")  # fmt: skip
+        if "prior_bits" in result:
+            lines[-1] += f", {with_interval(result, 'prior_bits', ',.0f')} under the PixelCNN"
+    for level in result.get("levels", [result] if "fixed_bits" in result else []):
+        h, w = level["grid"]
+        lines.append(f"codes             {h}x{w} out of {level['codebook_size']:,}")
+        if "usage" in level:
+            lines[-1] += f": usage {level['usage']:.3f}, perplexity {level['perplexity']:,.0f}"
+        if "brain_usage" in level:
+            lines[-1] += f"; on brain {level['brain_usage']:.3f}, {level['brain_perplexity']:,.0f}"
+    if "kl_bits" in result:
+        share = result["noise_share_per_channel"]
+        by_channel = f"(by channel {min(share):.3f} to {max(share):.3f})"
+        lines += [
+            f"KL                {with_interval(result, 'kl_bits', ',.0f')} bits per image",
+            f"latent            noise share {result['noise_share']:.3f} {by_channel}; "
+            + f"{result['active_channels']} of {len(share)} channels active",
+        ]
+    lines.append(f"shuffled z        SSIM {with_interval(result, 'ssim_shuffled_z')}, own z {result['ssim']:.4f}")
+    if "brain_ssim" in result:
+        wrong = with_interval(result, "brain_ssim_shuffled_z")
+        lines[-1] += f"; brain SSIM {wrong}, own z {result['brain_ssim']:.4f}"
+    frequency, ratio = np.array(result["spectrum"]["frequency"]), result["spectrum"]["power_ratio"]
+    shown = [int(np.abs(frequency - f).argmin()) for f in (0.05, 0.1, 0.2, 0.3, 0.4)]
+    lines.append("power kept        " + ", ".join(f"{ratio[k]:.2f} at {frequency[k]:.2f}" for k in shown)
+                 + " cycles per pixel")  # fmt: skip
     return "\n".join(lines)
 
 
 def draw(rows: list[dict], result: dict, split: str):
-    """Left: quality against bits of every codec that has bits. Right: SSIM of the first stage for every z."""
+    """Three panels: quality against bits with the floors; SSIM for every z; power kept at every frequency."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    score = "brain_ssim" if "brain_ssim" in result else "ssim"
-    for n, row in enumerate(row for row in rows if "bits" in row):
-        left.scatter(
-            row["bits"],
-            row[score],
-            s=70 if n == 0 else 30,
-            marker="*" if n == 0 else "o",
-            color="C3" if n == 0 else "C0",
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    score, ours = "brain_ssim" if "brain_ssim" in result else "ssim", rows[0]
+    figure.suptitle(f"{ours['codec']} on {split}")
+
+    prices = {"at fixed length": ours.get("bits"), "by the KL": result.get("kl_bits")}
+    prices |= {"by zero-order entropy": result.get("entropy_bits"), "under the PixelCNN": result.get("prior_bits")}
+    points = [(bits, ours, f"{ours['codec']}, bits {how}") for how, bits in prices.items() if bits]
+    points += [(row["bits"], row, row["codec"]) for row in rows[1:] if "bits" in row]
+    for n, (bits, row, label) in enumerate(points):
+        low, high = row.get(f"{score}_interval") or (row[score], row[score])
+        style = (
+            {"marker": "*", "markersize": 11, "color": "C3"}
+            if row is ours
+            else {"marker": "o" if "k-means" in row["codec"] else "s", "color": "C0"}
         )
-        left.annotate(row["codec"], (row["bits"], row[score]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        filled = "none" if row is ours and n else "full"
+        reach = [[row[score] - low], [high - row[score]]]
+        left.errorbar(bits, row[score], reach, capsize=3, linestyle="none", label=label, fillstyle=filled, **style)
+    for row in rows[1:]:
+        if "bits" not in row:
+            label = f"{row['codec']}, {row['numbers']:,} real numbers"
+            left.axhline(row[score], color="grey", linestyle="--", linewidth=1, label=label)
     left.set(
-        xscale="log",
+        xlim=(0, 1.15 * max(bits for bits, _, _ in points)),
         xlabel="bits per image",
-        ylabel=score.replace("_", " ").replace("ssim", "SSIM"),
-        title=f"quality and its price on {split}",
+        ylabel=COLUMNS[score],
+        title="quality and its price; bars: 95 % over cases",
     )
-    left.margins(x=0.35)
-    right.plot(list(result["ssim_per_z"]), list(result["ssim_per_z"].values()), marker=".")
-    right.set(xlabel="slice index z", ylabel="SSIM", title="first stage, per slice index (0 is the lowest)")
-    for axis in (left, right):
+    left.xaxis.set_major_locator(MaxNLocator(6))
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left.legend(fontsize=8)
+
+    for name in ("ssim", "brain_ssim"):
+        if f"{name}_per_z" not in result:
+            continue
+        curve, interval = result[f"{name}_per_z"], result[f"{name}_per_z_interval"]
+        middle.plot(list(curve), list(curve.values()), marker=".", label=COLUMNS[name])
+        known = {z: ends for z, ends in interval.items() if ends}
+        if known:
+            middle.fill_between(list(known), *zip(*known.values()), alpha=0.25)
+    middle.set(xlabel="slice index z (0 is the lowest)", ylabel="similarity", title="by slice; band: 95 % over cases")
+    middle.legend()
+
+    right.plot(result["spectrum"]["frequency"], result["spectrum"]["power_ratio"], marker=".")
+    right.axhline(1, color="grey", linestyle="--", linewidth=1)
+    right.set(
+        xlabel="spatial frequency, cycles per pixel",
+        ylabel="power, reconstructed / real",
+        title="power kept (1: as sharp and as noisy as the real)",
+        ylim=(0, None),
+    )
+    for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     return figure
 
 
 def main() -> None:
     parser = util.plain_parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--reconstruction",
         metavar="RUN",
         default="vqvae",
         help="first stage: run name, folder or weights file (default: %(default)s)",
     )
-    parser.add_argument("--data", metavar="FOLDER", help="as in training")
-    parser.add_argument(
+    add(
+        "--decoder",
+        choices=("fidelity", "perceptual"),
+        default="fidelity",
+        help="which of the first stage's decoders is scored, where it has both (default: %(default)s)",
+    )
+    add("--data", metavar="FOLDER", help="as in training")
+    add(
         "--split",
         choices=("train", "validate", "test"),
         default="validate",
         help="tune on validate, open test once (default: %(default)s)",
     )
-    parser.add_argument("--floors", action="store_true", help="also fit and score k-means, block KLT and AVIF")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder of the weights")
+    add(
+        "--prior",
+        metavar="RUN",
+        help="PixelCNN that prices the codes: run name, folder or weights file; default: the run pixelcnn, if it was "
+        "trained on this first stage",
+    )
+    add("--no-floors", action="store_true", help="leave out k-means, block KLT and AVIF, which take minutes")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: the folder of the weights")
     args = parser.parse_args()
+
     device = util.pick_device(args.device)
-    model = load_first_stage(args.reconstruction, device)
+    other_decoder = {"decoder": args.decoder} if args.decoder != "fidelity" else {}
+    model = load_first_stage(args.reconstruction, device, **other_decoder)
+    prior = find_prior(args.prior, model, device)
     folder = find_data(args.data)
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
-    result = score_reconstruction(model, data, device)
-    price = {"bits": result["fixed_bits"]} if "fixed_bits" in result else {}  # a VAE's mean is real-valued
-    path = Path(model.description["path"])
-    rows = [{"codec": f"{model.kind} ({args.reconstruction})", **price, **result}]
-    if args.floors:
-        rows += score_floors(model.cpu(), load_slices(folder, "train", model.image_size), data)
-    out = args.out or path.parent
-    report = {"weights": str(path), "data": data.describe(), "result": result, "rows": rows}
-    util.write_file(out / f"reconstruction_{args.split}.json", json.dumps(report, indent=2).encode())
-    util.save_picture(out / f"reconstruction_{args.split}.png", draw(rows, result, args.split))
-    print(table(rows))
-    print("  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int)))
-    print(f"scores: {out}/reconstruction_{args.split}.json and .png")
+    result = score_reconstruction(model, data, device, prior=prior)
+
+    name = f"{model.kind} ({args.reconstruction})" + (", perceptual decoder" if other_decoder else "")
+    ours = [key for key in result if key.removesuffix("_interval") in (*COLUMNS, "numbers", "kl_bits")]
+    rows = [{"codec": name, **{key: result[key] for key in ours}}]
+    if "fixed_bits" in result:  # a VAE's mean is real-valued: its KL is the price of a sample, not of what is scored
+        rows[0]["bits"] = result["fixed_bits"]
+    if not args.no_floors:
+        bits = result.get("fixed_bits", result.get("kl_bits"))
+        train = load_slices(folder, "train", model.image_size)
+        rows += score_floors(model, train, data, partial(score_codec, data), bits, result.get("codebook_size"))
+
+    weights = Path(model.description["path"])
+    out = (args.out or weights.parent) / f"reconstruction_{args.split}{'_perceptual' if other_decoder else ''}"
+    report = {"weights": str(weights), "decoder": args.decoder, "data": data.describe(), "result": result, "rows": rows}
+    util.write_file(out.with_suffix(".json"), json.dumps(report, indent=2, allow_nan=False).encode())
+    util.save_picture(out.with_suffix(".png"), draw(rows, result, args.split))
+    print(f"{table(rows)}\n\n{ledger(result)}")
+    print(f"scores: {out}.json and .png")
 
 
 if __name__ == "__main__":

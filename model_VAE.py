@@ -7,6 +7,7 @@ blocks of the training slices, and the network's last convolution starts at zero
 linear block codec ends. What `encode` returns has mean 0 and standard deviation 1 per channel over the training set.
 """
 
+import copy
 import math
 from pathlib import Path
 
@@ -183,7 +184,7 @@ class Autoencoder(nn.Module):
         self.embed_z = Embedding(2 * channels)
         self.encoder = Encoder(encoder_inputs, encoder_outputs, *self.sizes)
         self.decoder = Decoder(latent_channels, *self.sizes)
-        self.perceptual = Decoder(latent_channels, *self.sizes) if perceptual else None
+        self.perceptual = copy.deepcopy(self.decoder) if perceptual else None  # draws no random numbers of its own
         self.decoder_in_use = "fidelity"
         self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))

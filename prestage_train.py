@@ -339,6 +339,9 @@ def main() -> None:
         discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         print(f"resumed at step {start}")
     good = copy.deepcopy(ema.perceptual)  # the last perceptual decoder that the guard let pass
+    if state and state.get("good"):
+        good.load_state_dict(state["good"])
+    model.train(start <= faithful)  # a frozen codebook does not follow the encoder
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further")
         return
@@ -364,7 +367,13 @@ def main() -> None:
         tqdm.write(f"pictures: {path}")
 
     def save(step: int) -> None:
-        """last.pt for resuming, then model.safetensors."""
+        """last.pt for resuming, then model.safetensors, whose perceptual decoder is one that the guard let pass."""
+        if step <= faithful:  # afterwards the latents stay as they are, and last.pt has their scale
+            index = torch.linspace(0, len(train) - 1, min(STATISTICS_SLICES, len(train))).round().long()
+            with util.autocast(device, args.precision):
+                ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
+            if good is not None:
+                good.load_state_dict(ema.decoder.state_dict())
         util.save_checkpoint(
             checkpoint,
             {
@@ -373,18 +382,18 @@ def main() -> None:
                 "gan": gan,
                 "model": model.state_dict(),
                 "ema": ema.state_dict(),
+                "good": good.state_dict() if good is not None else None,
                 "discriminator": discriminator.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "discriminator_optimizer": discriminator_optimizer.state_dict(),
             },
         )
-        if step <= faithful:  # afterwards the latents stay as they are
-            index = torch.linspace(0, len(train) - 1, min(STATISTICS_SLICES, len(train))).round().long()
-            with util.autocast(device, args.precision):
-                ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
+        weights = ema.state_dict()
+        if good is not None:
+            weights |= {f"perceptual.{name}": tensor for name, tensor in good.state_dict().items()}
         util.save_weights(
             checkpoint.with_name("model.safetensors"),
-            ema.state_dict(),
+            weights,
             {
                 "kind": args.model,
                 "model_kwargs": model_kwargs,
@@ -408,6 +417,7 @@ def main() -> None:
                 validate(ema, held_out, watched, device, args.precision)["validate/ssim"]
             )
             good = copy.deepcopy(ema.perceptual)
+            logger.pause()
             tqdm.write(f"step {step}: fidelity decoder done, validation SSIM {gan['fidelity']:.4f}; perceptual begins")
         perceptual = step >= faithful
 
@@ -473,6 +483,8 @@ def main() -> None:
         reported = (step + 1) % args.report_every == 0 or finished or step + 1 == faithful
         if not reported:
             continue
+        if rank == 0:
+            logger.flush(step + 1)
         if perceptual or rank == 0:
             scores = validate(ema, held_out, watched, device, args.precision)
         if perceptual:
@@ -490,7 +502,6 @@ def main() -> None:
             else:
                 good.load_state_dict(ema.perceptual.state_dict())
         if rank == 0:
-            logger.flush(step + 1)
             save(step + 1)
             report(step + 1, scores | ({"weight/guard": gan["scale"]} if perceptual else {}))
 

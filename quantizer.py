@@ -168,6 +168,9 @@ class FiniteScalarQuantizer(nn.Module):
         place = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("L", torch.tensor(levels), persistent=False)
         self.register_buffer("place", torch.tensor(place), persistent=False)
+        digits = torch.arange(max(levels))[:, None].minimum(self.L - 1)
+        # a table, since atanh of many numbers and of few may differ in the last bit, and black would be off by it
+        self.register_buffer("steps", self._middle(digits).atanh(), persistent=False)
         self.register_buffer("centre", torch.zeros(len(levels)))
         self.register_buffer("width", torch.ones(len(levels)))
 
@@ -178,6 +181,10 @@ class FiniteScalarQuantizer(nn.Module):
     def _middle(self, digits: Tensor) -> Tensor:
         return (2 * digits + 1) / self.L - 1
 
+    def _step(self, digits: Tensor) -> Tensor:
+        """The atanh of the middles of the bins."""
+        return self.steps[digits, torch.arange(len(self.levels), device=digits.device)]
+
     def nearest(self, vectors: Tensor) -> Tensor:
         """int64 [N]: the code of each of float32 [N, C]."""
         u = ((vectors.float() - self.centre) / self.width).tanh()
@@ -186,7 +193,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Codes [B, C, h, w] of int64 idx [B, h, w]."""
-        return (self.centre + self.width * self._middle(self.digits(idx)).atanh()).movedim(-1, 1)
+        return (self.centre + self.width * self._step(self.digits(idx))).movedim(-1, 1)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns quantised latent, idx int64 [B, h, w], and 0: this quantiser needs no loss of its own.
@@ -206,7 +213,7 @@ class FiniteScalarQuantizer(nn.Module):
         """Spreads the bins over encoder outputs float32 [N, C], with 0, which black has, in the middle of a bin."""
         lit = vectors[vectors.abs().amax(1) > 1e-3]
         low, high = torch.quantile(lit[:: max(1, len(lit) // 100_000)], torch.tensor([0.005, 0.995]), dim=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)  # else the shift below could leave all of them in one bin
         self.width.copy_((high - low).clamp(min=1e-3) / 3)  # the outer half of a per cent saturates: tanh 1.5 = 0.905
         self.centre.copy_((low + high) / 2)
-        zero = self._middle(self.digits(self.nearest(torch.zeros_like(low))))
-        self.centre.copy_(-self.width * zero.atanh())
+        self.centre.copy_(-self.width * self._step(self.digits(self.nearest(torch.zeros_like(low)))))

@@ -49,6 +49,8 @@ def flags() -> argparse.ArgumentParser:
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm takes all 1000 steps (default: %(default)s)")
     add("--sample-steps", type=util.positive_int, default=50, help="network evaluations of ddim (default: %(default)s)")
     add("--eta", type=util.fraction, default=0.0, help="ddim's share of fresh noise, 0 is none (default: %(default)s)")
+    add("--decoder", choices=("fidelity", "perceptual"), default="fidelity",
+        help="of the first stage, for samples; perceptual is sharper, if it was trained (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
 
@@ -107,7 +109,7 @@ def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
 def sample(args: argparse.Namespace) -> None:
     """Writes sheets, slices and the GIF of args.brains new brains."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device)
+    model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device, args.decoder)
     steps = args.sample_steps if args.sampler == "ddim" else model.T
     out = args.out or Path(f"{args.name}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,7 @@
-"""Laws of model_VAE.py: the quantiser against brute force, both autoencoders against algebra, files against memory."""
+"""Laws of model_VAE.py: the autoencoders against algebra, their two decoders, files against memory."""
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import copy
+import math
 
 import pytest
 import torch
@@ -14,186 +12,57 @@ import dataset
 import model_VAE
 import prestage_train
 import util
-from model_VAE import VAE, VQVAE, VectorQuantizer, load_first_stage
-
-
-def to_latent(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors [N, dim] as a latent [1, dim, 1, N]."""
-    return vectors.T[None, :, None]
+from model_VAE import MODELS, VAE, VQVAE, VQVAE2, load_first_stage
+from quantizer import FiniteScalarQuantizer
 
 
 def slices(count: int, fill_box: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [count, 1, 64, 64] in [-1, 1], random in the box of `tiny_sizes` and black around it, and z."""
+    """x [count, 1, 64, 64] in [-1, 1], random in the box of `tiny_sizes` and black around it, and z.
+
+    Noise of another brightness in every 8x8 block, down to black, as blocks of brains have it.
+    """
     x = torch.full((count, 1, 64, 64), -1.0)
     if fill_box:
-        x[:, :, 8:56, 4:60] = 2 * torch.rand(count, 1, 48, 56) - 1
+        brightness = F.interpolate(torch.rand(count, 1, 6, 7), scale_factor=8.0)
+        x[:, :, 8:56, 4:60] = 2 * brightness * torch.rand(count, 1, 48, 56) - 1
     return x, torch.arange(count) % 32
 
 
-@pytest.fixture(params=["vae", "vqvae"])
-def model(request, tiny_sizes):
-    """A tiny autoencoder of either kind as it starts, in evaluation mode."""
-    sizes = tiny_sizes | ({"codebook_size": 16} if request.param == "vqvae" else {})
-    return model_VAE.MODELS[request.param](**sizes).eval()
+VARIANTS = {
+    "vae": {},
+    "vqvae": {"codebook_size": 16},
+    "vqvae fsq": {"quantizer": "fsq", "levels": (4, 3, 3, 2)},
+    "vqvae sphere": {"codebook_size": 16, "quantizer_options": {"sphere": True, "rotation": True}},
+    "vqvae2": {"codebook_size": 16},
+    "vqvae2 fsq": {"quantizer": "fsq", "levels": (4, 3, 3, 2)},
+}
+
+
+def quantizers(model) -> list:
+    """The quantisers of a model, top first."""
+    return [getattr(model, name) for name in ("quantizer_top", "quantizer") if hasattr(model, name)]
+
+
+@pytest.fixture(params=VARIANTS)
+def kwargs(request, tiny_sizes) -> dict:
+    """What describes a tiny autoencoder of each kind: its "kind" and its "model_kwargs"."""
+    return {"kind": request.param.split()[0], "model_kwargs": tiny_sizes | VARIANTS[request.param]}
+
+
+@pytest.fixture
+def model(kwargs):
+    """A tiny autoencoder of each kind as it starts, in evaluation mode."""
+    return MODELS[kwargs["kind"]](**kwargs["model_kwargs"]).eval()
 
 
 @pytest.fixture
 def trained(model, awaken):
-    """As if trained: every layer speaks, the codebook is spread over the data, the latents are scaled."""
+    """As if trained: every layer speaks, the codes are spread over the data, the latents are scaled."""
     awaken(model)
     x, z = slices(8)
-    model.start_linear_path(x, whiten=True)
-    if isinstance(model, VQVAE):
-        with torch.no_grad():
-            model.quantizer.start(model.vectors(x, z).movedim(1, -1).reshape(-1, 4))
+    model.start(x, z)
     model.set_latent_statistics([(x, z)])
     return model
-
-
-# ------------------------------------------------------------------------------------------------------- the quantiser
-
-
-@pytest.mark.parametrize("ema", [True, False])
-def test_codes_are_the_nearest_by_brute_force(ema):
-    quantizer = VectorQuantizer(37, 5, ema=ema).eval()
-    latent = torch.randn(2, 5, 6, 7)
-    quantised, idx, _ = quantizer(latent)
-    for b, i, j in ((0, 0, 0), (1, 5, 6), (1, 2, 3), (0, 4, 1)):
-        distance = [(latent[b, :, i, j] - code).norm().item() for code in quantizer.codebook]
-        assert idx[b, i, j] == min(range(37), key=distance.__getitem__)
-    exact = torch.cdist(latent.movedim(1, -1).reshape(-1, 5), quantizer.codebook).argmin(1)
-    assert torch.equal(idx.flatten(), exact)
-    assert torch.allclose(quantised, quantizer.lookup(idx), atol=1e-6)
-
-
-def test_the_gradient_passes_straight_through():
-    quantizer, latent = VectorQuantizer(8, 3).eval(), torch.randn(2, 3, 4, 4, requires_grad=True)
-    quantised, _, _ = quantizer(latent)
-    weight = torch.randn_like(quantised)
-    (quantised * weight).sum().backward()
-    assert torch.equal(latent.grad, weight)
-
-
-@pytest.mark.parametrize("commitment", [0.25, 2.0])
-def test_the_commitment_weight_is_on_the_commitment_term(commitment):
-    """beta pulls the encoder; the codebook's own pull is 1 whatever beta (a popular code base has it the other way)."""
-    latent = torch.randn(1, 3, 1, 5, requires_grad=True)
-    quantizer = VectorQuantizer(4, 3, commitment, ema=False).eval()
-    _, idx, loss = quantizer(latent)
-    codes = quantizer.codebook.detach()[idx[0, 0]]
-    vectors = latent.detach()[0, :, 0].T
-    loss.backward()
-    assert torch.allclose(latent.grad[0, :, 0].T, commitment * 2 * (vectors - codes) / 15, atol=1e-6)
-    pull = torch.zeros(4, 3).index_add_(0, idx[0, 0], 2 * (codes - vectors) / 15)
-    assert torch.allclose(quantizer.codebook.grad, pull, atol=1e-6)
-    quantizer_ema = VectorQuantizer(4, 3, commitment, ema=True).eval()
-    quantizer_ema.codebook.copy_(quantizer.codebook)
-    assert torch.allclose(quantizer_ema(latent)[2], commitment * (vectors - codes).square().mean())
-
-
-def test_quantisation_is_float32_under_autocast():
-    """bf16 has 8 bits: it chooses other codes."""
-    quantizer, latent = VectorQuantizer(256, 8).eval(), torch.randn(4, 8, 16, 16)
-    for given in (latent, latent.bfloat16()):
-        with torch.autocast("cpu", torch.bfloat16):
-            quantised, idx, loss = quantizer(given)
-            alone = quantizer.nearest(given.movedim(1, -1).reshape(-1, 8)).view_as(idx)
-        assert quantised.dtype == loss.dtype == torch.float32 and torch.equal(idx, quantizer(given.float())[1])
-        assert torch.equal(alone, idx)
-
-
-def test_the_ema_codebook_converges_to_the_cluster_means():
-    centres = torch.tensor([[5.0, 0.0], [-5.0, 1.0], [0.0, 7.0]])
-    vectors = centres.repeat(50, 1) + 0.5 * torch.randn(150, 2)
-    quantizer = VectorQuantizer(3, 2, decay=0.9).train()
-    quantizer.codebook.copy_(centres + 1)
-    quantizer.total.copy_(quantizer.codebook)
-    for _ in range(200):
-        quantizer(to_latent(vectors))
-    assert torch.allclose(quantizer.codebook, vectors.view(50, 3, 2).mean(0), atol=1e-4)
-    assert torch.allclose(quantizer.count, torch.full((3,), 50.0), atol=1e-3)
-
-
-def test_evaluation_does_not_move_the_codebook():
-    quantizer, latent = VectorQuantizer(8, 3).eval(), torch.randn(1, 3, 8, 8)
-    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-    quantizer(latent)
-    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
-    quantizer.train()(latent)
-    assert not all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
-
-
-@pytest.mark.parametrize("ema", [True, False])
-def test_a_revived_code_survives_the_next_update(ema):
-    """Its averages start anew with it; left as they were they would draw it back at once."""
-    quantizer = VectorQuantizer(4, 2, ema=ema, decay=0.9).train()
-    with torch.no_grad():
-        quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 50.0], [-50.0, 50.0]]))
-    quantizer.total.copy_(quantizer.codebook)
-    vectors = torch.rand(40, 2)
-    for _ in range(20):
-        quantizer(to_latent(vectors))
-        if quantizer.codebook.abs().max() < 2:
-            break
-    revived = quantizer.codebook[2:].detach().clone()
-    assert revived.abs().max() <= 1  # both are among the data now
-    quantizer(to_latent(quantizer.codebook[:1].detach().expand(40, 2)))  # all choose another code
-    assert torch.allclose(quantizer.codebook[2:], revived, atol=1e-5)
-
-
-def test_the_k_means_start_finds_k_points_however_unequal():
-    """Half of all vectors are the black background; drawn blindly it would take half of the codes."""
-    points = torch.randn(16, 4)
-    vectors = torch.cat([points, points[:1].expand(500, 4), points[1:3].repeat(50, 1)])
-    quantizer = VectorQuantizer(16, 4)
-    quantizer.start(vectors[torch.randperm(len(vectors))])
-    assert torch.cdist(points, quantizer.codebook).amin(1).max() < 1e-5
-    assert len(quantizer.nearest(vectors).unique()) == 16
-
-
-def test_the_k_means_start_uses_every_code_and_lowers_the_error():
-    clusters = 3 * torch.randn(32, 4)
-    vectors = torch.cat([clusters.repeat(20, 1) + 0.1 * torch.randn(640, 4), torch.zeros(640, 4)])
-    quantizer = VectorQuantizer(32, 4)
-
-    def error():
-        return torch.cdist(vectors, quantizer.codebook).amin(1).square().mean()
-
-    quantizer.start(vectors, iterations=0)
-    drawn = error()
-    torch.manual_seed(0)
-    quantizer.start(vectors)
-    assert len(quantizer.nearest(vectors).unique()) == 32 and error() < 0.9 * drawn
-    with pytest.raises(ValueError, match="31 vectors"):
-        quantizer.start(vectors[:31])
-
-
-def test_processes_keep_one_codebook(tmp_path):
-    """Under torchrun each process has vectors of its own; revived codes too must be the same everywhere."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    script = f"""
-import sys; sys.path.insert(0, {str(Path(model_VAE.__file__).parent)!r})
-import torch, torch.distributed as dist
-from model_VAE import VectorQuantizer
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="tcp://localhost:{port}", rank=rank, world_size=2)
-for ema in (True, False):
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(16, 3, ema=ema, decay=0.5).train()
-    with torch.no_grad():
-        quantizer.codebook[:8] += 100
-    torch.manual_seed(rank)
-    for _ in range(4):
-        quantizer(torch.randn(1, 3, 4, 4))
-    print(quantizer.codebook.abs().max().item() < 50, quantizer.codebook.sum().item(), quantizer.count.sum().item())
-"""
-    begin = [sys.executable, "-c", script]
-    both = [subprocess.Popen([*begin, str(rank)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[0].splitlines() for process in both]
-    assert [line.split()[0] for line in said[0]] == ["True", "True"]  # codes were revived
-    assert said[0] == said[1]
 
 
 # ----------------------------------------------------------------------------- the linear path: how training starts
@@ -210,7 +79,7 @@ def klt(x: torch.Tensor, channels: int, f: int = 4) -> torch.Tensor:
 
 def test_at_the_start_all_channels_reconstruct_exactly(tiny_sizes):
     model, (x, z) = VAE(**tiny_sizes | {"latent_channels": 16}).eval(), slices(6)
-    model.start_linear_path(x, whiten=True)
+    model.start(x, z)
     model.set_latent_statistics([(x, z)])
     assert torch.allclose(model.decode(model.encode(x, z), z), x, atol=1e-5)
 
@@ -221,7 +90,7 @@ def test_at_the_start_few_channels_are_the_truncated_klt(tiny_sizes, whiten, cha
     """Training begins at the linear floor; the components are those about black, so that black costs nothing."""
     model, (x, z) = VAE(**tiny_sizes | {"latent_channels": channels}).eval(), slices(6)
     x[:, :, 20:40] = -1
-    model.start_linear_path(x, whiten=whiten)
+    model.linear.start(model.crop(x) + 1, whiten=whiten)
     mean, _ = model.posterior(x, z)
     reconstruction = model.decode(model.encode(x, z), z)[:, 0, 8:56, 4:60]
     assert torch.allclose(reconstruction.double(), klt(x, channels).clamp(-1, 1), atol=1e-4)
@@ -230,23 +99,63 @@ def test_at_the_start_few_channels_are_the_truncated_klt(tiny_sizes, whiten, cha
     assert torch.allclose(sd if whiten else sd.square().mean().sqrt(), torch.ones(()), atol=1e-3)
 
 
-def test_the_vqvae_starts_at_its_linear_floor_too(tiny_sizes):
-    model, (x, z) = VQVAE(**tiny_sizes, codebook_size=8).eval(), slices(6)
-    model.start_linear_path(x, whiten=False)
-    box = model._decode(model.vectors(x, z), z)[:, 0]
-    assert torch.allclose(box.double(), klt(x, 4), atol=1e-4)
+@pytest.mark.parametrize("variant", ["vqvae", "vqvae fsq", "vqvae sphere"])
+def test_the_vqvae_starts_at_its_linear_floor_too(tiny_sizes, variant):
+    """Before quantisation; whitened for scalar quantisation, which knows no distances between channels."""
+    model, (x, z) = VQVAE(**tiny_sizes | VARIANTS[variant]).eval(), slices(6)
+    model.start(x, z)
+    vectors = model.vectors(x, z)
+    assert torch.allclose(model._decode(vectors, z)[:, 0].double(), klt(x, 4), atol=1e-4)
+    sd = vectors.movedim(1, -1).flatten(0, 2).std(0)
+    assert torch.allclose(sd, torch.ones(4), atol=1e-3) == (variant == "vqvae fsq")
+
+
+@pytest.mark.parametrize("variant", ["vqvae2", "vqvae2 fsq"])
+def test_the_vqvae2_starts_at_both_linear_floors(tiny_sizes, variant):
+    """The top path is the transform of 8x8 blocks, the bottom path that of what the top codes leave over."""
+    model, (x, z) = VQVAE2(**tiny_sizes | VARIANTS[variant]).eval(), slices(6)
+    model.start(x, z)
+    top = model.top_vectors(x, z)
+    assert torch.allclose(model.linear_top.decode(top)[:, 0].double() - 1, klt(x, 4, f=8), atol=1e-4)
+    quantised = model._quantised_top(x, z)
+    known = model.linear_top.decode(quantised)
+    left = model.pad(model.crop(x) - known)  # counted from black
+    box = model._decode(model._join(quantised, model.bottom_vectors(x, z, quantised)), z)
+    assert torch.allclose(box[:, 0].double(), klt(left, 4) + known[:, 0], atol=1e-4)
+
+
+def test_a_vqvae2_whose_bottom_path_is_whole_reconstructs_exactly(tiny_sizes):
+    """Whatever the top codes say, the bottom path codes the rest of it."""
+    model = VQVAE2(**tiny_sizes | {"latent_channels": 16, "codebook_size": 8}).eval()
+    x, z = slices(6)
+    model.start(x, z)
+    top = model.quantizer_top.lookup(torch.randint(8, (6, 6, 7)))
+    box = model._decode(model._join(top, model.bottom_vectors(x, z, top)), z)
+    assert torch.allclose(box, model.crop(x), atol=1e-4)
+
+
+def test_every_code_is_in_use_at_the_start(tiny_sizes):
+    """Of both levels; and of scalar quantisation every level of every channel."""
+    x, z = slices(16)
+    for variant in ("vqvae", "vqvae2", "vqvae sphere", "vqvae fsq", "vqvae2 fsq"):
+        model = MODELS[variant.split()[0]](**tiny_sizes | VARIANTS[variant]).eval()
+        model.start(x, z)
+        idx = model.encode_indices(x, z)
+        for quantizer, level in zip(quantizers(model), idx if model.kind == "vqvae2" else [idx], strict=True):
+            if isinstance(quantizer, FiniteScalarQuantizer):
+                digits = quantizer.digits(level.unique())
+                assert [len(column.unique()) for column in digits.T] == [4, 3, 3, 2]
+            else:
+                assert len(level.unique()) == 16
 
 
 def test_black_decodes_to_exactly_black_at_the_start(model):
     """One grey level of offset in the background costs .06 of SSIM."""
     (x, z), (black, _) = slices(6), slices(6, fill_box=False)
-    model.start_linear_path(x, whiten=True)
-    if isinstance(model, VQVAE):
-        with torch.no_grad():
-            vectors = model.vectors(torch.cat([x, black]), z.repeat(2))
-        assert not vectors[6:].any()
-        distinct = torch.cat([torch.zeros(1, 4), vectors[:6].movedim(1, -1).reshape(-1, 4)[:15]])
-        model.quantizer.start(torch.cat([distinct, torch.zeros(20, 4)]))
+    model.start(torch.cat([x, black]), z.repeat(2))
+    for quantizer in quantizers(model):
+        if not isinstance(quantizer, FiniteScalarQuantizer):
+            quantizer.codebook[3] = 0  # k-means comes near it only; the network learns the rest
     assert torch.equal(model.decode(model.encode(black, z), z), black)
     model.set_latent_statistics([(torch.cat([x, black]), z.repeat(2))])
     assert not dataset.to_uint8(model.decode(model.encode(black, z), z)).any()
@@ -260,7 +169,7 @@ def test_the_outside_of_the_box_is_always_black(trained):
     latent = 30 * torch.randn(4, *trained.latent_shape)
     x = trained.decode(latent, torch.arange(4))
     inside = trained.crop(x).clone()
-    assert x.shape == (4, 1, 64, 64) and inside.max() > 0 and -1 <= x.min() <= x.max() <= 1
+    assert x.shape == (4, 1, 64, 64) and (inside > -0.9).float().mean() > 0.1 and -1 <= x.min() <= x.max() <= 1
     x[:, :, 8:56, 4:60] = -1
     assert (x == -1).all()
     assert torch.equal(trained.pad(inside)[:, :, 8:56, 4:60], inside)
@@ -280,8 +189,13 @@ def test_the_whole_output_depends_on_z(trained):
     assert (a != b).float().mean() > 0.99
     if isinstance(trained, VAE):
         assert (trained.encode(x, z + 3) != trained.encode(x, z + 28)).float().mean() > 0.99
-    else:
+    elif isinstance(trained, VQVAE):
         assert (trained.vectors(x, z + 3) != trained.vectors(x, z + 28)).float().mean() > 0.99
+    else:
+        top, other = (trained.top_vectors(x, z + i) for i in (3, 28))
+        assert (top != other).float().mean() > 0.99
+        bottom, other = (trained.bottom_vectors(x, z + i, top) for i in (3, 28))
+        assert (bottom != other).float().mean() > 0.99
 
 
 def test_slices_of_a_batch_do_not_see_each_other(trained):
@@ -299,8 +213,9 @@ def test_latents_have_mean_0_and_sd_1_over_the_batches(trained):
     for _ in range(2):
         trained.set_latent_statistics(iter(batches))
         latent = torch.cat([trained.encode(a, b) for a, b in batches]).double().movedim(1, 0).flatten(1)
-        assert torch.allclose(latent.mean(1), torch.zeros(4).double(), atol=1e-5)
-        assert torch.allclose(latent.std(1, unbiased=False), torch.ones(4).double(), atol=1e-5)
+        C = trained.latent_shape[0]
+        assert torch.allclose(latent.mean(1), torch.zeros(C).double(), atol=1e-5)
+        assert torch.allclose(latent.std(1, unbiased=False), torch.ones(C).double(), atol=1e-5)
 
 
 def test_the_scale_of_the_latents_changes_no_picture(trained):
@@ -311,18 +226,59 @@ def test_the_scale_of_the_latents_changes_no_picture(trained):
     assert torch.allclose(trained.decode(trained.encode(x, z), z), before, atol=1e-5)
 
 
-def test_decoding_indices_is_decoding_latents(tiny_sizes, awaken):
+@pytest.mark.parametrize("scale", [None, 0.01, 300.0])
+def test_decoding_indices_is_decoding_latents(trained, scale):
     """decode_indices(encode_indices(x)) == decode(encode(x)), exactly, with any scale of the latents."""
-    model, (x, z) = awaken(VQVAE(**tiny_sizes, codebook_size=64)).eval(), slices(6)
-    model.set_latent_statistics([(x, z)])
-    idx = model.encode_indices(x, z)
-    assert idx.dtype == torch.int64 and idx.shape == (6, 12, 14) and 0 <= idx.min() <= idx.max() < 64
-    assert len(idx.unique()) > 10
-    assert torch.equal(model.decode_indices(idx, z), model.decode(model.encode(x, z), z))
-    every_code = torch.arange(64).repeat(3)[: 12 * 14].view(1, 12, 14)
-    latent = model._normalise(model.quantizer.lookup(every_code))
-    assert torch.equal(model.nearest(model._denormalise(latent)), every_code)
-    assert model.fixed_bits == 12 * 14 * 6
+    if isinstance(trained, VAE):
+        return
+    x, z = slices(6)
+    if scale:
+        trained.latent_mean.normal_(0, 3)
+        trained.latent_sd.fill_(scale)
+    idx = trained.encode_indices(x, z)
+    grids = ((6, 7), (12, 14)) if isinstance(trained, VQVAE2) else ((12, 14),)
+    for level, grid in zip(idx if isinstance(trained, VQVAE2) else (idx,), grids, strict=True):
+        assert level.dtype == torch.int64 and level.shape == (6, *grid)
+        assert 0 <= level.min() <= level.max() < trained.codebook_size and len(level.unique()) > 10
+    assert torch.equal(trained.decode_indices(idx, z), trained.decode(trained.encode(x, z), z))
+    assert trained.fixed_bits == pytest.approx(sum(h * w for h, w in grids) * math.log2(trained.codebook_size))
+
+
+@pytest.mark.parametrize("variant", ["vqvae", "vqvae fsq", "vqvae sphere", "vqvae2", "vqvae2 fsq"])
+def test_every_code_survives_the_scaling(tiny_sizes, variant):
+    """Any grid of codes, not only what the encoder gives, is found again in its scaled latent."""
+    model = MODELS[variant.split()[0]](**tiny_sizes | VARIANTS[variant]).eval()
+    model.latent_mean.normal_(0, 2)
+    model.latent_sd.uniform_(0.1, 5)
+    grids = model.grids if isinstance(model, VQVAE2) else (model.latent_shape[1:],)
+    idx = tuple(torch.randint(model.codebook_size, (9, *grid)) for grid in grids)
+    assert all(len(level.unique()) == model.codebook_size for level in idx)
+    if isinstance(model, VQVAE2):
+        latents = model._split(model._denormalise(model._normalise(model._lookup(idx))))
+    else:
+        latents = (model._denormalise(model._normalise(model.quantizer.lookup(idx[0]))),)
+    for level, quantizer, latent in zip(idx, quantizers(model), latents, strict=True):
+        assert torch.equal(model_VAE.quantise(quantizer, latent), level)
+
+
+def test_bottom_codes_depend_on_the_top(tiny_sizes, awaken):
+    """They say what the top codes leave open; the latent has the top codes first, doubled, then the bottom codes."""
+    model, (x, z) = awaken(VQVAE2(**tiny_sizes, codebook_size=16)).eval(), slices(4)
+    model.start(x, z)
+    top, bottom = model.encode_indices(x, z)
+    other = model.bottom_vectors(x, z, model.quantizer_top.lookup((top + 1) % 16))
+    assert (model_VAE.quantise(model.quantizer, other) != bottom).float().mean() > 0.2
+    with torch.no_grad():  # through the network too, not only because the linear path codes the difference
+        model.linear.analysis.weight.zero_()
+    silent, other = (model.bottom_vectors(x, z, model.quantizer_top.lookup(t)) for t in (top, (top + 1) % 16))
+    assert (silent != other).float().mean() > 0.9
+    latent = model._lookup((top, bottom))
+    assert latent.shape == (4, 8, 12, 14)
+    assert torch.equal(latent[:, :4, ::2, ::2], model.quantizer_top.lookup(top))
+    assert torch.equal(latent[:, :4, 1::2, 1::2], latent[:, :4, ::2, ::2])
+    assert torch.equal(latent[:, 4:], model.quantizer.lookup(bottom))
+    a, b = (model.decode_indices((t, bottom), z) for t in (top, (top + 1) % 16))
+    assert not torch.equal(a, b) and not torch.equal(a, model.decode_indices((top, (bottom + 1) % 16), z))
 
 
 def test_the_kl_is_that_of_torch_distributions_in_bits(tiny_sizes, awaken):
@@ -353,16 +309,25 @@ def test_the_log_variance_is_clamped(tiny_sizes):
 
 
 def test_draws_from_the_prior_follow_it(trained):
-    """A VAE's is N(0, 1) before scaling; a VQ-VAE's draws each code as often as training used it."""
+    """A VAE's is N(0, 1) before scaling; learned codes are drawn as often as training used them, others alike."""
     first, second = (trained.prior_latent(50, torch.Generator().manual_seed(s)) for s in (1, 1))
     assert torch.equal(first, second) and first.shape == (50, *trained.latent_shape)
     if isinstance(trained, VAE):
         numbers = trained._denormalise(first)
         assert abs(numbers.mean()) < 0.02 and abs(numbers.std() - 1) < 0.02
-    else:
-        trained.quantizer.count.copy_(F.one_hot(torch.tensor(3), 16) * 3.0 + F.one_hot(torch.tensor(7), 16))
-        idx = trained.nearest(trained._denormalise(trained.prior_latent(50)))
-        assert set(idx.unique().tolist()) == {3, 7} and abs((idx == 3).float().mean() - 0.75) < 0.02
+        return
+    for quantizer in quantizers(trained):
+        if not isinstance(quantizer, FiniteScalarQuantizer):
+            quantizer.count.copy_(F.one_hot(torch.tensor(3), 16) * 3.0 + F.one_hot(torch.tensor(7), 16))
+    latent = trained._denormalise(trained.prior_latent(50))
+    for quantizer, level in zip(
+        quantizers(trained), trained._split(latent) if isinstance(trained, VQVAE2) else (latent,), strict=True
+    ):
+        idx = model_VAE.quantise(quantizer, level)
+        if isinstance(quantizer, FiniteScalarQuantizer):  # it has no memory of training: all codes alike
+            assert len(idx.unique()) == quantizer.codebook_size
+        else:
+            assert set(idx.unique().tolist()) == {3, 7} and abs((idx == 3).float().mean() - 0.75) < 0.05
 
 
 def test_wrong_shapes_are_refused_by_name(trained):
@@ -388,6 +353,17 @@ def test_wrong_shapes_are_refused_by_name(trained):
         for bad_idx, bad_z in ((idx[:, 1:], z), (idx[0], z[0]), (idx, z[:2])):
             with pytest.raises(ValueError, match="idx"):
                 trained.decode_indices(bad_idx, bad_z)
+    if isinstance(trained, VQVAE2):
+        top, bottom = trained.encode_indices(x, z)
+        for bad_idx, bad_z, name in (
+            ((top[:, 1:], bottom), z, "top idx"),
+            ((bottom, bottom), z, "top idx"),
+            ((top, top), z, "bottom idx"),
+            ((top, bottom), z[:2], "idx"),
+            ((top, bottom[:2]), z, "bottom idx"),
+        ):
+            with pytest.raises(ValueError, match=name):
+                trained.decode_indices(bad_idx, bad_z)
 
 
 def test_what_cannot_be_built_is_refused(tiny_sizes):
@@ -396,10 +372,16 @@ def test_what_cannot_be_built_is_refused(tiny_sizes):
         VAE(**tiny_sizes | {"box": (8, 4, 46, 56)})
     with pytest.raises(ValueError, match="17 latent channels"):
         VAE(**tiny_sizes | {"latent_channels": 17})
+    with pytest.raises(ValueError, match="cannot be halved"):
+        VQVAE2(**tiny_sizes | {"box": (8, 4, 44, 56)}, codebook_size=8)
+    with pytest.raises(ValueError, match="3 levels do not fit 4"):
+        VQVAE(**tiny_sizes, quantizer="fsq", levels=(8, 8, 8))
+    with pytest.raises(ValueError, match="neither vq nor fsq"):
+        VQVAE(**tiny_sizes, quantizer="lfq")
 
 
 @pytest.mark.parametrize("preset", util.PRESET_NAMES)
-@pytest.mark.parametrize("kind", ["vae", "vqvae"])
+@pytest.mark.parametrize("kind", sorted(MODELS))
 def test_every_preset_builds_its_model(preset, kind):
     """On the content box and on the whole frame, which data that leave the box need."""
     args, _ = util.parse_flags(prestage_train.flags(), ["--model", kind])
@@ -409,27 +391,129 @@ def test_every_preset_builds_its_model(preset, kind):
         with torch.device("meta"):
             model, kwargs = prestage_train.build(args, box)
             embedding = model.embed_z(torch.zeros(1))
-            h = model.encoder(torch.zeros(1, 1, *box[2:]), embedding)
+            seen = model.encoder.stem[1].in_channels // args.patch**2  # the bottom encoder has two inputs
+            h = model.encoder(torch.zeros(1, seen, *box[2:]), embedding)
             assert h.shape[2:] == model.latent_shape[1:] and kwargs["box"] == box
             assert model.decoder(torch.zeros(1, *model.latent_shape), embedding).shape == (1, 1, *box[2:])
+
+
+# --------------------------------------------------------------------------------------------- two decoders, one latent
+
+
+@pytest.fixture
+def double(kwargs, awaken):
+    """A tiny autoencoder of each kind with two decoders, as if trained until the perceptual one begins."""
+    kwargs["model_kwargs"] |= {"perceptual": True}
+    model, (x, z) = awaken(MODELS[kwargs["kind"]](**kwargs["model_kwargs"])), slices(8)
+    model.start(x, z)
+    model.set_latent_statistics([(x, z)])
+    return model
+
+
+def train_perceptual(model, steps: int = 3) -> None:
+    """Steps of an optimiser over all that may change, as prestage_train takes them."""
+    model.start_perceptual()
+    model.eval()
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(steps):
+        x, z = slices(3)
+        loss = (model(x, z)[0] - model.crop(x)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_the_perceptual_decoder_begins_as_the_fidelity_decoder(double):
+    x, z = slices(2)
+    latent = double.encode(x, z)
+    faithful = double.decode(latent, z)
+    double.use_decoder("perceptual")
+    assert not torch.equal(double.decode(latent, z), faithful)
+    double.start_perceptual()
+    assert torch.equal(double.decode(latent, z), faithful) and double.decoder_in_use == "perceptual"
+    kept = {name: tensor for name, tensor in double.decoder.state_dict().items()}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in double.perceptual.state_dict().items())
+    assert all(a is not b for a, b in zip(double.perceptual.parameters(), double.decoder.parameters()))
+
+
+def test_training_the_perceptual_decoder_changes_nothing_else(double):
+    """Parameters, codebooks, counts and scale stay to the last bit, so both decoders read the same latents."""
+    x, z = slices(2)
+    latent = double.eval().encode(x, z)
+    faithful = double.decode(latent, z)
+    before = copy.deepcopy(double.state_dict())
+    train_perceptual(double)
+    changed = {name for name, tensor in double.state_dict().items() if not torch.equal(tensor, before[name])}
+    begun = {f"perceptual.{name}": tensor for name, tensor in double.decoder.state_dict().items()}
+    assert changed and all(name.startswith("perceptual.") for name in changed)
+    assert all(not torch.equal(double.state_dict()[name], tensor) for name, tensor in begun.items())  # every layer
+    assert torch.equal(double.encode(x, z), latent)
+    sharp = double.decode(latent, z)
+    double.use_decoder("fidelity")
+    assert torch.equal(double.decode(latent, z), faithful) and not torch.equal(sharp, faithful)
+
+
+def test_only_the_decoder_in_use_and_what_belongs_to_it_can_be_trained(double):
+    """The fidelity decoder trains with encoder and codes; the perceptual one alone."""
+    x, z = slices(2)
+    for decoder in ("fidelity", "perceptual", "fidelity"):
+        double.use_decoder(decoder)
+        free = {name for name, parameter in double.named_parameters() if parameter.requires_grad}
+        assert free == {
+            name for name, _ in double.named_parameters() if name.startswith("perceptual.") == (decoder == "perceptual")
+        }
+        double.zero_grad()
+        double.train()(x, z)[0].sum().backward()
+        reached = {name for name, parameter in double.named_parameters() if parameter.grad is not None}
+        assert reached and reached <= free and {"linear.analysis.weight"} & reached == {"linear.analysis.weight"} & free
+
+
+def test_a_decoder_that_does_not_exist_is_refused(model, double):
+    for decoder in ("sharp", ""):
+        with pytest.raises(ValueError, match="neither fidelity nor perceptual"):
+            double.use_decoder(decoder)
+    for ask in (lambda: model.use_decoder("perceptual"), model.start_perceptual):
+        with pytest.raises(ValueError, match="no perceptual decoder"):
+            ask()
+    assert model.decoder_in_use == double.decoder_in_use == "fidelity"
+
+
+def test_a_file_gives_either_of_its_decoders(double, model, kwargs, tmp_path):
+    """One file, one latent, two pictures; a file without a perceptual decoder says so."""
+    x, z = slices(2)
+    train_perceptual(double)
+    path = tmp_path / "model.safetensors"
+    util.save_weights(path, double.state_dict(), described(kwargs))
+    faithful, sharp = (load_first_stage(path, decoder=decoder) for decoder in ("fidelity", "perceptual"))
+    assert load_first_stage(path).decoder_in_use == "fidelity"
+    latent = faithful.encode(x, z)
+    assert torch.equal(sharp.encode(x, z), latent)
+    assert not torch.allclose(sharp.decode(latent, z), faithful.decode(latent, z), atol=1e-3)
+    assert torch.allclose(sharp.decode(latent, z), double.decode(latent, z), atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in sharp.parameters()) and not sharp.training
+
+    single = described(kwargs) | {"model_kwargs": kwargs["model_kwargs"] | {"perceptual": False}}
+    util.save_weights(path, MODELS[kwargs["kind"]](**single["model_kwargs"]).state_dict(), single)
+    assert load_first_stage(path).perceptual is None
+    with pytest.raises(util.UserError, match="no perceptual decoder"):
+        load_first_stage(path, decoder="perceptual")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def described(model, sizes: dict) -> dict:
-    more = {"codebook_size": model.codebook_size} if isinstance(model, VQVAE) else {}
-    return {"kind": model.kind, "model_kwargs": sizes | more, "step": 3}
+def described(kwargs: dict) -> dict:
+    return kwargs | {"step": 3}
 
 
-def test_a_saved_model_gives_identical_outputs(trained, tiny_sizes, tmp_path):
+def test_a_saved_model_gives_identical_outputs(trained, kwargs, tmp_path):
     """To the last bit in the memory format of training; frozen, in evaluation mode, its scale included."""
     x, z = slices(3)
     digest = util.digest_of(trained.state_dict())
     trained.to(memory_format=torch.channels_last)  # another format sums in another order
     latent = trained.encode(x, z)
     path = tmp_path / "model.safetensors"
-    util.save_weights(path, trained.state_dict(), described(trained, tiny_sizes))
+    util.save_weights(path, trained.state_dict(), described(kwargs))
     for run in (path, str(tmp_path)):
         loaded = load_first_stage(run)
         assert torch.equal(loaded.encode(x, z), latent)
@@ -438,16 +522,17 @@ def test_a_saved_model_gives_identical_outputs(trained, tiny_sizes, tmp_path):
         assert loaded.description["step"] == 3 and loaded.description["digest"] == digest
 
 
-def test_a_file_of_another_kind_or_shape_is_refused(trained, tiny_sizes, tmp_path):
+def test_a_file_of_another_kind_or_shape_is_refused(trained, kwargs, tmp_path):
     path = tmp_path / "model.safetensors"
-    description = described(trained, tiny_sizes)
+    description = described(kwargs)
     util.save_weights(path, trained.state_dict(), description | {"kind": "diffusion"})
     with pytest.raises(util.UserError, match="diffusion"):
         load_first_stage(path)
-    util.save_weights(path, trained.state_dict(), description | {"model_kwargs": tiny_sizes | {"codebook_size": 9}})
-    if isinstance(trained, VQVAE):
-        with pytest.raises(util.UserError, match="another model"):
-            load_first_stage(path)
+    other = {"channels": 16} if isinstance(trained, VAE) else {"codebook_size": 9, "quantizer": "vq"}
+    other = kwargs["model_kwargs"] | other
+    util.save_weights(path, trained.state_dict(), description | {"model_kwargs": other})
+    with pytest.raises(util.UserError, match="another model"):
+        load_first_stage(path)
 
 
 class Prior(torch.nn.Linear):
@@ -456,10 +541,10 @@ class Prior(torch.nn.Linear):
     kind, script = "prior", "prior.py"
 
 
-def test_a_second_stage_carries_its_first(trained, tiny_sizes, tmp_path):
+def test_a_second_stage_carries_its_first(trained, kwargs, tmp_path):
     """Sampling needs one path: what comes back is the same prior, first stage and description."""
     trained.to(memory_format=torch.channels_last)
-    util.save_weights(tmp_path / "first.safetensors", trained.state_dict(), described(trained, tiny_sizes))
+    util.save_weights(tmp_path / "first.safetensors", trained.state_dict(), described(kwargs))
     first_stage = load_first_stage(tmp_path / "first.safetensors")
     prior, sizes, path = Prior(3, 2), {"in_features": 3, "out_features": 2}, tmp_path / "second.safetensors"
     model_VAE.save_second_stage(path, prior, first_stage, {"model_kwargs": sizes})

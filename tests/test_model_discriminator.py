@@ -9,6 +9,7 @@ from model_discriminator import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    lecam_penalty,
 )
 
 PATCH = 46  # receptive field of three strided 4x4 convolutions and the head: 1 + 3 (8 + 4 + 2 + 1)
@@ -83,6 +84,17 @@ def test_hinge_losses_by_hand():
     assert discriminator_loss(real, fake) == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
     assert discriminator_loss(torch.tensor([1.0, 9.0]), torch.tensor([-1.0, -9.0])) == 0
     assert generator_loss(fake) == pytest.approx(-1 / 3)
+
+
+def test_the_lecam_penalty_by_hand():
+    """Each side's distance from the other side's anchor; it pulls real and fake together, never further apart."""
+    anchors = torch.tensor([0.5, -0.5])  # of real, of fake
+    real, fake = torch.tensor([1.0, 3.0]).requires_grad_(), torch.tensor([-1.0, 0.0]).requires_grad_()
+    penalty = lecam_penalty(real, fake, anchors)
+    assert penalty.item() == pytest.approx((1.5**2 + 3.5**2) / 2 + (1.5**2 + 0.5**2) / 2)
+    penalty.backward()
+    assert (real.grad > 0).all() and (fake.grad < 0).all()  # descent lowers real and raises fake
+    assert lecam_penalty(torch.full((2, 1, 3, 3), -0.5), torch.full((2, 1, 3, 3), 0.5), anchors) == 0
 
 
 def test_feature_matching_is_zero_on_equal_and_moves_the_fake_only():

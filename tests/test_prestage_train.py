@@ -15,11 +15,11 @@ import prestage_train
 import util
 from logger import read_log
 from model_VAE import load_first_stage
-from prestage_train import cyclical_weight, ramp_weight, reconstruction_loss
+from prestage_train import cyclical_weight, kl_factor, ramp_weight, reconstruction_loss
 
 TINY = ["--preset", "demo", "--channels", 8, "--batch-size", 4, "--codebook-size", 32, "--latent-channels", 4]
 TINY += ["--steps", 5]
-# The discriminator learns from step 1 on, the autoencoder sees it from step 3 on.
+# The discriminator learns from the second step on; from the third on the perceptual decoder trains against it.
 GAN = ["--discriminator-start", 1, "--gan-start", 2]
 ONE_STEP = ["--minutes", 1e-9]  # a limit that is over when the first step is done
 
@@ -46,6 +46,20 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def checkpoint(name: str) -> dict:
+    return util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
+
+
+def faithful(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All but the perceptual decoder."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("perceptual.")}
+
+
+def decoders(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights of the fidelity decoder and of the perceptual one."""
+    return util.part_of(tensors, "decoder."), util.part_of(tensors, "perceptual.")
+
+
 def settings(name: str) -> dict:
     return json.loads(Path(f"log/{name}/run.json").read_text())["settings"]
 
@@ -59,6 +73,18 @@ def test_cyclical_weight_by_hand():
     assert at == pytest.approx([0, 0.2, 0.8, 1, 1, 0, 0.4, 1, 1])
     assert cyclical_weight(0, 100, cycles=4, ramp=0.0) == 1
     assert cyclical_weight(24, 100, cycles=4, ramp=1.0) == pytest.approx(0.96)
+
+
+def test_the_kl_schedules_by_hand():
+    """100 steps, 2 cycles, ramps of half a cycle: two ramps, one over all, none."""
+    at = (0, 10, 25, 50, 60, 99)
+    weight = {
+        name: [kl_factor(name, step, 100, cycles=2, ramp=0.5) for step in at]
+        for name in ("cyclical", "monotonic", "constant")
+    }
+    assert weight["cyclical"] == pytest.approx([0, 0.4, 1, 0, 0.4, 1])
+    assert weight["monotonic"] == pytest.approx([0, 0.2, 0.5, 1, 1, 1])
+    assert weight["constant"] == [1] * 6
 
 
 def test_ramp_weight_by_hand():
@@ -106,26 +132,31 @@ def test_a_tiny_run_reduces_the_loss(train, model):
     "flags",
     [
         ["--model", "vqvae", *GAN],
+        ["--model", "vqvae", *GAN, "--report-every", "4", "--guard", "0", "--learning-rate", "0.3"],
         ["--model", "vqvae", "--codebook", "loss", "--gan-weight", "0"],
         ["--model", "vae", *GAN, "--kl-cycles", "2", "--kl-ramp", "0.3"],
     ],
-    ids=["vqvae with GAN", "vqvae without, codebook by loss", "vae with GAN"],
+    ids=["vqvae with GAN", "vqvae with GAN and roll-back", "vqvae without, codebook by loss", "vae with GAN"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
-    """Stopped after every single step, with everything else that happens at a stop in between."""
+    """Stopped after every single step, before, at and after --gan-start, with all that happens at a stop in between."""
     out = train("--name", "straight", *flags)
     assert "stopped" not in out
     for step in range(1, 6):
         out = train("--name", "stopped", *flags, *ONE_STEP)
         assert (f"stopped after {step} of 5 steps" in out) == (step < 5)
+        if step == 3 and GAN[0] in flags:  # no report has judged the perceptual decoder yet: the file has the last good
+            assert differing(*decoders(weights("stopped"))) == []
     assert differing(weights("straight"), weights("stopped")) == []
-    one, other = (
-        util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
-        for name in ("straight", "stopped")
-    )
-    assert one["balance"] == other["balance"] and differing(one["discriminator"], other["discriminator"]) == []
+    one, other = checkpoint("straight"), checkpoint("stopped")
+    for part in ("model", "ema", "discriminator"):
+        assert differing(one[part], other[part]) == []
+    anchors, others = (state["gan"].pop("anchors") for state in (one, other))
+    assert one["gan"] == other["gan"] and torch.equal(anchors, others)
     if "--gan-weight" not in flags:
-        assert one["balance"] != 1  # the discriminator did have its say
+        assert one["gan"]["balance"] != 1 and anchors.any()  # the discriminator did have its say
+        assert (differing(*decoders(one["model"])) == []) == ("--guard" in flags)  # all of it was rolled back
+    assert (one["gan"]["scale"] < 1) == ("--guard" in flags)
 
 
 def test_weights_follow_from_the_seed_alone(train):
@@ -137,20 +168,93 @@ def test_weights_follow_from_the_seed_alone(train):
 
 
 def test_the_two_phases_do_not_touch_each_other(train):
-    """A discriminator that only watches changes nothing in the autoencoder; without weight there is none."""
+    """A discriminator that only watches changes nothing; without weight there is no perceptual decoder either."""
     train("--name", "alone", "--gan-weight", 0)
     train("--name", "watched", "--discriminator-start", 1, "--gan-start", 100)
     train("--name", "seen", *GAN)
-    assert differing(weights("alone"), weights("watched")) == []
-    assert "decoder.stem.weight" in differing(weights("alone"), weights("seen"))
-    critics = {
-        name: util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
-        for name in ("alone", "watched")
-    }
-    assert differing(critics["alone"]["discriminator"], critics["watched"]["discriminator"]) != []
+    assert weights("alone").keys() == faithful(weights("watched")).keys() != weights("watched").keys()
+    assert differing(weights("alone"), faithful(weights("watched"))) == []
+    assert differing(*decoders(weights("watched"))) == [] != differing(*decoders(weights("seen")))
+    critics = [checkpoint(name)["discriminator"] for name in ("alone", "watched")]
+    assert differing(*critics) != []
     logged = {name: {key for line in read_log(Path("log") / name) for key in line} for name in ("alone", "seen")}
     adversarial = {"train/discriminator", "train/generator", "train/feature_matching", "weight/generator"}
+    adversarial |= {"train/lecam", "weight/guard"}
     assert adversarial <= logged["seen"] and not adversarial & logged["alone"]
+
+
+def test_the_perceptual_phase_leaves_everything_else_as_it_was(train):
+    """The file at --gan-start and the file at the end: encoder, codes, fidelity decoder and scale to the last bit."""
+    train(*GAN, "--steps", 2, "--learning-rate", 0.01)
+    begun = weights("vqvae")
+    assert differing(*decoders(begun)) == []  # until it begins, the perceptual decoder is the fidelity decoder
+    train(*GAN, "--steps", 5, "--learning-rate", 0.01)
+    ended = weights("vqvae")
+    assert differing(faithful(begun), faithful(ended)) == [] and begun["latent_sd"].min() != 1
+    assert differing(*decoders(ended)) != []
+    x, z = torch.rand(2, 1, 64, 64) * 2 - 1, torch.tensor([3, 28])
+    models = [load_first_stage("vqvae", decoder=decoder) for decoder in ("fidelity", "perceptual")]
+    latents = [model.encode(x, z) for model in models]
+    assert torch.equal(*latents)
+    assert not torch.equal(*(model.decode(latent, z) for model, latent in zip(models, latents, strict=True)))
+
+
+def test_the_guard_keeps_the_perceptual_decoder_close_to_the_fidelity_decoder(train, phantom_folder):
+    """A hostile setting ruins it with the guard off; with the guard on what is saved has lost no more than allowed."""
+    data = prestage_train.load_slices(phantom_folder, "validate", 64)
+    hostile = ["--learning-rate", 0.3, "--discriminator-learning-rate", 3, "--gan-weight", 1, "--precision", "fp32"]
+    hostile += ["--discriminator-start", 1, "--gan-start", 1, "--steps", 5, "--report-every", 2]
+    lost = {}
+    for guard in (1, 0.01):
+        train("--name", f"guard{guard}", *hostile, "--guard", guard)
+        ssim = {
+            decoder: prestage_train.validate(
+                load_first_stage(f"guard{guard}", decoder=decoder), data, torch.arange(32), torch.device("cpu"), "fp32"
+            )["validate/ssim"]
+            for decoder in ("fidelity", "perceptual")
+        }
+        lost[guard] = ssim["fidelity"] - ssim["perceptual"]
+    assert lost[1] > 0.02 and lost[0.01] <= 0.01 + 1e-6
+    log = [line for line in read_log(Path("log/guard0.01")) if "weight/guard" in line]
+    assert log[-1]["weight/guard"] < 1 and checkpoint("guard1")["gan"]["scale"] == 1
+    assert log[-1]["validate/ssim"] == pytest.approx(ssim["perceptual"], abs=1e-5)  # what is logged is what is saved
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quantizer", "fsq", "--levels", "4", "3", "2"],
+        ["--code-space", "sphere"],
+        ["--code-gradient", "rotation", "--codebook", "loss"],
+        ["--model", "vqvae2"],
+        ["--model", "vqvae2", "--quantizer", "fsq", "--levels", "8", "5", "5", "5"],
+        ["--model", "vae", "--kl-schedule", "constant", "--lecam-weight", "0"],
+        ["--model", "vae", "--kl-schedule", "monotonic", "--discriminator-learning-rate", "0.01"],
+    ],
+    ids=lambda flags: " ".join(flags).replace("--", ""),
+)
+def test_every_kind_of_latent_trains_through_both_phases(train, flags):
+    """Three steps: the file is what the flags say, its scale is set, its losses are finite, both decoders decode."""
+    train("--name", "run", *flags, *GAN, "--steps", 3)
+    log = read_log(Path("log/run"))
+    floor = 0.1 if "--code-space" in flags else 0.3  # a sphere has no brightness, and no black, before it learns them
+    assert log[-1]["step"] == 3 and floor < log[-1]["validate/ssim"] < 1
+    for decoder in ("fidelity", "perceptual"):
+        model = load_first_stage("run", decoder=decoder)
+        latent = model.prior_latent(2)
+        assert 0.2 < latent.std() < 5 and torch.isfinite(model.decode(latent, torch.tensor([3, 28]))).all()
+    kwargs = model.description["model_kwargs"]
+    if "fsq" in flags:
+        levels = tuple(int(L) for L in flags[flags.index("--levels") + 1 :])
+        assert model.quantizer.levels == levels and model.codebook_size == math.prod(levels)
+        assert kwargs["latent_channels"] == len(levels)
+    if "--code-space" in flags:
+        assert model.quantizer.sphere and not model.quantizer.rotation
+    if "--code-gradient" in flags:
+        assert model.quantizer.rotation and not model.quantizer.sphere and not model.quantizer.ema
+    if "--kl-schedule" in flags:
+        expected = 1e-3 if "constant" in flags else 1e-3 * (0 + 1) / 2  # two steps: factors 0 and 1
+        assert log[0]["weight/kl"] * 64**2 == pytest.approx(expected, rel=1e-3)
 
 
 def test_ctrl_c_ends_after_a_whole_step_and_the_same_command_continues(train, monkeypatch):
@@ -247,8 +351,10 @@ def test_a_run_leaves_what_the_layout_promises(train):
     )
     assert (settings("mine")["feature_weight"], settings("mine")["kl_weight"]) == (0.2, 0.5)
     log = read_log(Path("log/mine"))
-    assert log[-1]["step"] == 5 and {"train/kl", "weight/kl"} <= log[-2].keys() and "validate/psnr" in log[-1]
-    assert {path.name for path in Path("mine_vis").iterdir()} == {"reconstruction_000005.png", "prior_000005.png"}
+    assert log[-1]["step"] == 5 and {"train/kl", "weight/kl"} <= log[0].keys() and "validate/psnr" in log[-1]
+    assert "train/kl" not in log[-2] and "train/generator" in log[-2]  # the latent is frozen then
+    pictures = {"reconstruction_000002.png", "prior_000002.png", "reconstruction_000005.png"}
+    assert {path.name for path in Path("mine_vis").iterdir()} == pictures  # a draw from the prior with every latent
     assert re.search(r"step 5 .*validate/ssim 0\.\d+", out)
     x = torch.rand(40, 1, 64, 64) * 2 - 1
     assert model.encode(x, torch.arange(40) % 32).std() > 0.1  # the scale was set
@@ -297,7 +403,7 @@ def test_compile_reaches_both_networks_and_changes_no_name(train, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: (compiled.append(type(network).__name__), network)[1])
     train("--compile", *GAN)
-    assert compiled == ["VQVAE", "PatchDiscriminator"]
+    assert compiled == ["VQVAE", "PatchDiscriminator", "VQVAE"]  # anew when the perceptual decoder begins
     assert load_first_stage("vqvae").description["step"] == 5
 
 
@@ -322,6 +428,7 @@ def test_the_help_names_every_flag_and_its_default():
     text = " ".join(prestage_train.flags().format_help().split())
     plain = vars(prestage_train.flags().parse_args([]))
     assert all(f"--{flag.replace('_', '-')}" in text for flag in plain)
+    plain = {flag: " ".join(map(str, v)) if isinstance(v, tuple) else v for flag, v in plain.items()}
     shown = [value for value in plain.values() if value not in (None, False)]
     assert all(f"default: {value}" in text for value in shown) and len(shown) > 8
 
