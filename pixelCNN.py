@@ -3,6 +3,9 @@
     python pixelCNN.py                       # trains on model_ckpt/vqvae; the same command resumes
     python pixelCNN.py --sample --brains 4   # new brains; trains first if nothing was trained yet
 
+The codes of a VQ-VAE-2 (--first-stage) get two networks, p(top) p(bottom | top); those of finite scalar quantisation
+are predicted digit by digit.
+
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8
 sheet and 32 PNG slices per brain and process.gif, the grid filling row by row.
@@ -11,6 +14,7 @@ sheet and 32 PNG slices per brain and process.gif, the grid filling row by row.
 import argparse
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +27,9 @@ from tqdm import tqdm
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8, write_slices
 from logger import Logger
-from model_VAE import VQVAE, load_first_stage, load_second_stage, save_second_stage
-from module import Embedding
+from model_VAE import VQVAE, VQVAE2, Autoencoder, load_first_stage, load_second_stage, save_second_stage
+from module import Embedding, Upsample
+from quantizer import digits_of
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -39,11 +44,17 @@ def gate(features: Tensor) -> Tensor:
     return a.tanh() * b.sigmoid()
 
 
+def at_one_position(convolution: nn.Conv2d, window: Tensor) -> Tensor:
+    """[B, C] of windows [B, inputs, ...] as large as the kernel: a matrix product, in a third of the time."""
+    return F.linear(window.flatten(1), convolution.weight.flatten(1), convolution.bias)
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks: the vertical sees the rows above, the horizontal the codes to the left and it.
 
     Causality lies in the padding, not in masked weights: the inputs of the first layer are shifted by one row and one
-    column, so from there on a position may see itself.
+    column, so from there on a position may see itself. The embedding [B, h, w, E], or [B, 1, 1, E] if it is the same
+    everywhere, enters the gates of both.
     """
 
     def __init__(self, channels: int, kernel: int, embedding_dim: int, dropout: float):
@@ -59,27 +70,72 @@ class GatedLayer(nn.Module):
     def vertical_gates(self, window: Tensor, embedding: Tensor) -> Tensor:
         """[B, 2 C, rows - reach, w] of vertical features [B, C, rows, w]: each row sees itself and `reach` above."""
         window = F.pad(window, (self.reach, self.reach, 0, 0))
-        return self.vertical(window) + self.embed_v(embedding)[:, :, None, None]
+        return self.vertical(window) + self.embed_v(embedding).movedim(-1, 1)
 
-    def horizontal_gates(self, window: Tensor, vertical: Tensor, embedding: Tensor) -> Tensor:
-        """[B, 2 C, rows, columns - reach]: each column sees itself, `reach` to the left, and the vertical gates."""
-        return self.horizontal(window) + self.down(vertical) + self.embed_h(embedding)[:, :, None, None]
+    def from_above(self, v_gates: Tensor, embedding: Tensor) -> Tensor:
+        """What the horizontal gates get besides their own window, [B, 2 C, rows, w]."""
+        return self.down(v_gates) + self.embed_h(embedding).movedim(-1, 1)
 
     def forward(self, v: Tensor, h: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         v_gates = self.vertical_gates(F.pad(v, (0, 0, self.reach, 0)), embedding)
-        h_gates = self.horizontal_gates(F.pad(h, (self.reach, 0, 0, 0)), v_gates, embedding)
+        h_gates = self.horizontal(F.pad(h, (self.reach, 0, 0, 0))) + self.from_above(v_gates, embedding)
         return v + self.out_v(self.dropout(gate(v_gates))), h + self.out_h(self.dropout(gate(h_gates)))
+
+    def next_column(self, window: Tensor, from_above: Tensor) -> Tensor:
+        """The horizontal features [B, C] of one position, as forward in evaluation mode.
+
+        window: [B, C, reach + 1], what came in there and to the left; from_above: [B, 2 C].
+        """
+        h_gates = at_one_position(self.horizontal, window) + from_above
+        return window[..., -1] + at_one_position(self.out_h, gate(h_gates))
+
+
+class CodeEmbedding(nn.Embedding):
+    """Codes to vectors: the sum of a learned vector for each digit, of which digit i has levels[i]."""
+
+    def __init__(self, levels: tuple[int, ...], channels: int):
+        super().__init__(sum(levels), channels)
+        self.levels = levels
+        with torch.no_grad():
+            self.weight.mul_(len(levels) ** -0.5)  # the sum starts with unit variance
+
+    def of_digit(self, i: int, digit: Tensor) -> Tensor:
+        """[B, channels, ...] of int64 [B, ...], values of digit i."""
+        return super().forward(digit + sum(self.levels[:i])).movedim(-1, 1)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """[B, channels, ...] of int64 codes [B, ...]."""
+        return sum(self.of_digit(i, digit) for i, digit in enumerate(digits_of(idx, self.levels)))
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+    """int64 [B], drawn by Gumbel noise from softmax(logits / temperature), cut down to its nucleus; both [B, L].
+
+    argmax(logits + noise) is an exact draw (Gumbel 1954). The nucleus is the fewest likeliest values that have
+    probability top_p together (Holtzman et al. 2020); 1 is all values, 0 the likeliest alone.
+    """
+    logits = logits / temperature
+    if top_p < 1:
+        p, order = logits.softmax(1).sort(1, descending=True)
+        outside = p.cumsum(1) - p >= top_p  # the likelier ones are enough
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    return (logits + noise).argmax(1)
 
 
 class PixelCNN(nn.Module):
     """p(idx | z) = prod_i p(idx_i | idx_<i, z) in reading order (van den Oord et al. 2016b).
 
-    Two stacks instead of one, which would have a blind spot above to the right. z enters every gate.
+    Two stacks instead of one, which would have a blind spot above to the right. z enters every gate, and so may the
+    codes `top` of a grid of half the size, all of them at every position. A code of several digits is predicted digit
+    by digit: p(d_1 | context) p(d_2 | d_1, context) and so on, so that K may be huge.
 
     Args:
         codebook_size: K.
         grid: (h, w) of the codes.
         channels, layers, kernel, dropout: of the stacks; kernel is odd.
+        levels: how many values each digit of a code has, as in finite scalar quantisation; None: one digit of K.
+        sees_top: whether there are codes `top`, int64 [B, h / 2, w / 2], with the same K and levels.
     """
 
     kind, script = "pixelcnn", "pixelCNN.py"
@@ -93,132 +149,277 @@ class PixelCNN(nn.Module):
         layers: int,
         kernel: int = 5,
         dropout: float = 0.3,
+        levels: tuple[int, ...] | None = None,
+        sees_top: bool = False,
     ):
         super().__init__()
-        self.codebook_size, self.grid = codebook_size, tuple(grid)
-        self.embed_idx = nn.Embedding(codebook_size, channels)
+        self.codebook_size, self.grid, self.levels = codebook_size, tuple(grid), tuple(levels or [codebook_size])
+        if math.prod(self.levels) != codebook_size:
+            raise ValueError(f"the product of levels {self.levels} is not codebook_size {codebook_size}")
+        self.embed_idx = CodeEmbedding(self.levels, channels)
         self.position = nn.Parameter(torch.zeros(1, channels, *grid))
         self.embed_z = Embedding(2 * channels)
         self.layers = nn.ModuleList(GatedLayer(channels, kernel, 2 * channels, dropout) for _ in range(layers))
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, 4 * channels, 1), nn.ReLU(),
-                                  nn.Conv2d(4 * channels, codebook_size, 1))  # fmt: skip
+                                  nn.Conv2d(4 * channels, sum(self.levels), 1))  # fmt: skip
+        self.embed_digits = CodeEmbedding(self.levels[:-1], channels) if len(self.levels) > 1 else None
+        self.embed_top = None
+        if sees_top:
+            self.embed_top = nn.Sequential(CodeEmbedding(self.levels, channels), Upsample(channels, channels),
+                                           nn.SiLU(), nn.Conv2d(channels, 2 * channels, 3, padding=1))  # fmt: skip
 
-    def forward(self, idx: Tensor, z: Tensor) -> Tensor:
-        """Logits [B, K, h, w] of int64 idx [B, h, w] and z [B]; those at (r, c) depend only on codes before it."""
-        codes = self.embed_idx(idx).movedim(-1, 1)
+    @property
+    def grids(self) -> tuple[tuple[int, int]]:
+        """The only grid, for those who ask in the plural."""
+        return (self.grid,)
+
+    def embedding(self, z: Tensor, top: Tensor | None) -> Tensor:
+        """What enters every gate: [B, 1, 1, E] of z alone, [B, h, w, E] of z and the codes top."""
+        embedding = self.embed_z(z)[:, None, None]
+        if self.embed_top is not None:
+            embedding = embedding + self.embed_top(top).movedim(1, -1)
+        return F.silu(embedding)
+
+    def digit_logits(self, i: int, features: Tensor) -> Tensor:
+        """Logits [B, L_i(, h, w)] of digit i, given features [B, C(, h, w)] that know the digits before it."""
+        for layer in self.head:
+            at_once = features.ndim == 2 and isinstance(layer, nn.Conv2d)
+            features = at_one_position(layer, features) if at_once else layer(features)
+        return features.split(self.levels, dim=1)[i]
+
+    def logits(self, idx: Tensor, z: Tensor, top: Tensor | None = None) -> list[Tensor]:
+        """For each digit [B, L_i, h, w], given int64 idx [B, h, w], z [B] and, if the network sees it, top.
+
+        Those of digit i at (r, c) depend only on codes before (r, c) and on the digits before i.
+        """
+        codes, embedding = self.embed_idx(idx), self.embedding(z, top)
         v = F.pad(codes, (0, 0, 1, -1)) + self.position  # row r holds row r - 1
         h = F.pad(codes, (1, -1, 0, 0)) + self.position  # column c holds column c - 1
-        embedding = F.silu(self.embed_z(z))
         for layer in self.layers:
             v, h = layer(v, h, embedding)
-        return self.head(h)
+        logits = [self.digit_logits(0, h)]
+        for i, digit in enumerate(digits_of(idx, self.levels)[:-1]):
+            h = h + self.embed_digits.of_digit(i, digit)
+            logits.append(self.digit_logits(i + 1, h))
+        return logits
 
-    def bits(self, idx: Tensor, z: Tensor) -> Tensor:
+    def bits(self, idx: Tensor, z: Tensor, top: Tensor | None = None) -> Tensor:
         """-log2 p(idx | z) of each grid, float32 [B]: what an arithmetic coder with this model would pay."""
-        return F.cross_entropy(self(idx, z).float(), idx, reduction="none").sum((1, 2)) / math.log(2)
+        digits = zip(self.logits(idx, z, top), digits_of(idx, self.levels), strict=True)
+        nats = sum(F.cross_entropy(logits.float(), digit, reduction="none").sum((1, 2)) for logits, digit in digits)
+        return nats / math.log(2)
+
+    def forward(self, idx: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """{"bits": [B]}, what training minimises."""
+        return {"bits": self.bits(idx, z)}
+
+    def gumbel_noise(self, generator: torch.Generator | None = None) -> Tensor:
+        """Standard Gumbel noise [L_1 + ... + L_n, h, w] for one draw: a number for each value of each digit."""
+        uniform = torch.rand(sum(self.levels), *self.grid, generator=generator).clamp(1e-20, 1 - 1e-7)
+        return -torch.log(-torch.log(uniform))
+
+    def draw_code(self, features: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+        """int64 [B]: a code drawn digit by digit, given features [B, C] and noise [B, L_1 + ... + L_n]."""
+        idx, place = 0, 1
+        for i, part in enumerate(noise.split(self.levels, dim=1)):
+            digit = draw(self.digit_logits(i, features), part, temperature, top_p)
+            idx, place = idx + place * digit, place * self.levels[i]
+            if i + 1 < len(self.levels):
+                features = features + self.embed_digits.of_digit(i, digit)
+        return idx
 
     @torch.no_grad()
-    def sample(self, z: Tensor, noise: Tensor, temperature: float = 1.0, progress: str | None = None) -> Tensor:
+    def sample(
+        self,
+        z: Tensor,
+        noise: Tensor,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top: Tensor | None = None,
+        progress: str | None = None,
+    ) -> Tensor:
         """Codes int64 [B, h, w], each computed once: a layer keeps what it saw, rows in one stack, columns in another.
 
         The same codes as sample_naive, in 1 / (h w) of its work.
 
         Args:
             z: int64 [B].
-            noise: Gumbel noise [B, K, h, w]; argmax(logits / temperature + noise) is an exact draw (Gumbel 1954).
+            noise: Gumbel noise [B, L_1 + ... + L_n, h, w].
+            temperature, top_p: as in draw, at every digit.
+            top: the codes of the grid of half the size, if this network sees them.
             progress: title of a progress bar, if one is wanted.
         """
         B, (height, width) = len(z), self.grid
-        embedding = F.silu(self.embed_z(z))
+        embedding = self.embedding(z, top).expand(-1, height, -1, -1)
         idx = torch.zeros(B, height, width, dtype=torch.int64, device=z.device)
         reach, channels = self.layers[0].reach, self.position.shape[1]
-        above = [z.new_zeros(B, channels, reach + 1, width, dtype=noise.dtype) for _ in self.layers]
+        above = [noise.new_zeros(B, channels, reach + 1, width) for _ in self.layers]
         row_above = above[0][:, :, -1:]
         for r in tqdm(range(height), desc=progress, unit="row", disable=None if progress else True):
             # the vertical stack, one new row in every layer
-            v, v_gates = row_above + self.position[:, :, r : r + 1], []
+            v, from_above = row_above + self.position[:, :, r : r + 1], []
             for n, layer in enumerate(self.layers):
                 above[n] = torch.cat([above[n][:, :, 1:], v], dim=2)
-                v_gates.append(layer.vertical_gates(above[n], embedding))
-                v = v + layer.out_v(gate(v_gates[n]))
+                v_gates = layer.vertical_gates(above[n], embedding[:, r : r + 1])
+                from_above.append(layer.from_above(v_gates, embedding[:, r : r + 1])[:, :, 0].unbind(-1))
+                v = v + layer.out_v(gate(v_gates))
             # the horizontal stack, one new column in every layer
-            left = [z.new_zeros(B, channels, 1, reach + 1, dtype=noise.dtype) for _ in self.layers]
-            code = z.new_zeros(B, channels, 1, 1, dtype=noise.dtype)
-            codes = []
+            left = [noise.new_zeros(B, channels, reach + 1) for _ in self.layers]
+            codes = [noise.new_zeros(B, channels)]
             for c in range(width):
-                h = code + self.position[:, :, r : r + 1, c : c + 1]
+                h = codes[-1] + self.position[:, :, r, c]
                 for n, layer in enumerate(self.layers):
-                    left[n] = torch.cat([left[n][..., 1:], h], dim=3)
-                    h = h + layer.out_h(gate(layer.horizontal_gates(left[n], v_gates[n][..., c : c + 1], embedding)))
-                idx[:, r, c] = (self.head(h)[..., 0, 0] / temperature + noise[:, :, r, c]).argmax(1)
-                code = self.embed_idx(idx[:, r, c])[:, :, None, None]
-                codes.append(code)
-            row_above = torch.cat(codes, dim=3)
+                    left[n] = torch.cat([left[n][..., 1:], h[..., None]], dim=2)
+                    h = layer.next_column(left[n], from_above[n][c])
+                idx[:, r, c] = self.draw_code(h, noise[:, :, r, c], temperature, top_p)
+                codes.append(self.embed_idx(idx[:, r, c]))
+            row_above = torch.stack(codes[1:], dim=-1)[:, :, None]
         return idx
 
     @torch.no_grad()
-    def sample_naive(self, z: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """The definition: the whole network once for every code. Arguments and result as `sample`."""
+    def sample_naive(
+        self, z: Tensor, noise: Tensor, temperature: float = 1.0, top_p: float = 1.0, top: Tensor | None = None
+    ) -> Tensor:
+        """The definition: the whole network once for every digit of every code. Arguments and result as `sample`."""
         idx = torch.zeros(len(z), *self.grid, dtype=torch.int64, device=z.device)
         for r in range(self.grid[0]):
             for c in range(self.grid[1]):
-                idx[:, r, c] = (self(idx, z)[:, :, r, c] / temperature + noise[:, :, r, c]).argmax(1)
+                for i, part in enumerate(noise[:, :, r, c].split(self.levels, dim=1)):
+                    digit = draw(self.logits(idx, z, top)[i][:, :, r, c], part, temperature, top_p)
+                    idx[:, r, c] += digit * math.prod(self.levels[:i])
         return idx
+
+
+class PixelCNN2(nn.Module):
+    """p(top, bottom | z) = p(top | z) p(bottom | top, z): a PixelCNN for each grid of a VQVAE2 (Razavi et al. 2019).
+
+    They share no weight, so training on the sum of their bits is training each. Codes and noise are (top, bottom).
+
+    Args:
+        grids: (h, w) of top and bottom.
+        sizes: keywords of both.
+    """
+
+    kind, script = "pixelcnn2", "pixelCNN.py"
+
+    def __init__(self, *, grids: tuple[tuple[int, int], tuple[int, int]], **sizes):
+        super().__init__()
+        self.top = PixelCNN(grid=grids[0], **sizes)
+        self.bottom = PixelCNN(grid=grids[1], sees_top=True, **sizes)
+        self.grids = (self.top.grid, self.bottom.grid)
+
+    def forward(self, idx: tuple[Tensor, Tensor], z: Tensor) -> dict[str, Tensor]:
+        """{"top_bits": [B], "bottom_bits": [B]}, whose sum training minimises."""
+        return {"top_bits": self.top.bits(idx[0], z), "bottom_bits": self.bottom.bits(idx[1], z, idx[0])}
+
+    def bits(self, idx: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
+        """-log2 p(top, bottom | z) of each image, float32 [B]."""
+        return sum(self(idx, z).values())
+
+    def gumbel_noise(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """PixelCNN.gumbel_noise for top and bottom."""
+        return self.top.gumbel_noise(generator), self.bottom.gumbel_noise(generator)
+
+    def sample(
+        self,
+        z: Tensor,
+        noise: tuple[Tensor, Tensor],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        progress: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (top, bottom), drawn in this order as PixelCNN.sample does."""
+        top = self.top.sample(z, noise[0], temperature, top_p, progress=progress)
+        return top, self.bottom.sample(z, noise[1], temperature, top_p, top, progress)
+
+
+PRIORS = {prior.kind: prior for prior in (PixelCNN, PixelCNN2)}
+
+
+def load_prior(
+    run: str | Path, device: torch.device | str = "cpu", decoder: str = "fidelity"
+) -> tuple[PixelCNN | PixelCNN2, Autoencoder, dict]:
+    """(prior, first stage, description) of a run or file of this script, frozen. Raises UserError if it is none."""
+    kind = util.load_weights(util.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
+    return load_second_stage(run, PRIORS.get(kind, PixelCNN), device, decoder)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
+Codes = Tensor | tuple[Tensor, Tensor]  # idx int64 [B, h, w] of a VQVAE, (top, bottom) of a VQVAE2
 
-def gumbel_noise(seed: int, brain: int, codebook_size: int, grid: tuple[int, int]) -> Tensor:
-    """Gumbel noise [32, K, h, w] of brain number `brain`, the same for its 32 slices.
+
+def grids_of(codes: Codes) -> tuple[Tensor, ...]:
+    """(idx,) or (top, bottom)."""
+    return (codes,) if isinstance(codes, Tensor) else codes
+
+
+def each_grid(function: Callable[..., Tensor], *codes: Codes) -> Codes:
+    """function(*codes) of the only grid, or of both, top and bottom."""
+    if isinstance(codes[0], Tensor):
+        return function(*codes)
+    return tuple(function(*grid) for grid in zip(*codes, strict=True))
+
+
+def gumbel_noise(model: PixelCNN | PixelCNN2, seed: int, brain: int) -> Codes:
+    """Gumbel noise [32, L_1 + ... + L_n, h, w] of brain number `brain`, the same for its 32 slices.
 
     Neighbouring slices have nearly the same logits, so with common noise they mostly choose the same codes.
     """
     generator = torch.Generator().manual_seed(util.mix_seed(seed, brain))
-    uniform = torch.rand(codebook_size, *grid, generator=generator).clamp(1e-20, 1 - 1e-7)
-    return -torch.log(-torch.log(uniform)).expand(SLICES_PER_CASE, -1, -1, -1)
+    return each_grid(lambda noise: noise.expand(SLICES_PER_CASE, -1, -1, -1), model.gumbel_noise(generator))
 
 
 @torch.no_grad()
-def sample_brain(model: PixelCNN, seed: int, brain: int, temperature: float, device: torch.device) -> Tensor:
-    """Codes int64 [32, h, w] of one new brain; a function of (seed, brain)."""
-    noise = gumbel_noise(seed, brain, model.codebook_size, model.grid).to(device)
-    return model.sample(torch.arange(SLICES_PER_CASE, device=device), noise, temperature, f"brain {brain}")
+def sample_brain(
+    model: PixelCNN | PixelCNN2, seed: int, brain: int, temperature: float, device: torch.device, top_p: float = 1.0
+) -> Codes:
+    """Codes of the 32 slices of one new brain; a function of (seed, brain)."""
+    noise = each_grid(lambda noise: noise.to(device), gumbel_noise(model, seed, brain))
+    z = torch.arange(SLICES_PER_CASE, device=device)
+    return model.sample(z, noise, temperature, top_p, progress=f"brain {brain}")
 
 
 @torch.no_grad()
-def decode_codes(first_stage: VQVAE, idx: Tensor, z: Tensor | None = None) -> np.ndarray:
-    """uint8 [B, S, S] of codes [B, h, w] at z, which runs 0 .. B - 1 unless given."""
-    z = torch.arange(len(idx), device=idx.device) if z is None else z
+def decode_codes(first_stage: VQVAE | VQVAE2, idx: Codes, z: Tensor | None = None) -> np.ndarray:
+    """uint8 [B, S, S] of the codes of B slices at z, which runs 0 .. B - 1 unless given."""
+    if z is None:
+        z = torch.arange(len(grids_of(idx)[0]), device=grids_of(idx)[0].device)
     return to_uint8(first_stage.decode_indices(idx, z))[:, 0].cpu().numpy()
 
 
-def filling_frames(first_stage: VQVAE, idx: Tensor, shown: list[int]) -> list[np.ndarray]:
-    """Pictures uint8 [S, 4 S] of some slices after each row of codes; what is missing has the corner's code: black."""
-    frames = []
-    for r in range(idx.shape[1] + 1):
-        partial = idx[:, :1, :1].expand_as(idx).clone()
-        partial[:, :r] = idx[:, :r]
-        z = torch.tensor(shown, device=idx.device)
-        frames.append(np.hstack(decode_codes(first_stage, partial[shown], z)))
+def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int]) -> list[np.ndarray]:
+    """Pictures uint8 [S, 4 S] of some slices after each row of codes, those of the top grid before the bottom's.
+
+    What is missing has the code of its grid's corner: black.
+    """
+    idx = each_grid(lambda grid: grid[shown], idx)
+    partial = each_grid(lambda grid: grid[:, :1, :1].expand_as(grid).clone(), idx)
+    z = torch.tensor(shown, device=grids_of(idx)[0].device)
+    frames = [np.hstack(decode_codes(first_stage, partial, z))]
+    for filled, grid in zip(grids_of(partial), grids_of(idx), strict=True):
+        for r in range(grid.shape[1]):
+            filled[:, r] = grid[:, r]
+            frames.append(np.hstack(decode_codes(first_stage, partial, z)))
     return frames
 
 
 def sample(args: argparse.Namespace) -> None:
     """Writes sheets, slices and the GIF of args.brains new brains."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_second_stage(args.name, PixelCNN, device)
+    model, first_stage, description = load_prior(args.name, device, args.decoder)
     out = args.out or Path(f"{args.name}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
+    how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     print(
         f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), "
-        f"seed {args.seed}, temperature {args.temperature}, on {util.describe_device(device)}"
+        f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):
-        idx = sample_brain(model, args.seed, i, args.temperature, device)
+        idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
         slices = decode_codes(first_stage, idx)
         write_slices(out, i, slices)
-        title = f"sampled brain {i}: seed {args.seed}, PixelCNN, temperature {args.temperature}, one noise for all z"
+        title = f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z"
         util.save_picture(out / f"brain_{i:03d}.png", util.brain_sheet(slices, title))
         print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
@@ -253,25 +454,42 @@ def flags() -> argparse.ArgumentParser:
         default=1.0,
         help="below 1 the likely codes win (default: %(default)s)",
     )
+    add(
+        "--top-p",
+        type=util.fraction,
+        default=1.0,
+        metavar="P",
+        help="draw only among the likeliest codes that have probability P together; 1: all (default: %(default)s)",
+    )
+    util.add_decoder_flag(parser)
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
 
 
 @torch.no_grad()
-def encode_all(first_stage: VQVAE, data: Slices, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes int64 [N, h, w] and z int64 [N] of a whole split, kept on the device."""
+def encode_all(first_stage: VQVAE | VQVAE2, data: Slices, device: torch.device) -> tuple[Codes, Tensor]:
+    """Codes and z int64 [N] of a whole split, kept on the device."""
     codes = []
     for index in tqdm(torch.arange(len(data)).split(64), desc=f"encode {data.split}", unit="batch", disable=None):
         x, z, _ = data.batch(index, device)
         codes.append(first_stage.encode_indices(x, z))
-    return torch.cat(codes), data.z.to(device)
+    return each_grid(lambda *parts: torch.cat(parts), *codes), data.z.to(device)
+
+
+def pick(codes: Codes, index: Tensor) -> Codes:
+    """The codes of some slices, int64 index [n]."""
+    return each_grid(lambda grid: grid[index], codes)
 
 
 @torch.no_grad()
-def validate(model: PixelCNN, codes: Tensor, z: Tensor, device: torch.device, precision: str) -> float:
-    """Bits per image over the given grids."""
+def validate(
+    model: PixelCNN | PixelCNN2, codes: Codes, z: Tensor, device: torch.device, precision: str
+) -> dict[str, float]:
+    """{"bits": per image over the given codes}, and of a VQ-VAE-2 also {"top_bits", "bottom_bits"}."""
     with util.autocast(device, precision):
-        return float(torch.cat([model.bits(a, b) for a, b in zip(codes.split(32), z.split(32), strict=True)]).mean())
+        parts = [model(pick(codes, index), z[index]) for index in torch.arange(len(z), device=device).split(32)]
+    bits = {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
+    return bits | {"bits": sum(bits.values())}
 
 
 def train(args: argparse.Namespace, typed: dict) -> None:
@@ -280,7 +498,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     device = util.pick_device(args.device)
     args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     first_stage = load_first_stage(args.first_stage, device)
-    if not isinstance(first_stage, VQVAE):
+    if not isinstance(first_stage, VQVAE | VQVAE2):
         raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
                         "python prestage_train.py --model vqvae, or use stable_diffusion.py")  # fmt: skip
     folder = find_data(args.data)
@@ -294,18 +512,23 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
     codes, z_all = encode_all(first_stage, train_slices, device)
     held_out, held_out_z = encode_all(first_stage, held_out_slices, device)
-    watched = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).round().long().to(device)
+    watched = torch.linspace(0, len(held_out_z) - 1, min(256, len(held_out_z))).round().long().to(device)
+    watched_codes, watched_z = pick(held_out, watched), held_out_z[watched]
 
     # network
     torch.manual_seed(args.seed)
     model_kwargs = {
         "codebook_size": first_stage.codebook_size,
-        "grid": first_stage.latent_shape[1:],
+        "levels": getattr(first_stage.quantizer, "levels", None),
         "channels": args.channels,
         "layers": args.layers,
         "dropout": args.dropout,
     }
-    model = PixelCNN(**model_kwargs).to(device, memory_format=torch.channels_last)
+    if isinstance(first_stage, VQVAE2):
+        model_class, model_kwargs = PixelCNN2, {"grids": first_stage.grids, **model_kwargs}
+    else:
+        model_class, model_kwargs = PixelCNN, {"grid": first_stage.latent_shape[1:], **model_kwargs}
+    model = model_class(**model_kwargs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
@@ -325,6 +548,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
     util.check_same_data(args.name, data)
     parameters = sum(p.numel() for p in model.parameters())
+    nats_per_code = math.log(2) / sum(math.prod(grid) for grid in model.grids)  # of one bit per image
     run = util.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:
         print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
@@ -358,14 +582,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
     for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        index = util.batch_index(args.seed, step, args.batch_size, len(codes), rank, world).to(device)
+        index = util.batch_index(args.seed, step, args.batch_size, len(z_all), rank, world).to(device)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            logits = forward(codes[index], z_all[index])
-        loss = F.cross_entropy(logits.float(), codes[index])
+            bits = sum(forward(pick(codes, index), z_all[index]).values()).mean()
+        loss = bits * nats_per_code
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -373,14 +597,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         optimizer.step()
         util.update_ema(ema, model, step)
 
-        bits = loss.detach() * (codes[0].numel() / math.log(2))
-        logger.add(step + 1, {"train/bits": bits, "learning_rate": rate}, args.batch_size * world)
+        logger.add(step + 1, {"train/bits": bits.detach(), "learning_rate": rate}, args.batch_size * world)
         reported = (step + 1) % args.report_every == 0 or step + 1 == args.steps
         if reported:
             logger.flush(step + 1)
-            bits = validate(ema, held_out[watched], held_out_z[watched], device, args.precision)
-            best, stale = (bits, 0) if bits < best else (best, stale + 1)
-            logger.report(step + 1, {"validate/bits": bits, "validate/best_bits": best})
+            scores = validate(ema, watched_codes, watched_z, device, args.precision)
+            best, stale = (scores["bits"], 0) if scores["bits"] < best else (best, stale + 1)
+            scores = {f"validate/{name}": value for name, value in (scores | {"best_bits": best}).items()}
+            logger.report(step + 1, scores)
             if rank == 0:
                 save(step + 1, improved=stale == 0)
                 draw(step + 1)

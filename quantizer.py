@@ -149,6 +149,15 @@ class VectorQuantizer(nn.Module):
         self.total.copy_(self.codebook)
 
 
+def digits_of(idx: Tensor, levels: tuple[int, ...]) -> list[Tensor]:
+    """The digits of int64 codes, each of idx's shape, digit i below levels[i]: the least significant first."""
+    digits = []
+    for L in levels:
+        digits.append(idx % L)
+        idx = idx // L
+    return digits
+
+
 class FiniteScalarQuantizer(nn.Module):
     """Every number rounded to one of a few levels (Mentzer et al. 2023): no codebook to learn, so none to collapse.
 
@@ -176,7 +185,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def digits(self, idx: Tensor) -> Tensor:
         """The digits int64 [..., C] of codes int64 [...]."""
-        return idx[..., None] // self.place % self.L
+        return torch.stack(digits_of(idx, self.levels), dim=-1)
 
     def _middle(self, digits: Tensor) -> Tensor:
         return (2 * digits + 1) / self.L - 1

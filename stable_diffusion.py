@@ -49,8 +49,7 @@ def flags() -> argparse.ArgumentParser:
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm takes all 1000 steps (default: %(default)s)")
     add("--sample-steps", type=util.positive_int, default=50, help="network evaluations of ddim (default: %(default)s)")
     add("--eta", type=util.fraction, default=0.0, help="ddim's share of fresh noise, 0 is none (default: %(default)s)")
-    add("--decoder", choices=("fidelity", "perceptual"), default="fidelity",
-        help="of the first stage, for samples; perceptual is sharper, if it was trained (default: %(default)s)")
+    util.add_decoder_flag(parser)
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
 

@@ -139,6 +139,16 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_decoder_flag(parser: argparse.ArgumentParser) -> None:
+    """--decoder, for every script that decodes with a first stage."""
+    parser.add_argument(
+        "--decoder",
+        choices=("fidelity", "perceptual"),
+        default="fidelity",
+        help="of the first stage; perceptual is sharper, if it was trained (default: %(default)s)",
+    )
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     if not text.isdecimal() or (value := int(text)) < 1:

@@ -5,8 +5,10 @@
 Every slice is encoded with its own z, and that one latent is decoded with the right z, with z + 8 (modulo 32), and with
 the z of another slice (a random permutation). Printed: the scores against the real slices of the first eight validation
 cases. The more a wrong z costs, the more the decoder leans on z; equal scores mean that the latent already says
-everything. The picture has six slices of a case as columns; its last two rows are what a wrong z changes against the
-right one, x5, mid-grey is nothing. Anterior is right.
+everything. Where the run's discriminator was trained (model_ckpt/NAME/last.pt), it judges every real validation slice
+with the right z and with that of another slice; 0.5 as the share of slices for which the right z gets the higher mean
+logit is what a coin would do, z ignored. The picture has six slices of a case as columns; its last two rows are what a
+wrong z changes against the right one, x5, mid-grey is nothing. Anterior is right.
 """
 
 import sys
@@ -17,9 +19,40 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
-from dataset import SLICES_PER_CASE, find_data, has_masks, load_slices, to_uint8
+from dataset import SLICES_PER_CASE, Slices, find_data, has_masks, load_slices, to_uint8
 from evaluate import mean_scores, slice_scores
-from model_VAE import load_first_stage
+from model_discriminator import PatchDiscriminator
+from model_VAE import Autoencoder, load_first_stage
+
+TRAINED_BY = "prestage_train.py"
+
+
+def load_discriminator(weights: Path, device: torch.device) -> PatchDiscriminator | str:
+    """The discriminator trained beside a weights file model_ckpt/NAME/model.safetensors, or why there is none."""
+    checkpoint, name = weights.with_name("last.pt"), weights.resolve().parent.name
+    settings = util.read_run(TRAINED_BY, name, {})
+    if settings is None or not checkpoint.is_file():
+        return f"{checkpoint} and log/{name}/run.json are needed"
+    state = util.load_checkpoint(checkpoint, TRAINED_BY)
+    if settings["gan_weight"] == 0 or state["step"] <= settings["discriminator_start"]:
+        return f"run {name} has not trained one after {state['step']} steps"
+    discriminator = PatchDiscriminator(channels=settings["channels"])
+    util.fill_model(discriminator, state["discriminator"], checkpoint)
+    return discriminator.eval().requires_grad_(False).to(device)
+
+
+def judge(
+    discriminator: PatchDiscriminator, model: Autoencoder, data: Slices, device: torch.device, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean logit of each real slice with the right z and with another's, [N] each, where the two z differ."""
+    wrong = data.z[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
+    logits = [[], []]
+    for index in (wrong != data.z).nonzero()[:, 0].split(32):
+        x, z, _ = data.batch(index, device)
+        for told, means in zip((z, wrong[index].to(device)), logits, strict=True):
+            means.append(discriminator(model.crop(x), told)[0].mean((1, 2, 3)).cpu())
+    right, shuffled = (torch.cat(means) for means in logits)
+    return right, shuffled
 
 
 @torch.no_grad()
@@ -50,6 +83,17 @@ def main() -> None:
         truth = data.masks[index] if data.masks is not None else None
         scores = mean_scores([slice_scores(decoded[name], data.images[index].cpu(), truth)])
         print(f"decoded with {name:10s}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+    discriminator = load_discriminator(Path(model.description["path"]), device)
+    if isinstance(discriminator, str):
+        print(f"discriminator: left out, {discriminator}")
+    else:
+        right, shuffled = judge(discriminator, model, data, device, args.seed)
+        share = (right > shuffled).float().mean()
+        print(
+            f"discriminator, {len(right)} real slices: mean logit {right.mean():+.4f} with the right z, "
+            f"{shuffled.mean():+.4f} with a shuffled z; the right z gets the higher in {share:.1%}"
+        )
 
     own_case = (data.case[index] == data.case[index[0]]).nonzero()[:, 0]
     shown = own_case[torch.linspace(0, len(own_case) - 1, 8).round().long()[1:-1]]  # the outermost show little brain

@@ -18,8 +18,9 @@ import prestage_train
 import util
 from dataset import list_slices, load_slices
 from logger import read_log
-from model_VAE import VAE, VQVAE, load_first_stage, load_second_stage
-from pixelCNN import PixelCNN, gumbel_noise, sample_brain
+from model_VAE import VAE, VQVAE, load_first_stage
+from pixelCNN import PixelCNN, PixelCNN2, digits_of, draw, gumbel_noise, load_prior, sample_brain
+from quantizer import FiniteScalarQuantizer
 
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
 FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
@@ -29,34 +30,57 @@ ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is 
 
 @pytest.fixture
 def tiny(awaken):
-    """tiny(grid=(3, 7)): a PixelCNN in evaluation mode, no weight of which is zero.
+    """tiny(grid=(3, 7)): a PixelCNN in evaluation mode, no weight of which is zero; with grids, a PixelCNN2.
 
     Not fewer than 16 channels: of 8, all may be negative, and the ReLU of the head lets no gradient through.
     """
 
-    def build(**changes) -> PixelCNN:
+    def build(**changes) -> PixelCNN | PixelCNN2:
         sizes = {"codebook_size": 5, "grid": (4, 5), "channels": 16, "layers": 3, "kernel": 3}
-        model = awaken(PixelCNN(**{**sizes, **changes}).eval(), 0.3)
-        with torch.no_grad():  # logits of mean 0 and sd 1 for every code, or one code could win all draws
-            logits = model(torch.randint(model.codebook_size, (8, *model.grid)), torch.arange(0, 32, 4))
-            mean, last = logits.mean((0, 2, 3)), model.head[-1]
-            sd = (logits - mean[:, None, None]).std()
-            last.weight.div_(sd)
-            last.bias.sub_(mean).div_(sd)
+        if "grids" in changes:
+            sizes.pop("grid")
+        model = awaken((PixelCNN2 if "grids" in changes else PixelCNN)(**{**sizes, **changes}).eval(), 0.3)
+        for level in [model] if isinstance(model, PixelCNN) else [model.top, model.bottom]:
+            standardise(level)
         return model
 
     return build
 
 
+@torch.no_grad()
+def standardise(model: PixelCNN) -> None:
+    """Makes the logits of every digit have mean 0 and sd 1, or one code could win all draws."""
+    top = torch.randint(model.codebook_size, (8, *(n // 2 for n in model.grid)))
+    logits = model.logits(torch.randint(model.codebook_size, (8, *model.grid)), torch.arange(0, 32, 4), top)
+    mean, last = torch.cat([digit.mean((0, 2, 3)) for digit in logits]), model.head[-1]
+    sd = torch.cat([(digit - digit.mean((0, 2, 3), True)).std().expand(digit.shape[1]) for digit in logits])
+    last.weight.div_(sd[:, None, None, None])
+    last.bias.sub_(mean).div_(sd)
+
+
 @pytest.fixture(scope="module")
-def first_stage(phantom_folder, tmp_path_factory) -> Path:
+def first_stages(phantom_folder, tmp_path_factory):
+    """first_stages("--model", "vqvae2"): the weights file of a first stage trained for three steps. Read only."""
+    made = {}
+
+    def build(*flags: str) -> Path:
+        if flags not in made:
+            folder = tmp_path_factory.mktemp("first")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                argv = ["prestage_train.py", "--data", str(phantom_folder), "--name", "codes", *FIRST, *flags]
+                patch.setattr(sys, "argv", argv)
+                prestage_train.main()
+            made[flags] = folder / "model_ckpt/codes/model.safetensors"
+        return made[flags]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def first_stage(first_stages) -> Path:
     """The weights file of a VQ-VAE with 16 codes on a grid of 6x7, trained for three steps. Read only."""
-    folder = tmp_path_factory.mktemp("first")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["prestage_train.py", "--data", str(phantom_folder), "--name", "codes", *FIRST])
-        prestage_train.main()
-    return folder / "model_ckpt/codes/model.safetensors"
+    return first_stages()
 
 
 @pytest.fixture
@@ -89,14 +113,44 @@ def gumbel(*shape: int) -> torch.Tensor:
     return -torch.log(-torch.log(torch.rand(shape).clamp(1e-20, 1 - 1e-7)))
 
 
+def inputs_with_gradient(model: PixelCNN, r: int, c: int, digit: int = 0) -> dict[str, torch.Tensor]:
+    """Which codes the logits of a digit at (r, c) have a gradient from: bool [h, w] by the embedding they entered by.
+
+    embed_idx are the codes, digit_0, digit_1 the position's own digits, embed_top the top codes [h / 2, w / 2].
+    """
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, out):
+            seen[name] = out
+            out.retain_grad()
+
+        return hook
+
+    hooks = [model.embed_idx.register_forward_hook(keep("embed_idx"))]
+    if model.embed_top is not None:
+        hooks.append(model.embed_top[0].register_forward_hook(keep("embed_top")))
+    original = model.embed_digits and model.embed_digits.of_digit
+
+    def of_digit(i, values):
+        keep(f"digit_{i}")(None, None, out := original(i, values))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        if original:
+            patch.setattr(model.embed_digits, "of_digit", of_digit)
+        top = torch.randint(model.codebook_size, (1, *(n // 2 for n in model.grid)))
+        logits = model.logits(torch.randint(model.codebook_size, (1, *model.grid)), torch.tensor([9]), top)[digit]
+    for hook in hooks:
+        hook.remove()
+    (logits[0, :, r, c] * torch.randn(logits.shape[1])).sum().backward()
+    none = {name: torch.zeros_like(out) for name, out in seen.items()}
+    return {name: (none[name] if out.grad is None else out.grad)[0].abs().amax(0) > 0 for name, out in seen.items()}
+
+
 def dependence(model: PixelCNN, r: int, c: int) -> torch.Tensor:
     """bool [h, w]: which codes the logits at (r, c) have a gradient from."""
-    seen = []
-    hook = model.embed_idx.register_forward_hook(lambda module, args, out: seen.append(out) or out.retain_grad())
-    logits = model(torch.randint(model.codebook_size, (1, *model.grid)), torch.tensor([9]))
-    hook.remove()
-    (logits[0, :, r, c] * torch.randn(model.codebook_size)).sum().backward()
-    return seen[0].grad[0].abs().amax(-1) > 0
+    return inputs_with_gradient(model, r, c)["embed_idx"]
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -126,23 +180,68 @@ def test_later_codes_leave_earlier_logits_as_they_are(tiny):
     idx = torch.randint(5, (3, 4, 5))
     other = idx.flatten(1).clone()
     other[:, 13:] = (other[:, 13:] + 1) % 5
-    a, b = (model(grid, z).flatten(2) for grid in (idx, other.view_as(idx)))
+    a, b = (model.logits(grid, z)[0].flatten(2) for grid in (idx, other.view_as(idx)))
     assert torch.allclose(a[..., :14], b[..., :14], atol=1e-6)
     assert (a[..., 14:] - b[..., 14:]).abs().amax((0, 1)).min() > 1e-4
 
 
+def test_digits_depend_on_earlier_codes_and_on_the_digits_before(tiny):
+    """By gradient: the whole of every earlier code, and of the code itself only the digits before this one."""
+    model = tiny(grid=(3, 4), codebook_size=2 * 3 * 4, levels=(2, 3, 4))
+    for r, c in ((0, 0), (1, 2), (2, 3)):
+        earlier, here = torch.arange(12).view(3, 4) < 4 * r + c, torch.zeros(3, 4, dtype=torch.bool)
+        here[r, c] = True
+        for i in range(3):
+            seen = inputs_with_gradient(model, r, c, digit=i)
+            assert torch.equal(seen["embed_idx"], earlier)
+            for j in range(2):
+                assert torch.equal(seen[f"digit_{j}"], here & (j < i)), (r, c, i, j)
+
+
+@pytest.mark.parametrize("levels", [None, (3, 2)])
+def test_bottom_codes_depend_on_all_top_codes_around_and_on_earlier_bottom_codes(tiny, levels):
+    """By gradient: top codes below and to the right too, the bottom's own past as ever; no code of the bottom yet."""
+    model = tiny(grids=((2, 3), (4, 6)), codebook_size=6, levels=levels, layers=6).bottom
+    for r, c in ((0, 0), (1, 4), (3, 5)):
+        seen = inputs_with_gradient(model, r, c)
+        assert torch.equal(seen["embed_idx"], torch.arange(24).view(4, 6) < 6 * r + c)
+        near_r, near_c = torch.arange(2) - r // 2, torch.arange(3) - c // 2
+        assert seen["embed_top"][(near_r.abs()[:, None] <= 1) & (near_c.abs() <= 1)].all()
+    assert inputs_with_gradient(model, 3, 5)["embed_top"].all()
+
+
+def test_digits_are_those_of_the_quantiser():
+    """The same reading of a code as FiniteScalarQuantizer's, up to 2^61 codes."""
+    levels = (8, 5, 3, *[16] * 13)
+    quantizer = FiniteScalarQuantizer(levels)
+    idx = torch.randint(quantizer.codebook_size, (2, 3, 4))
+    assert torch.equal(torch.stack(digits_of(idx, levels), dim=-1), quantizer.digits(idx))
+    with pytest.raises(ValueError, match="levels"):
+        PixelCNN(codebook_size=7, levels=(2, 3), grid=(2, 2), channels=8, layers=1)
+
+
 def test_no_parameter_is_idle(tiny):
     """Each has a gradient, except those of the last layer's vertical output, which nobody reads."""
-    model = tiny()
-    model.bits(torch.randint(5, (2, 4, 5)), torch.arange(2)).sum().backward()
-    idle = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert idle <= {"layers.2.out_v"}
+    idx, z = torch.randint(6, (2, 4, 6)), torch.arange(2)
+    sizes = {"codebook_size": 6, "levels": (2, 3)}
+    for model, codes in ((tiny(codebook_size=6, grid=(4, 6)), idx), (tiny(grid=(4, 6), **sizes), idx),
+                         (tiny(grids=((2, 3), (4, 6)), **sizes), (idx[:, :2, :3], idx))):  # fmt: skip
+        model.bits(codes, z).sum().backward()
+        idle = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+        assert {name.removeprefix("top.").removeprefix("bottom.") for name in idle} <= {"layers.2.out_v"}
+
+
+def test_a_plain_network_has_the_parameters_it_always_had(tiny):
+    """Weights of earlier runs can still be read."""
+    names = {name.split(".")[0] for name in tiny().state_dict()}
+    assert names == {"embed_idx", "position", "embed_z", "layers", "head"}
+    assert tiny().embed_idx.weight.shape == (5, 16)
 
 
 def test_bits_are_the_sum_of_the_codes_surprisals(tiny):
     """-log2 p of each code given those before it, by hand."""
     model, z, idx = tiny(), torch.tensor([0, 31]), torch.randint(5, (2, 4, 5))
-    p = model(idx, z).detach().double().softmax(1)
+    p = model.logits(idx, z)[0].detach().double().softmax(1)
     by_hand = [-sum(math.log2(p[b, idx[b, r, c], r, c]) for r in range(4) for c in range(5)) for b in range(2)]
     bits = model.bits(idx, z)
     assert bits.dtype == torch.float32 and bits.tolist() == pytest.approx(by_hand, rel=1e-5)
@@ -167,10 +266,49 @@ def test_the_probabilities_of_all_grids_sum_to_one(tiny):
         assert p.max() > 1.5 * p.min()  # and it is not the uniform one
 
 
+def all_codes(model: PixelCNN | PixelCNN2) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Every grid of codes, or every pair of top and bottom grid, that the model knows: [N, h, w]."""
+    sizes = [math.prod(grid) for grid in model.grids]
+    K = model.codebook_size if isinstance(model, PixelCNN) else model.top.codebook_size
+    every = torch.tensor(list(product(range(K), repeat=sum(sizes))))
+    grids = [part.view(-1, *grid) for part, grid in zip(every.split(sizes, dim=1), model.grids)]
+    return grids[0] if isinstance(model, PixelCNN) else tuple(grids)
+
+
+SMALL = {
+    "digits": {"codebook_size": 6, "levels": (2, 3), "grid": (1, 3)},
+    "two grids": {"codebook_size": 2, "grids": ((1, 1), (2, 2))},
+    "two grids of digits": {"codebook_size": 4, "levels": (2, 2), "grids": ((1, 1), (2, 2))},
+}
+
+
+@pytest.mark.parametrize("sizes", SMALL.values(), ids=SMALL)
+def test_digits_and_two_grids_are_distributions_and_drawn_as_such(tiny, sizes):
+    """All probabilities sum to one, and the frequencies of 10 000 draws are 2^-bits, in up to 16 bins."""
+    model, n = tiny(**sizes), 10_000
+    codes = all_codes(model)
+    grids = pixelCNN.grids_of(codes)
+    p = 2 ** -model.bits(codes, torch.full((len(grids[0]),), 5)).detach().double()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5) and p.max() > 1.5 * p.min()
+
+    noise = pixelCNN.each_grid(lambda one: gumbel(n, *one.shape), model.gumbel_noise())
+    drawn = pixelCNN.grids_of(model.sample(torch.full((n,), 5), noise))
+    digits = torch.cat([grid.flatten(1) for grid in drawn], dim=1)
+    place = sizes["codebook_size"] ** torch.arange(digits.shape[1]).flip(0)
+    count = torch.bincount((digits * place).sum(1), minlength=len(p)).double()
+    bins = ((p.cumsum(0) - p / 2) * 16).long().clamp(max=15)
+    expected = n * torch.zeros(16, dtype=torch.float64).index_add_(0, bins, p)
+    count = torch.zeros(16, dtype=torch.float64).index_add_(0, bins, count)
+    filled = expected > 0
+    assert (
+        filled.sum() > 8 and ((count - expected) ** 2 / expected)[filled].sum() < 44.3
+    )  # 99.99 % for 15 degrees of freedom
+
+
 def test_z_changes_the_distribution(tiny):
     """At every position, the first included; and only its own grid's."""
     model, idx = tiny(), torch.randint(5, (1, 4, 5)).expand(2, -1, -1)
-    a, b = model(idx, torch.tensor([3, 20])), model(idx, torch.tensor([3, 21]))
+    a, b = (model.logits(idx, torch.tensor([3, other]))[0] for other in (20, 21))
     assert torch.allclose(a[0], b[0], atol=1e-6)
     assert (a[1] - b[1]).abs().amax(0).min() > 1e-4 and (a[1] - a[0]).abs().amax(0).min() > 1e-3
 
@@ -178,7 +316,7 @@ def test_z_changes_the_distribution(tiny):
 def test_the_position_changes_the_distribution(tiny):
     """The head of a brain is not its middle: with equal codes all around, the logits still differ."""
     model = tiny(grid=(9, 9), layers=1)
-    logits = model(torch.zeros(1, 9, 9, dtype=torch.long), torch.zeros(1))
+    logits = model.logits(torch.zeros(1, 9, 9, dtype=torch.long), torch.zeros(1))[0]
     assert (logits[0, :, 4, 4] - logits[0, :, 5, 5]).abs().max() > 1e-3
 
 
@@ -197,13 +335,60 @@ def test_the_cached_sample_is_the_naive_one(tiny, kernel, layers, grid):
         assert len(idx.unique()) > 3 and not torch.equal(idx, model.sample(z, noise, 30.0))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+@pytest.mark.parametrize("levels", [None, (3, 4, 2)])
+def test_the_cached_sample_of_digits_and_of_two_grids_is_the_naive_one(tiny, levels, top_p):
+    """Token for token too; the bottom codes follow the top ones."""
+    model = tiny(grids=((2, 3), (4, 6)), codebook_size=24, levels=levels)
+    z = torch.tensor([2, 17])
+    noise = tuple(torch.stack(noise) for noise in zip(model.gumbel_noise(), model.gumbel_noise()))
+    top, bottom = model.sample(z, noise, 0.8, top_p)
+    assert torch.equal(top, model.top.sample_naive(z, noise[0], 0.8, top_p))
+    assert torch.equal(bottom, model.bottom.sample_naive(z, noise[1], 0.8, top_p, top))
+    assert top.shape == (2, 2, 3) and 0 <= bottom.min() and bottom.max() < 24 and len(bottom.unique()) > 3
+    assert not torch.equal(bottom, model.bottom.sample(z, noise[1], 0.8, top_p, (top + 1) % 24))
+
+
+def test_a_huge_codebook_is_no_trouble(tiny):
+    """2^60 codes in 15 digits: bits near the fixed length, and codes within range."""
+    model = tiny(codebook_size=2**60, levels=(16,) * 15, grid=(2, 3))
+    z, noise = torch.arange(4), torch.stack([model.gumbel_noise() for _ in range(4)])
+    idx = model.sample(z, noise)
+    assert 0 <= idx.min() and 2**50 < idx.max() < 2**60 and torch.equal(idx, model.sample_naive(z, noise))
+    bits = model.bits(torch.randint(2**60, (4, 2, 3)), z)
+    assert bits.isfinite().all() and 300 < bits.mean() < 600
+
+
+def test_top_p_draws_from_the_nucleus_in_proportion(tiny):
+    """Of probabilities 0.5, 0.3, 0.15, 0.05, in any order: the fewest with top_p together; 1 is off, 0 is greedy."""
+    p = torch.tensor([0.15, 0.5, 0.05, 0.3])
+    n, noise = 20_000, gumbel(20_000, 4)
+    logits = p.log().expand(n, -1)
+    for top_p, nucleus in ((0.0, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.9, [0, 1, 3])):
+        count = torch.bincount(draw(logits, noise, 1.0, top_p), minlength=4)
+        assert count.nonzero()[:, 0].tolist() == nucleus
+        expected = n * p[nucleus] / p[nucleus].sum()
+        assert ((count[nucleus] - expected) ** 2 / expected).sum() < 18.5  # 99.99 % for 2 degrees of freedom
+    assert torch.equal(draw(logits, noise, 1.0, 1.0), (logits + noise).argmax(1))
+    count = torch.bincount(draw(logits, noise, 3.0, 0.51), minlength=4)  # the nucleus of the tempered distribution
+    assert count.nonzero()[:, 0].tolist() == [1, 3]
+
+    model, z, noise = tiny(), torch.arange(4), gumbel(4, 5, 4, 5)
+    assert torch.equal(model.sample(z, noise, 1.0, 1.0), model.sample(z, noise))
+    assert torch.equal(model.sample(z, noise, 1.0, 0.0), model.sample(z, torch.zeros_like(noise)))
+    idx = model.sample(z, noise, 1.0, 0.5)
+    p, order = model.logits(idx, z)[0].softmax(1).sort(1, descending=True)
+    likelier = (p.cumsum(1) - p).gather(1, (order == idx[:, None]).long().argmax(1, keepdim=True))
+    assert likelier.max() < 0.5 and not torch.equal(idx, model.sample(z, noise))
+
+
 def test_draws_follow_the_softmax(tiny):
     """Gumbel noise, added to logits over the temperature: chi-square of 20 000 draws below its 99.99 % quantile."""
     model, n = tiny(grid=(1, 1)), 20_000
-    noise = gumbel_noise(3, 0, 5, (100, 200))[0].flatten(1).T[:, :, None, None]
+    noise = gumbel_noise(tiny(grid=(100, 200)), 3, 0)[0].flatten(1).T[:, :, None, None]
     for temperature in (1.0, 2.5):
         z = torch.full((n,), 12)
-        logits = model(torch.zeros(1, 1, 1, dtype=torch.long), z[:1])[0, :, 0, 0]
+        logits = model.logits(torch.zeros(1, 1, 1, dtype=torch.long), z[:1])[0][0, :, 0, 0]
         expected = n * (logits / temperature).softmax(0)
         count = torch.bincount(model.sample(z, noise, temperature).flatten(), minlength=5)
         assert ((count - expected) ** 2 / expected).sum() < 23.5
@@ -226,7 +411,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_code(tiny):
     model, z = tiny(), torch.arange(4)
     greedy = model.sample(z, torch.zeros(4, 5, 4, 5))
     assert torch.equal(model.sample(z, gumbel(4, 5, 4, 5), 1e-6), greedy)
-    assert torch.equal(model(greedy, z).argmax(1), greedy)
+    assert torch.equal(model.logits(greedy, z)[0].argmax(1), greedy)
     assert not torch.equal(model.sample(z, gumbel(4, 5, 4, 5)), greedy)
 
 
@@ -236,7 +421,7 @@ def test_a_brain_is_a_function_of_seed_and_number(tiny):
     brains = [sample_brain(model, 7, i, 0.9, device) for i in range(3)]
     torch.manual_seed(99)
     assert torch.equal(sample_brain(model, 7, 2, 0.9, device), brains[2])
-    noise = torch.cat([gumbel_noise(7, i, 5, (3, 4)) for i in range(3)])
+    noise = torch.cat([gumbel_noise(model, 7, i) for i in range(3)])
     assert torch.equal(noise[:32], noise[:1].expand(32, -1, -1, -1))
     together = model.sample(torch.arange(32).repeat(3), noise, 0.9)
     assert torch.equal(together, torch.cat(brains))
@@ -251,7 +436,7 @@ def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
     """Weights, log, pictures; a 4x8 sheet and 32 slices per brain that dataset.py reads, and the GIF."""
     out = train("--sample", "--brains", 2, "--temperature", 0.8)
     assert "training it first" in out and re.search(r"step 3 .*validate/bits \d+", out)
-    model, inside, description = load_second_stage("pixelcnn", PixelCNN, "cpu")
+    model, inside, description = load_prior("pixelcnn")
     assert model.grid == (6, 7) and model.codebook_size == 16 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
@@ -275,11 +460,41 @@ def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
     assert (samples / "process.gif").stat().st_size < 3_000_000
 
 
+FSQ, TWO_GRIDS = ("--quantizer", "fsq", "--levels", "4", "3", "5"), ("--model", "vqvae2", "--patch", "2")
+
+
+@pytest.mark.parametrize("flags", [FSQ, TWO_GRIDS, TWO_GRIDS + FSQ], ids=["fsq", "vqvae2", "vqvae2 of fsq"])
+def test_other_codes_are_trained_and_sampled_by_the_same_commands(flags, first_stages, start, run_main):
+    """Finite scalar quantisation, VQ-VAE-2, and both: resumed, sampled from the one file, GIF; bits of each grid."""
+    first = first_stages(*flags)
+    for more in (ONE_STEP, ()):
+        status, out, errors = start("--first-stage", first, *more)
+        assert status == 0, errors
+    status, out, errors = run_main(pixelCNN, "--sample", "--top-p", "0.9")
+    assert status == 0 and "top-p 0.9" in out, errors
+    model, inside, description = load_prior("pixelcnn")
+    two = "vqvae2" in flags
+    assert description["kind"] == model.kind == ("pixelcnn2" if two else "pixelcnn")
+    assert model.grids == (inside.grids if two else ((6, 7),))
+    line = [line for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line][-1]
+    if two:
+        parts = line["validate/top_bits"] + line["validate/bottom_bits"]
+        assert line["validate/bits"] == pytest.approx(parts, rel=1e-5)
+    brain = sample_brain(model, 0, 0, 1.0, torch.device("cpu"), 0.9)
+    slices = load_slices(Path("pixelcnn_vis/samples"), "test", 64)
+    assert np.array_equal(slices.images, pixelCNN.decode_codes(inside, brain))
+    frames = pixelCNN.filling_frames(inside, brain, [4, 12, 20, 28])
+    assert len(frames) == 1 + sum(grid[0] for grid in model.grids)
+    assert np.array_equal(frames[-1], np.hstack(pixelCNN.decode_codes(inside, brain)[[4, 12, 20, 28]]))
+    with Image.open("pixelcnn_vis/samples/process.gif") as gif:
+        assert gif.n_frames > 1
+
+
 def test_the_gif_fills_the_grid_row_by_row(tiny, tiny_sizes):
     """It begins with the corner's code everywhere and ends with the brain."""
     vqvae, idx = VQVAE(codebook_size=5, **tiny_sizes).eval(), torch.randint(5, (32, 12, 14))
     with torch.no_grad():
-        vqvae.analysis.weight.normal_()
+        vqvae.linear.analysis.weight.normal_()
         frames = pixelCNN.filling_frames(vqvae, idx, [4, 12, 20, 28])
     assert len(frames) == 13 and frames[0].shape == (64, 4 * 64)
     assert np.array_equal(frames[-1], np.hstack(pixelCNN.decode_codes(vqvae, idx)[[4, 12, 20, 28]]))
@@ -310,8 +525,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
 
 def test_a_stop_is_no_report(train, monkeypatch):
     """Neither patience nor the choice of the best weights depends on how often a run was interrupted."""
-    worse = iter(range(100))
-    monkeypatch.setattr(pixelCNN, "validate", lambda *args: float(next(worse)))  # the first report is the best
+    worse = iter(range(100))  # the first report is the best
+    monkeypatch.setattr(pixelCNN, "validate", lambda *args: {"bits": float(next(worse))})
     states = {}
     for name, stops in {"straight": 0, "stopped": 4}.items():
         for _ in range(stops):
@@ -326,7 +541,7 @@ def test_a_stop_is_no_report(train, monkeypatch):
 def test_patience_ends_a_run_with_its_best_weights_and_can_be_raised(train, monkeypatch):
     """As the line that ends it says: raise --steps or --patience to go on."""
     bits = iter([9.0, 8.0, *[8.5] * 100])
-    monkeypatch.setattr(pixelCNN, "validate", lambda *args: next(bits))
+    monkeypatch.setattr(pixelCNN, "validate", lambda *args: {"bits": next(bits)})
     flags = ["--steps", 12, "--report-every", 1]
     out = train(*flags, "--patience", 3)
     assert "not improved for 3 reports" in out and "the same command continues" not in out
