@@ -26,10 +26,11 @@ from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from floors import score_floors
 from model_VAE import Autoencoder, load_first_stage
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
+from quantizer import digits_of
 from util import UserError
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first; Wang et al. 2003, section 3.2
-COUNTABLE = 2**20  # codes; larger codebooks cannot be counted one by one on any split
+COUNTABLE = 2**14  # codes; the 750,000 positions of a validation split are too few to count more of them
 RINGS = 16  # of spatial frequency; at 64 px none of them is empty
 ACTIVE = 0.01  # variance of the mean above which a latent number carries something (Burda et al. 2016, section 3)
 
@@ -185,15 +186,6 @@ def code_usage(idx: np.ndarray, codebook_size: int) -> dict[str, float]:
     return {"usage": len(np.unique(idx)) / codebook_size, "perplexity": 2 ** entropy_bits(idx)}
 
 
-def factor_digits(idx: np.ndarray, levels: list[int]) -> list[np.ndarray]:
-    """The digits of a product code, one array a channel: idx = sum_i digit_i prod(levels[:i])."""
-    digits = []
-    for level in levels:
-        digits.append(idx % level)
-        idx = idx // level
-    return digits
-
-
 def brain_positions(masks: Tensor, model: Autoencoder, grid: tuple[int, int] | None = None) -> Tensor:
     """bool [B, h, w]: the positions of a grid, the latent's unless given, whose block of masks [B, H, W] has brain."""
     inside = model.crop((masks[:, None] > 0).float())
@@ -201,14 +193,14 @@ def brain_positions(masks: Tensor, model: Autoencoder, grid: tuple[int, int] | N
 
 
 def code_statistics(
-    idx: np.ndarray, codebook_size: int, levels: list[int] | None = None, brain: np.ndarray | None = None
+    idx: np.ndarray, codebook_size: int, levels: tuple[int, ...] | None = None, brain: np.ndarray | None = None
 ) -> dict:
     """What one grid of codes costs and uses.
 
     Args:
         idx: int64 [N, h, w].
-        levels: of a product code. With more than 2^20 codes hardly any comes twice, so the entropy is then the sum of
-            the channels', an upper bound, and usage is left out.
+        levels: of a product code. With more than COUNTABLE codes the entropy is the sum of the channels', an upper
+            bound, and usage is left out.
         brain: bool [N, h, w], the positions that hold brain, or None.
     Returns {"grid", "codebook_size", "entropy_bits" per image, and where codes can be counted "usage", "perplexity",
     and with brain "brain_usage", "brain_perplexity"}.
@@ -216,7 +208,7 @@ def code_statistics(
     positions = idx[0].size
     result = {"grid": list(idx.shape[1:]), "codebook_size": codebook_size}
     if codebook_size > COUNTABLE:
-        digits = factor_digits(idx, levels or [codebook_size])
+        digits = digits_of(idx, levels or [codebook_size])
         return result | {"entropy_bits": positions * sum(entropy_bits(digit) for digit in digits)}
     result |= {"entropy_bits": positions * entropy_bits(idx)} | code_usage(idx, codebook_size)
     if brain is not None and brain.any():
@@ -308,10 +300,10 @@ def _price_of_grids(model: Autoencoder, codes: list[list[np.ndarray]], brain: li
     """code_statistics of the only grid, or, of several, "entropy_bits" of all and "levels", a list of them."""
     grids = [np.concatenate(level) for level in zip(*codes)]
     on_brain = [np.concatenate(level) for level in zip(*brain)] or [None] * len(grids)
-    sizes = getattr(model, "codebook_sizes", None) or [model.codebook_size] * len(grids)
-    factors = getattr(getattr(model, "quantizer", None), "levels", None)
-    factors = None if factors is None else [int(level) for level in factors]
-    levels = [code_statistics(idx, K, factors, inside) for idx, K, inside in zip(grids, sizes, on_brain, strict=True)]
+    factors = getattr(model.quantizer, "levels", None)
+    levels = [
+        code_statistics(idx, model.codebook_size, factors, inside) for idx, inside in zip(grids, on_brain, strict=True)
+    ]
     if len(levels) == 1:
         return levels[0]
     return {"entropy_bits": sum(level["entropy_bits"] for level in levels), "levels": levels}
@@ -335,7 +327,10 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         run = Path("model_ckpt/pixelcnn/model.safetensors")
         if not run.is_file() or not fits(util.load_weights(run)[1]):
             first_stage = model.description["path"]
-            print(f"bits under a prior: left out; train one with: python pixelCNN.py --first-stage {first_stage}")
+            print(
+                "bits under a prior: left out; train one with: "
+                f"python pixelCNN.py --first-stage {first_stage}" + (" --name NEW" if run.is_file() else "")
+            )
             return None
     prior, _, description = load_prior(run, device)
     if not fits(description):
@@ -473,12 +468,7 @@ def main() -> None:
         default="vqvae",
         help="first stage: run name, folder or weights file (default: %(default)s)",
     )
-    add(
-        "--decoder",
-        choices=("fidelity", "perceptual"),
-        default="fidelity",
-        help="which of the first stage's decoders is scored, where it has both (default: %(default)s)",
-    )
+    util.add_decoder_flag(parser)
     add("--data", metavar="FOLDER", help="as in training")
     add(
         "--split",
@@ -498,14 +488,13 @@ def main() -> None:
     args = parser.parse_args()
 
     device = util.pick_device(args.device)
-    other_decoder = {"decoder": args.decoder} if args.decoder != "fidelity" else {}
-    model = load_first_stage(args.reconstruction, device, **other_decoder)
+    model = load_first_stage(args.reconstruction, device, args.decoder)
     prior = find_prior(args.prior, model, device)
     folder = find_data(args.data)
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
     result = score_reconstruction(model, data, device, prior=prior)
 
-    name = f"{model.kind} ({args.reconstruction})" + (", perceptual decoder" if other_decoder else "")
+    name = f"{model.kind} ({args.reconstruction})" + (", perceptual decoder" if args.decoder == "perceptual" else "")
     ours = [key for key in result if key.removesuffix("_interval") in (*COLUMNS, "numbers", "kl_bits")]
     rows = [{"codec": name, **{key: result[key] for key in ours}}]
     if "fixed_bits" in result:  # a VAE's mean is real-valued: its KL is the price of a sample, not of what is scored
@@ -516,7 +505,9 @@ def main() -> None:
         rows += score_floors(model, train, data, partial(score_codec, data), bits, result.get("codebook_size"))
 
     weights = Path(model.description["path"])
-    out = (args.out or weights.parent) / f"reconstruction_{args.split}{'_perceptual' if other_decoder else ''}"
+    out = (
+        args.out or weights.parent
+    ) / f"reconstruction_{args.split}{'_perceptual' if args.decoder == 'perceptual' else ''}"
     report = {"weights": str(weights), "decoder": args.decoder, "data": data.describe(), "result": result, "rows": rows}
     util.write_file(out.with_suffix(".json"), json.dumps(report, indent=2, allow_nan=False).encode())
     util.save_picture(out.with_suffix(".png"), draw(rows, result, args.split))

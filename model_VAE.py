@@ -429,7 +429,7 @@ class VQVAE(Autoencoder):
         return self.decode_indices(quantise(self.quantizer, self._denormalise(latent)), z)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents [count, C, h, w] of codes drawn one by one as often as training used them."""
+        """Normalised latents [count, C, h, w] of codes drawn one by one, as draw_codes does."""
         idx = draw_codes(self.quantizer, count, self.latent_shape[1:], generator)
         return self._normalise(self.quantizer.lookup(idx.to(self.latent_mean.device)))
 
@@ -544,7 +544,7 @@ class VQVAE2(Autoencoder):
         return self.decode_indices((quantise(self.quantizer_top, top), quantise(self.quantizer, bottom)), z)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents [count, 2 C, h, w] of codes drawn one by one as often as training used them."""
+        """Normalised latents [count, 2 C, h, w] of codes drawn one by one, as draw_codes does."""
         quantizers = (self.quantizer_top, self.quantizer)
         idx = (draw_codes(q, count, g, generator) for q, g in zip(quantizers, self.grids, strict=True))
         return self._normalise(self._lookup(tuple(level.to(self.latent_mean.device) for level in idx)))
@@ -576,6 +576,8 @@ def build_first_stage(
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
     util.fill_model(model, weights, path)
+    if decoder == "perceptual" and not description.get("perceptual_steps", 1):
+        raise util.UserError(f"--decoder perceptual: the one in {path} is not trained yet; train past --gan-start")
     try:
         model.use_decoder(decoder)
     except ValueError as error:

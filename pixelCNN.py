@@ -602,6 +602,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         if reported:
             logger.flush(step + 1)
             scores = validate(ema, watched_codes, watched_z, device, args.precision)
+            scores = {name: util.mean_of_processes(value) for name, value in scores.items()}  # all stop together
             best, stale = (scores["bits"], 0) if scores["bits"] < best else (best, stale + 1)
             scores = {f"validate/{name}": value for name, value in (scores | {"best_bits": best}).items()}
             logger.report(step + 1, scores)

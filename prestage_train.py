@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import util
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
-from evaluate import code_usage, mean_scores, slice_scores
+from evaluate import COUNTABLE, code_usage, mean_scores, slice_scores
 from logger import Logger
 from model_discriminator import (
     PatchDiscriminator,
@@ -35,7 +35,7 @@ from util import UserError
 SCRIPT = Path(__file__).name
 WATCHED_SLICES = 128  # of validation, at every report
 STATISTICS_SLICES = 2048  # give the scale of the latents: its error is then far below a per cent
-COUNTABLE_CODES = 2**20  # of more possible codes nobody can say how many are in use
+GUARDED = 8  # times in the perceptual phase, besides reports, that the guard looks
 
 
 # --------------------------------------------------------------------------------------------------- losses, schedules
@@ -88,7 +88,7 @@ def validate(model: Autoencoder, data: Slices, index: Tensor, device: torch.devi
         masks = data.masks[part] if data.masks is not None else None
         scores.append(slice_scores(to_uint8(x_hat)[:, 0].cpu(), data.images[part].cpu(), masks))
     result = mean_scores(scores)
-    if codes and model.codebook_size <= COUNTABLE_CODES:
+    if codes and model.codebook_size <= COUNTABLE:
         result |= code_usage(torch.cat(codes).cpu().numpy(), model.codebook_size)
     return {f"validate/{name}": value for name, value in result.items()}
 
@@ -201,12 +201,13 @@ def flags():
         default=0.5,
         help="share of a cycle in which the weight rises (default: %(default)s)",
     )
+    add("--discriminator-channels", type=util.positive_int, help="width of its first layer")
     add("--discriminator-start", type=util.positive_int, help="step at which the discriminator begins to learn")
     add(
         "--gan-start",
         type=util.positive_int,
         help="step at which the autoencoder is frozen and the perceptual "
-        "decoder begins; the discriminator's weight ramps up over as many steps as lie between the two starts",
+        "decoder begins; the discriminator's say in it ramps up over the first half of its steps",
     )
     add(
         "--gan-weight",
@@ -259,7 +260,8 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
     try:
         return MODELS[args.model](**kwargs), kwargs
     except ValueError as error:
-        raise UserError(f"{error}; change --patch, --channel-multipliers, --latent-channels or --image-size") from None
+        flags = "--patch, --channel-multipliers, --latent-channels, --levels or --image-size"
+        raise UserError(f"{error}; change {flags}") from None
 
 
 def default_preset(args) -> str:
@@ -294,7 +296,7 @@ def main() -> None:
     args.name = args.name or args.model
     args = util.open_run(SCRIPT, args, typed, default_preset)
     folder = find_data(args.data)
-    if args.gan_start < args.discriminator_start:
+    if args.gan_weight > 0 and args.gan_start < args.discriminator_start:
         raise UserError(
             f"--gan-start {args.gan_start} lies before --discriminator-start {args.discriminator_start}; "
             "the discriminator needs a start of its own"
@@ -315,12 +317,12 @@ def main() -> None:
     # networks
     torch.manual_seed(args.seed)
     model, model_kwargs = build(args, train.content_box())
-    discriminator = PatchDiscriminator(channels=args.channels)
+    discriminator = PatchDiscriminator(channels=args.discriminator_channels)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     state = util.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
     start = state["step"] if state else 0
     # averages of the adaptive weight and of the discriminator's mean logits; what the guard knows
-    gan = state["gan"] if state else {"balance": 1.0, "anchors": torch.zeros(2), "scale": 1.0, "fidelity": None}
+    gan = state["gan"] if state else {"balance": None, "anchors": torch.zeros(2), "scale": 1.0, "fidelity": None}
     if state:
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(discriminator, state["discriminator"], checkpoint)
@@ -398,6 +400,7 @@ def main() -> None:
                 "kind": args.model,
                 "model_kwargs": model_kwargs,
                 "step": step,
+                "perceptual_steps": max(0, step - faithful),
                 "preset": args.preset,
                 "data": data["train"],
             },
@@ -405,7 +408,7 @@ def main() -> None:
         logger.pause()
 
     # training
-    step = start
+    step, guard_every = start, max(1, (args.steps - faithful) // GUARDED)
     steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
     for step in steps:
         if step == faithful:
@@ -413,6 +416,7 @@ def main() -> None:
             for network in (model, ema):
                 network.start_perceptual()
             forward, optimizer = wrapped(model.eval()), new_optimizer(model, args.learning_rate, (0.9, 0.99))
+            gan["balance"] = None
             gan["fidelity"] = util.mean_of_processes(
                 validate(ema, held_out, watched, device, args.precision)["validate/ssim"]
             )
@@ -436,7 +440,7 @@ def main() -> None:
             x_hat, losses = forward(x, z)
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
         weights = {"reconstruction": 1.0, "codebook": 1.0}
-        if "kl" in losses:
+        if "kl" in losses and not perceptual:
             kl_weight = args.kl_weight * kl_factor(args.kl_schedule, step, faithful, args.kl_cycles, args.kl_ramp)
             weights["kl"] = kl_weight / args.image_size**2  # the loss is in bits per image, the weight per pixel
         if perceptual:
@@ -449,8 +453,9 @@ def main() -> None:
             losses["generator"] = generator_loss(fake_logits)
             losses["feature_matching"] = feature_matching_loss(real_features, fake_features)
             pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
-            gan["balance"] = 0.99 * gan["balance"] + 0.01 * util.mean_of_processes(pull)
-            ramp = gan["scale"] * ramp_weight(step, args.gan_start, args.gan_start - args.discriminator_start + 1)
+            pull = util.mean_of_processes(pull)
+            gan["balance"] = pull if gan["balance"] is None else 0.98 * gan["balance"] + 0.02 * pull
+            ramp = gan["scale"] * ramp_weight(step, faithful, (args.steps - faithful) // 2 + 1)
             weights["generator"] = args.gan_weight * gan["balance"] * ramp
             weights["feature_matching"] = args.feature_weight * ramp
         total = sum(weights[name] * loss for name, loss in losses.items())
@@ -481,13 +486,14 @@ def main() -> None:
         logger.add(step + 1, scalars | {"learning_rate": args.learning_rate * factor}, args.batch_size * world)
         finished = step + 1 == args.steps
         reported = (step + 1) % args.report_every == 0 or finished or step + 1 == faithful
-        if not reported:
+        guarded = perceptual and (reported or (step + 1 - faithful) % guard_every == 0)
+        if not reported and not guarded:
             continue
         if rank == 0:
             logger.flush(step + 1)
-        if perceptual or rank == 0:
+        if guarded or rank == 0:
             scores = validate(ema, held_out, watched, device, args.precision)
-        if perceptual:
+        if guarded:
             lost = gan["fidelity"] - util.mean_of_processes(scores["validate/ssim"])
             if lost > args.guard:
                 gan["scale"] /= 2
@@ -501,7 +507,8 @@ def main() -> None:
                 )
             else:
                 good.load_state_dict(ema.perceptual.state_dict())
-        if rank == 0:
+        logger.pause()
+        if reported and rank == 0:
             save(step + 1)
             report(step + 1, scores | ({"weight/guard": gan["scale"]} if perceptual else {}))
 

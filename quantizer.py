@@ -16,8 +16,8 @@ def rotate_onto(e: Tensor, q: Tensor) -> Tensor:
     """q as a rotation and scaling of e, so that the gradient of e is the gradient of q turned back.
 
     The rotation trick (Fifty et al. 2024, eq. 3 and 4): q = |q| / |e| (e - 2 r r^T e + 2 q' e'^T e) with e', q' the
-    unit vectors and r that of e' + q', all of them constants. Where e or q is next to zero, and has no direction, the
-    gradient passes straight through instead.
+    unit vectors and r that of e' + q', all of them constants, |q| / |e| at most 4. Where e or q is next to zero, and
+    has no direction, the gradient passes straight through instead.
 
     Args:
         e, q: float32 [N, C].
@@ -95,7 +95,10 @@ class VectorQuantizer(nn.Module):
         """
         with torch.autocast(latent.device.type, enabled=False):
             B, C, h, w = latent.shape
-            vectors = self._project(latent.float().movedim(1, -1).reshape(-1, C))
+            e = latent.float().movedim(1, -1).reshape(-1, C)
+            vectors = self._project(e)
+            if self.sphere:  # what has next to no length, as black has, has no direction to learn
+                vectors = torch.where(e.norm(dim=1, keepdim=True) > 1e-2, vectors, vectors.detach())
             idx = self.nearest(vectors.detach())
             quantised = self.lookup(idx.view(B, h, w)).movedim(1, -1).reshape(-1, C)
             loss = self.commitment * F.mse_loss(vectors, quantised.detach())
@@ -221,7 +224,9 @@ class FiniteScalarQuantizer(nn.Module):
     def start(self, vectors: Tensor) -> None:
         """Spreads the bins over encoder outputs float32 [N, C], with 0, which black has, in the middle of a bin."""
         lit = vectors[vectors.abs().amax(1) > 1e-3]
-        low, high = torch.quantile(lit[:: max(1, len(lit) // 100_000)], torch.tensor([0.005, 0.995]), dim=0)
+        if len(lit) == 0:
+            raise ValueError("black vectors alone cannot start the levels")
+        low, high = torch.quantile(lit[:: max(1, len(lit) // 100_000)], lit.new_tensor([0.005, 0.995]), dim=0)
         low, high = low.clamp(max=0), high.clamp(min=0)  # else the shift below could leave all of them in one bin
         self.width.copy_((high - low).clamp(min=1e-3) / 3)  # the outer half of a per cent saturates: tanh 1.5 = 0.905
         self.centre.copy_((low + high) / 2)

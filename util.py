@@ -49,7 +49,8 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "blocks": (1, 3, 3),
         "codebook_size": (256, 1024, 1024),
         "learning_rate": (1e-3, 8e-4, 3e-4),
-        "discriminator_start": (350, 1600, 40_000),
+        "discriminator_channels": (32, 32, 64),
+        "discriminator_start": (350, 1900, 40_000),
         "gan_start": (450, 2000, 45_000),
         "report_every": (200, 400, 1000),
     },
@@ -262,6 +263,7 @@ def pick_device(name: str) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is asked for where 10 bits of mantissa would change codes
     elif device.type != "cpu":
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
     return device

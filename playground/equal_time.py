@@ -14,6 +14,7 @@ shows validation SSIM against training seconds: further left and higher is bette
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -206,7 +207,8 @@ def validate(model: nn.Module, data: Slices, index: Tensor, device: torch.device
         x, z, _ = data.batch(part, device)
         with util.autocast(device, precision):
             fake = to_uint8(model.reconstruct(x, z).float().clamp(-1, 1))[:, 0].cpu()
-        scores.append(slice_scores(fake, data.images[part].cpu(), data.masks[part]))
+        masks = data.masks[part] if data.masks is not None else None
+        scores.append(slice_scores(fake, data.images[part].cpu(), masks))
     model.train()
     return mean_scores(scores)
 
@@ -304,7 +306,7 @@ def draw(folder: Path) -> None:
         reached = "not reached" if reached is None else f"{reached:.0f}"
         print(
             f"| {name} | {arm['parameters'] / 1e6:.1f} M | {arm['seconds_per_step']:.2f} | {last['seconds']:.0f} "
-            f"| {last['ssim']:.4f} | {last['brain_ssim']:.4f} | {reached} |"
+            f"| {last['ssim']:.4f} | {last.get('brain_ssim', math.nan):.4f} | {reached} |"
         )
         style = "-" if name.startswith("ours") else "--"
         curve = [point["seconds"] for point in points], [point["ssim"] for point in points]

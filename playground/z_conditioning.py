@@ -30,13 +30,12 @@ TRAINED_BY = "prestage_train.py"
 def load_discriminator(weights: Path, device: torch.device) -> PatchDiscriminator | str:
     """The discriminator trained beside a weights file model_ckpt/NAME/model.safetensors, or why there is none."""
     checkpoint, name = weights.with_name("last.pt"), weights.resolve().parent.name
-    settings = util.read_run(TRAINED_BY, name, {})
-    if settings is None or not checkpoint.is_file():
+    if not checkpoint.is_file() or not (Path("log") / name / "run.json").is_file():
         return f"{checkpoint} and log/{name}/run.json are needed"
-    state = util.load_checkpoint(checkpoint, TRAINED_BY)
+    settings, state = util.read_run(TRAINED_BY, name, {}), util.load_checkpoint(checkpoint, TRAINED_BY)
     if settings["gan_weight"] == 0 or state["step"] <= settings["discriminator_start"]:
         return f"run {name} has not trained one after {state['step']} steps"
-    discriminator = PatchDiscriminator(channels=settings["channels"])
+    discriminator = PatchDiscriminator(channels=settings["discriminator_channels"])
     util.fill_model(discriminator, state["discriminator"], checkpoint)
     return discriminator.eval().requires_grad_(False).to(device)
 

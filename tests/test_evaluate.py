@@ -21,7 +21,6 @@ from evaluate import (
     code_statistics,
     code_usage,
     entropy_bits,
-    factor_digits,
     latent_statistics,
     ledger,
     mean_scores,
@@ -35,6 +34,7 @@ from evaluate import (
 )
 from model_VAE import VAE, VQVAE, VQVAE2, save_second_stage
 from pixelCNN import PixelCNN, PixelCNN2
+from quantizer import digits_of
 
 CPU = torch.device("cpu")
 
@@ -252,7 +252,7 @@ def test_huge_codebooks_are_priced_by_the_channels_of_their_product_code():
     levels = [2, 2**20, 2**40]
     digits = [np.random.default_rng(n).integers(0, high, (6, 4, 4)) for n, high in enumerate((2, 3, 5))]
     idx = digits[0] + 2 * digits[1] + 2**21 * digits[2]
-    assert all((a == b).all() for a, b in zip(factor_digits(idx, levels), digits, strict=True))
+    assert all((a == b).all() for a, b in zip(digits_of(idx, levels), digits, strict=True))
     result = code_statistics(idx, 2**61, levels, np.ones((6, 4, 4), bool))
     assert result["entropy_bits"] == pytest.approx(16 * sum(entropy_bits(digit) for digit in digits))
     assert result.keys() == {"grid", "codebook_size", "entropy_bits"}
@@ -474,16 +474,18 @@ def test_the_prior_of_this_first_stage_prices_its_codes(run_main, run_of, tiny_s
     assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
 
 
-def test_the_perceptual_decoder_is_asked_for_only_by_flag(run_main, run_of, tiny_sizes, validate, phantom_folder,
+def test_each_decoder_has_scores_of_its_own(run_main, run_of, tiny_sizes, validate, phantom_folder,
                                                           monkeypatch):  # fmt: skip
     """And its scores do not overwrite those of the fidelity decoder."""
     run_of(vqvae(tiny_sizes, validate), "vqvae", tiny_sizes | {"codebook_size": 16})
     asked, load = [], evaluate.load_first_stage
-    monkeypatch.setattr(evaluate, "load_first_stage", lambda run, device, **more: (asked.append(more), load(run))[1])
+    monkeypatch.setattr(
+        evaluate, "load_first_stage", lambda run, device, decoder: (asked.append(decoder), load(run))[1]
+    )
     flags = ("--reconstruction", "mine", "--data", phantom_folder, "--device", "cpu", "--no-floors")
     for decoder in ("fidelity", "perceptual"):
         assert run_main(evaluate, *flags, "--decoder", decoder)[0] == 0
-    assert asked == [{}, {"decoder": "perceptual"}]
+    assert asked == ["fidelity", "perceptual"]
     report = json.loads(Path("model_ckpt/mine/reconstruction_validate_perceptual.json").read_text())
     assert report["decoder"] == "perceptual" and Path("model_ckpt/mine/reconstruction_validate.json").is_file()
 
