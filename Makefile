@@ -32,6 +32,7 @@ demo: $(VENV)/installed
 	@echo "  phantom slices                     demo/check_vis/contact_sheet.png"
 	@echo "  real | reconstructed | difference  $$(ls demo/vqvae_vis/reconstruction_*.png | tail -1)"
 	@echo "  new brains, latent diffusion       demo/diffusion_vis/samples/brain_000.png and brain_001.png"
+	@echo "  the same in 3-D                    demo/diffusion_vis/samples/brain_000_scroll.gif, _reslices.png, .nii.gz"
 	@echo "  from noise to brain                demo/diffusion_vis/samples/process.gif"
 	@echo "  new brains, PixelCNN               demo/pixelcnn_vis/samples/brain_000.png and brain_001.png"
 	@echo "  codes filling row by row           demo/pixelcnn_vis/samples/process.gif"

@@ -119,6 +119,34 @@ def radial_spectrum(pictures: Tensor, bands: int = RINGS) -> Tensor:
     return total / torch.bincount(ring[inside], minlength=bands).clamp(min=1)
 
 
+# ------------------------------------------------------------------------------------------------------- whole brains
+
+
+def adjacent_ssim(brains: Tensor) -> Tensor:
+    """SSIM of the slices z and z + 1, over the whole picture: float64 [n, N - 1] of brains uint8 [n, N, S, S].
+
+    Slices that belong to different heads score low. Above the value of real brains it is no merit either: the slices
+    then change too little with z.
+    """
+    return torch.stack([slice_scores(brain[1:], brain[:-1], None)["ssim"] for brain in brains])
+
+
+def reslice_spectrum(brains: Tensor) -> Tensor:
+    """Mean power along z, by frequency: float64 [n, N] of brains uint8 [n, N, S, S], of grey 0..1.
+
+    Entry k is the mean over all pixels of the squared k-th coefficient of the orthonormal cosine transform along z
+    (DCT-II), of frequency k / (2 N) cycles per slice; entry 0 is the constant. The transform continues the brain
+    mirrored at its lowest and highest slice, where it does not jump, which a Fourier transform's periodic continuation
+    would. White noise of variance v has power v at every k. Jitter from slice to slice shows at the high end.
+    """
+    N = brains.shape[1]
+    k, z = torch.arange(N, dtype=torch.float64)[:, None], torch.arange(N, dtype=torch.float64)
+    basis = torch.cos(math.pi * k * (2 * z + 1) / (2 * N)) * math.sqrt(2 / N)
+    basis[0] /= math.sqrt(2)
+    basis = basis.to(brains.device)
+    return torch.stack([(basis @ (brain.flatten(1).double() / 255)).square().mean(1) for brain in brains])
+
+
 # ------------------------------------------------------------------------------------------------ means and intervals
 
 

@@ -7,8 +7,9 @@ The codes of a VQ-VAE-2 (--first-stage) get two networks, p(top) p(bottom | top)
 are predicted digit by digit.
 
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
-(the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8
-sheet and 32 PNG slices per brain and process.gif, the grid filling row by row.
+(the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
+brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), and process.gif, the grid
+filling row by row.
 """
 
 import argparse
@@ -25,12 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import util
-from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8, write_slices
+from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
 from model_VAE import VQVAE, VQVAE2, Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from module import Embedding, Upsample
 from quantizer import digits_of
 from util import UserError
+from volume import write_brain
 
 SCRIPT = Path(__file__).name
 
@@ -405,7 +407,7 @@ def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int]) ->
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Writes sheets, slices and the GIF of args.brains new brains."""
+    """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage, description = load_prior(args.name, device, args.decoder)
     out = args.out or Path(f"{args.name}_vis") / "samples"
@@ -418,10 +420,9 @@ def sample(args: argparse.Namespace) -> None:
     for i in range(args.brains):
         idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
         slices = decode_codes(first_stage, idx)
-        write_slices(out, i, slices)
         title = f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z"
-        util.save_picture(out / f"brain_{i:03d}.png", util.brain_sheet(slices, title))
-        print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
+        files = write_brain(out, i, slices, title)
+        print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
             util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown), seconds=4)

@@ -4,8 +4,8 @@
     python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
 
 A brain is 32 slices from one noise, shared by all z. Training writes model_ckpt/NAME (the weights carry their first
-stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, a 4x8 sheet and 32 PNG slices per
-brain and process.gif, the way from noise to brain.
+stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through
+z, reslices, a NIfTI volume and 32 PNG slices (volume.py), and process.gif, the way from noise to brain.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import util
-from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8, write_slices
+from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
 from model_diffusion import PREDICTIONS, SCHEDULES, LatentDiffusion, sample_ddim, sample_ddpm
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
+from volume import write_brain
 
 SCRIPT = Path(__file__).name
 
@@ -106,7 +107,7 @@ def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Writes sheets, slices and the GIF of args.brains new brains."""
+    """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device, args.decoder)
     steps = args.sample_steps if args.sampler == "ddim" else model.T
@@ -119,10 +120,9 @@ def sample(args: argparse.Namespace) -> None:
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
         path = sample_latents(model, range(i, i + 1), args, device)
         slices = decode_brains(first_stage, path[-1])[0]
-        write_slices(out, i, slices)
         title = f"sampled brain {i}: seed {args.seed}, {args.sampler}, {steps} steps, one noise for all z"
-        util.save_picture(out / f"brain_{i:03d}.png", util.brain_sheet(slices, title))
-        print(f"brain {i}: {out}/brain_{i:03d}.png and {out}/case_{i:03d}_slice_*.nii.png", flush=True)
+        files = write_brain(out, i, slices, title)
+        print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
             frames = [np.hstack(decode_brains(first_stage, latent)[0][shown]) for latent in path]

@@ -20,16 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
-from evaluate import slice_scores
+from evaluate import adjacent_ssim
 from model_diffusion import LatentDiffusion, sample_ddim
 from model_VAE import load_second_stage
 from stable_diffusion import BrainNoise, decode_brains
 from util import UserError
-
-
-def neighbour_ssim(slices: Tensor) -> Tensor:
-    """SSIM [N - 1] of the slices z and z + 1 of a brain uint8 [N, S, S], over the whole picture."""
-    return slice_scores(slices[1:], slices[:-1], None)["ssim"]
 
 
 @torch.no_grad()
@@ -72,7 +67,7 @@ def main() -> None:
 
     rows, captions, shown = [], [], range(12, 20)
     for name, group in brains.items():
-        scores = torch.stack([neighbour_ssim(brain) for brain in group])
+        scores = adjacent_ssim(torch.stack(group))
         mean, sd = scores.mean(), scores.mean(1).std(correction=0)
         print(f"{name:16s} SSIM of neighbours {mean:.4f}, sd {sd:.4f} over {len(group)} brains")
         rows.append(group[0][shown].numpy())

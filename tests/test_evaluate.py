@@ -15,6 +15,7 @@ import dataset
 import evaluate
 import util
 from evaluate import (
+    adjacent_ssim,
     all_scores,
     bootstrap_interval,
     brain_positions,
@@ -26,6 +27,7 @@ from evaluate import (
     mean_scores,
     ms_ssim,
     radial_spectrum,
+    reslice_spectrum,
     score_codec,
     score_reconstruction,
     slice_scores,
@@ -172,6 +174,40 @@ def test_a_wave_lies_in_its_ring_and_blur_takes_the_high_ones():
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_adjacent_ssim_is_that_of_each_pair_of_neighbours():
+    """As slice_scores of the two slices; 1 where they are equal; brains do not mix."""
+    brains = torch.randint(256, (2, 32, 16, 16), dtype=torch.uint8)
+    brains[1, 8] = brains[1, 7]
+    scores = adjacent_ssim(brains)
+    assert scores.shape == (2, 31) and scores.dtype == torch.float64
+    for i, z in ((0, 0), (0, 30), (1, 7), (1, 12)):
+        pair = slice_scores(brains[i, z : z + 1], brains[i, z + 1 : z + 2], None)["ssim"]
+        assert scores[i, z].item() == pytest.approx(pair.item(), abs=1e-12)
+    assert scores[1, 7].item() == pytest.approx(1) and scores[0].max() < 0.5
+    assert torch.equal(adjacent_ssim(brains[1:])[0], scores[1])
+
+
+def test_reslice_spectrum_keeps_all_power_and_finds_a_wave_at_its_frequency():
+    """Parseval; white noise is flat; a brain without change has the constant alone; a ramp does not jump."""
+    noise = torch.randint(256, (2, 32, 64, 64), dtype=torch.uint8)
+    power, grey = reslice_spectrum(noise), noise.double() / 255
+    assert power.shape == (2, 32) and power.dtype == torch.float64
+    assert torch.allclose(power.sum(1), grey.square().mean((2, 3)).sum(1))
+    assert torch.allclose(power[:, 1:], grey.var(1).mean((1, 2))[:, None].expand(2, 31), rtol=0.1)
+    assert torch.allclose(power[:, 0], 32 * grey.mean(1).square().mean((1, 2)))
+    still = reslice_spectrum(noise[:, :1].expand(2, 32, 64, 64))
+    assert still[:, 0].min() > 1 and still[:, 1:].max() < 1e-20
+    z = torch.arange(32, dtype=torch.float64)
+    for k in (1, 9, 31):  # k / 64 cycles per slice
+        wave = 128 + 100 * torch.cos(math.pi * k * (2 * z + 1) / 64)
+        power = reslice_spectrum(wave.round().to(torch.uint8)[None, :, None, None].expand(1, 32, 8, 8))[0]
+        assert power[1:].argmax() + 1 == k and power[k] > 0.999 * power[1:].sum()
+        assert power[k].item() == pytest.approx(16 * (100 / 255) ** 2, rel=0.01)
+    ramp = reslice_spectrum((8 * z).to(torch.uint8)[None, :, None, None].expand(1, 32, 8, 8))[0]
+    assert ramp[16:].sum() < 1e-4 * ramp[1:].sum()  # periodic continuation would leave a hundred times as much
+    assert torch.equal(reslice_spectrum(noise[1:])[0], reslice_spectrum(noise)[1])
 
 
 def test_the_interval_holds_the_mean_and_shrinks_with_more_cases():

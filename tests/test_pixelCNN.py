@@ -8,6 +8,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -453,6 +454,8 @@ def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
     for i in range(2):
         pixels = pixelCNN.decode_codes(inside, sample_brain(model, 0, i, 0.8, torch.device("cpu")))
         assert np.array_equal(slices.images[32 * i : 32 * i + 32], pixels)
+        voxels = np.asanyarray(nibabel.load(samples / f"brain_{i:03d}.nii.gz").dataobj)
+        assert np.array_equal(voxels.transpose(2, 0, 1), pixels)
         sheet = np.asarray(Image.open(samples / f"brain_{i:03d}.png").convert("L"))
         assert sheet.shape[0] > 4 * 128 and sheet.shape[1] > 8 * 128
     with Image.open(samples / "process.gif") as gif:

@@ -89,6 +89,7 @@ def test_imports_go_one_way():
     assert imports["logger"] <= {"util"}
     assert imports["module"] <= {"util"}
     assert imports["quantizer"] == set()
+    assert imports["volume"] <= {"util", "dataset"}
     for model in ("model_VAE", "model_discriminator", "model_diffusion"):
         assert imports[model] <= {"util", "module", "quantizer"}
     for script in (*TRAINERS, "evaluate"):

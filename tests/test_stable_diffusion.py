@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     assert {path.name for path in Path("diffusion_vis").iterdir()} == {"sample_000002.png", "sample_000003.png"}
 
 
-def test_sampling_writes_a_sheet_and_32_slices_per_brain_and_the_gif(trained, run_main):
+def test_sampling_writes_sheet_volume_and_32_slices_per_brain_and_the_gif(trained, run_main):
     """In the form that dataset.py reads; each brain is the one that its number and the seed stand for."""
     # Untrained, v = 0 leaves x nearly where it is; fresh noise moves it, and a GIF holds equal frames but once.
     flags = ["--seed", 5, "--sample-steps", 12, "--eta", 1]
@@ -193,6 +194,8 @@ def test_sampling_writes_a_sheet_and_32_slices_per_brain_and_the_gif(trained, ru
     assert torch.allclose(both[-1][32:], alone[-1], atol=1e-4)
     assert not np.array_equal(slices[0], slices[1])
     for i in range(2):
+        voxels = np.asanyarray(nibabel.load(samples / f"brain_{i:03d}.nii.gz").dataobj)
+        assert np.array_equal(voxels.transpose(2, 0, 1), slices[i])
         sheet = np.asarray(Image.open(samples / f"brain_{i:03d}.png").convert("L"))
         height, width = (sheet.shape[0] - 26) // 4, (sheet.shape[1] - 4) // 8
         for z in (0, 13, 31):  # every second pixel of the sheet is one of the slice's, doubled
@@ -325,7 +328,7 @@ def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
     monkeypatch.setattr(stable_diffusion, "load_first_stage", None)
     assert run_main(stable_diffusion, "--sample", "--sample-steps", 6, "--name", "mine")[0] == 0
     here, there = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (trained / "here", Path("mine_vis/samples")))
-    assert len(here) == 32 + 2 and here == there
+    assert len(here) == 32 + 5 and here == there
 
 
 def test_every_flag_is_read():

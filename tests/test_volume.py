@@ -1,0 +1,213 @@
+"""Laws of volume.py: a viewer finds every voxel where the head has it, and the pictures say the same."""
+
+import gzip
+import itertools
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+import pixelCNN
+import stable_diffusion
+import volume
+from dataset import list_slices, read_png
+from phantom import phantom_case
+
+
+@pytest.fixture(scope="module")
+def head() -> np.ndarray:
+    """Slices uint8 [32, 256, 256] of a phantom. Read only."""
+    return phantom_case(0, 1)[0]
+
+
+def small(head: np.ndarray, size: int) -> np.ndarray:
+    """The head at size x size pixels, every one of them one of the head's."""
+    step = 256 // size
+    return head[:, ::step, ::step].copy()
+
+
+# ---------------------------------------------------------------------------------------------------------- the volume
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_nifti_read_back_is_the_slices_in_ras_and_mm(head, size):
+    """Voxel by voxel; both transforms, the sizes of voxels, units, and a description that says what it is."""
+    slices = small(head, size)
+    image = nibabel.Nifti1Image.from_bytes(volume.to_nifti(slices).to_bytes())
+    voxels = np.asanyarray(image.dataobj)
+    assert voxels.dtype == np.uint8 and np.array_equal(voxels.transpose(2, 0, 1), slices)
+    assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
+    header = image.header
+    assert header.get_zooms() == (256 / size, 256 / size, 1) and header.get_xyzt_units()[0] == "mm"
+    for transform, code in (image.get_sform(coded=True), image.get_qform(coded=True)):
+        assert code > 0 and np.array_equal(transform, image.affine)
+    assert "synthetic" in bytes(header["descrip"]).decode() and (header["cal_min"], header["cal_max"]) == (0, 255)
+
+
+def test_up_is_left_and_right_is_anterior_and_the_origin_is_the_middle(head):
+    """A mark in the upper right of the highest slice is to the left, in front and up, at any size as many mm."""
+    for size in (64, 128, 256):
+        slices = np.zeros((32, size, size), np.uint8)
+        slices[31, size // 4, 3 * size // 4 : 3 * size // 4 + 1] = 255
+        image = volume.to_nifti(slices)
+        (voxel,) = np.argwhere(np.asanyarray(image.dataobj))
+        half = 128 / size  # the middle of the voxel
+        assert np.allclose(nibabel.affines.apply_affine(image.affine, voxel), (half - 64, 64 + half, 31))
+    corners = [nibabel.affines.apply_affine(image.affine, voxel) for voxel in ((0, 0, 0), (255, 255, 0))]
+    assert np.allclose(np.add(*corners), 0)
+
+
+def test_equal_slices_give_equal_files_whatever_the_time(head, tmp_path, monkeypatch):
+    """So that a sample can be compared byte by byte."""
+    slices, files = small(head, 64), []
+    for folder, time in (("a", 1e9), ("b", 2e9)):
+        monkeypatch.setattr("time.time", lambda time=time: time)
+        volume.write_brain(tmp_path / folder, 0, slices, "a head")
+        files.append({file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 36
+    assert len(gzip.decompress(files[0]["brain_000.nii.gz"])) == 352 + slices.size
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((32, 8, 8)), np.zeros((32, 8, 9), np.uint8), np.zeros((8, 8), np.uint8)])
+def test_what_is_no_volume_of_grey_slices_is_refused(wrong):
+    """Floating pixels would be written as another type, other shapes with other axes."""
+    with pytest.raises(ValueError, match="slices must be uint8"):
+        volume.to_nifti(wrong)
+
+
+# -------------------------------------------------------------------------------------------------------- the reslices
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_cut_is_the_plane_of_the_volume_at_these_mm(head, size):
+    """The same voxels that NIfTI's affine puts there."""
+    slices = small(head, size)
+    image = volume.to_nifti(slices)
+    voxels, inverse = np.asanyarray(image.dataobj), np.linalg.inv(image.affine)
+    for mm in (-100.7, -20.3, 0.7, 7.2, 99.4):
+        i, j, _ = np.round(nibabel.affines.apply_affine(inverse, (mm, mm, 0))).astype(int)
+        assert np.array_equal(volume.cut(slices, "x", mm), voxels[i].T)
+        assert np.array_equal(volume.cut(slices, "y", mm), voxels[:, j].T)
+    assert np.array_equal(volume.cut(slices, "z", 7), slices[7])
+    for axis, mm in (("x", 128.1), ("y", -128.1), ("z", 32), ("z", -1)):
+        with pytest.raises(ValueError, match=f"{axis} = .* outside"):
+            volume.cut(slices, axis, mm)
+
+
+def grey_at(panel, across: float, up: float) -> int:
+    """What a panel of the figure shows at a place given in its own axes, as matplotlib draws it."""
+    picture = panel.images[0]
+    left, right, bottom, top = picture.get_extent()
+    pixels = picture.get_array() if picture.origin == "lower" else picture.get_array()[::-1]
+    rows, columns = pixels.shape
+    return pixels[int((up - bottom) / (top - bottom) * rows), int((across - left) / (right - left) * columns)]
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_marked_voxel_appears_where_its_mm_are_in_all_three_directions(size):
+    """One bright voxel on the three cuts x = 25, y = 20, z = 15 of the figure, and on no other."""
+    slices = np.zeros((32, size, size), np.uint8)
+    row, column = int((25 + 128) * size / 256), int((20 + 128) * size / 256)
+    slices[15, row, column] = 200
+    panels = {panel.get_title(): panel for panel in volume.reslices(slices, "one voxel").axes}
+    axial, middle, beside, front, back = panels.values()
+    assert list(panels) == ["axial, z = 15 mm", "sagittal, x = 0 mm", "sagittal, x = 25 mm",
+                            "coronal, y = 20 mm", "coronal, y = -30 mm"]  # fmt: skip
+    for panel, place in ((axial, (20.5, 25.5)), (beside, (20.5, 15)), (front, (25.5, 15))):
+        assert grey_at(panel, *place) == 200 and (panel.images[0].get_array() > 0).sum() == 1
+        assert panel.images[0].get_clim() == (0, 255) and panel.get_aspect() == 1
+    assert not middle.images[0].get_array().any() and not back.images[0].get_array().any()
+
+
+def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head):
+    """Anterior right, left up in the slice, superior up elsewhere; equal mm are equally long in all panels."""
+    figure = volume.reslices(head, "a phantom")
+    figure.draw_without_rendering()
+    assert "a phantom" in figure.get_suptitle() and "convention" in figure.get_suptitle()
+    assert len({round(np.diff(panel.transData.transform([(0, 0), (10, 0)]), axis=0)[0, 0], 3)
+                for panel in figure.axes}) == 1  # fmt: skip
+    for panel in figure.axes:
+        letters = {text.get_text(): text.get_position() for text in panel.texts}
+        (left, bottom), (right, top) = panel.transData.inverted().transform(panel.bbox.get_points())
+        across, up = panel.get_xlabel() or "as below", panel.get_ylabel()
+        assert right > left and up.split(",")[0] in "xz"
+        if panel.get_title().startswith("axial"):
+            assert letters["A"][0] > letters["P"][0] and across.startswith("y")
+            assert letters["L"][1] > letters["R"][1] and top < 0 < bottom  # mm to the right are counted downwards
+        else:
+            assert letters["S"][1] > letters["I"][1] and top > bottom
+            start, end = "LR" if panel.get_title().startswith("coronal") else "PA"
+            assert letters[end][0] > letters[start][0]
+    boxes = [panel.get_tightbbox() for panel in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in box.corners())
+
+
+def test_nothing_that_is_not_black_is_cut_off(head):
+    """The pictures show the content box, and all of the slice where there is something outside."""
+    assert volume.head_box(head) == (slice(32, 224), slice(16, 240))
+    assert volume.head_box(small(head, 64)) == (slice(8, 56), slice(4, 60))
+    other = head.copy()
+    other[3, 5, 100] = 1
+    assert volume.head_box(other) == (slice(0, 256), slice(0, 256))
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_gif_goes_up_and_down_once(head, size, tmp_path):
+    """Frame after frame the slices 0 .. 31 .. 0, within the grey levels it keeps, each with another caption."""
+    slices = small(head, size)
+    volume.write_brain(tmp_path, 0, slices, "a head")
+    order = [*range(32), *range(30, -1, -1)]
+    zoom, (rows, columns) = 256 // size, volume.head_box(slices)
+    with Image.open(tmp_path / "brain_000_scroll.gif") as gif:
+        frames = [np.asarray(frame.convert("L")).astype(int) for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["loop"] == 0
+    assert len(frames) == 63 and (tmp_path / "brain_000_scroll.gif").stat().st_size < 2_000_000
+    for z, frame in zip(order, frames, strict=True):
+        shown = frame[26 : 26 + 192 : zoom, 4 : 4 + 224 : zoom]
+        assert np.abs(shown - slices[z, rows, columns]).max() <= 4
+    captions = {frame[:26].tobytes() for frame in frames}
+    assert len(captions) == 32
+    assert all(np.array_equal(a, b) for a, b in zip(frames, reversed(frames)))
+
+
+def test_write_brain_returns_what_it_wrote(head, tmp_path):
+    """Sheet, GIF, reslices and volume, by name and number; and the slices, which dataset.py reads."""
+    slices = small(head, 64)
+    files = volume.write_brain(tmp_path / "new", 12, slices, "a head")
+    assert [file.name for file in files] == [
+        "brain_012.png", "brain_012_scroll.gif", "brain_012_reslices.png", "brain_012.nii.gz"]  # fmt: skip
+    found = list_slices(tmp_path / "new", "test")
+    assert [place[:2] for place in found] == [(12, z) for z in range(32)]
+    assert np.array_equal(np.stack([read_png(path) for *_, path in found]), slices)
+    assert {*files, *(path for *_, path in found)} == set((tmp_path / "new").iterdir())
+
+
+def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypatch, run_main):
+    """stable_diffusion.py and pixelCNN.py, each with its model replaced by one that draws this head."""
+    slices = small(head, 64)
+    described = (None, None, {"step": 7})
+    monkeypatch.setattr(stable_diffusion, "load_second_stage", lambda *args: described)
+    monkeypatch.setattr(stable_diffusion, "sample_latents", lambda *args: [None, None])
+    monkeypatch.setattr(stable_diffusion, "decode_brains", lambda *args: slices[None])
+    monkeypatch.setattr(pixelCNN, "load_prior", lambda *args: described)
+    monkeypatch.setattr(pixelCNN, "sample_brain", lambda *args: None)
+    monkeypatch.setattr(pixelCNN, "decode_codes", lambda *args: slices)
+    monkeypatch.setattr(pixelCNN, "filling_frames", lambda *args: list(slices))
+    written = []
+    for module, name in ((stable_diffusion, "diffusion"), (pixelCNN, "pixelcnn")):
+        (tmp_path / "model_ckpt" / name).mkdir(parents=True)
+        (tmp_path / "model_ckpt" / name / "model.safetensors").touch()
+        status, out, errors = run_main(module, "--sample", "--brains", 2)
+        assert status == 0, errors
+        folder = tmp_path / f"{name}_vis/samples"
+        written.append({path.name for path in folder.iterdir()})
+        for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz"):
+            assert f"brain_001{ending}" in written[-1] and f"brain_001{ending}" in out
+        voxels = np.asanyarray(nibabel.load(folder / "brain_001.nii.gz").dataobj)
+        assert np.array_equal(voxels.transpose(2, 0, 1), slices)
+    assert written[0] == written[1] and len(written[0]) == 2 * 36 + 1

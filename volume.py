@@ -1,0 +1,173 @@
+"""A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
+
+write_brain leaves everything of one new brain: sheet, scroll through z, reslices, volume and slices.
+
+Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
+wide; it is 1 mm high, since neighbouring z lie about 1 mm apart. The origin is the middle of the picture on the lowest
+slice, so z in mm is the slice index; it is no anatomical landmark.
+
+Left and right are a convention. The release says that anterior is to the right of a slice, not which side is up. Here
+the top is LEFT, because what one sees speaks for it: the marker capsule outside the scalp, which OASIS-1 describes at
+the left forehead (Marcus et al. 2007), lies at the top in nearly every head that shows one. Do not conclude from these
+files on which side of a person anything was.
+"""
+
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+import util
+from dataset import CONTENT_BOX, write_slices
+
+FIELD = 256  # mm, the side of a slice
+DESCRIPTION = b"synthetic: drawn by a generative model, no person's brain"  # at most 79 bytes
+SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 15  # where reslices cuts, mm
+
+
+def affine_of(slices: np.ndarray) -> np.ndarray:
+    """float64 [4, 4]: voxel (row, column, z) of slices uint8 [N, S, S] to RAS+ mm, the voxel's centre."""
+    size = slices.shape[1]
+    pixel = FIELD / size
+    affine = np.diag([pixel, pixel, 1.0, 1.0])
+    affine[:2, 3] = -pixel * (size - 1) / 2
+    return affine
+
+
+def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
+    """NIfTI-1 of slices uint8 [N, S, S]: voxels uint8 [S, S, N] along right, anterior, superior.
+
+    Voxel (i, j, k) is row i, column j of slice k. The header has mm, both transforms, grey 0..255 and "synthetic".
+    """
+    if slices.dtype != np.uint8 or slices.ndim != 3 or slices.shape[1] != slices.shape[2]:
+        raise ValueError(f"slices must be uint8 [N, S, S], not {slices.dtype} {list(slices.shape)}")
+    affine = affine_of(slices)
+    image = nibabel.Nifti1Image(slices.transpose(1, 2, 0), affine)
+    image.set_sform(affine, code="aligned")  # to an atlas, in the release; viewers ignore transforms of code 0
+    image.set_qform(affine, code="aligned")
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"], image.header["cal_min"], image.header["cal_max"] = DESCRIPTION, 0, 255
+    return image
+
+
+def head_box(slices: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of slices uint8 [N, S, S] worth showing: the content box, or all if there is more outside."""
+    size = slices.shape[1]
+    top, left, height, width = (n * size // FIELD for n in CONTENT_BOX)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    outside = slices.any(0)
+    outside[rows, columns] = False
+    return (slice(0, size), slice(0, size)) if outside.any() else (rows, columns)
+
+
+def cut(slices: np.ndarray, axis: str, mm: float) -> np.ndarray:
+    """The plane of slices uint8 [N, S, S] in which a coordinate is `mm`, as a picture in rows and columns.
+
+    axis: "x" gives a sagittal picture [z, y], "y" a coronal one [z, x], "z" the slice itself, [x, y].
+    Raises ValueError outside the volume.
+    """
+    a = "xyz".index(axis)
+    affine = affine_of(slices)
+    n = int(np.floor((mm - affine[a, 3]) / affine[a, a] + 0.5))
+    along = (1, 2, 0)[a]
+    if not 0 <= n < slices.shape[along]:
+        raise ValueError(f"{axis} = {mm} mm is outside the volume")
+    return slices.take(n, axis=along)
+
+
+def reslices(slices: np.ndarray, title: str):
+    """A figure of slices uint8 [N, S, S]: an axial slice, two sagittal and two coronal cuts, all at one scale in mm.
+
+    Dashed lines show where each cut lies: those of the sagittal cuts are blue, of the coronal ones orange, of the
+    axial one green.
+    """
+    from matplotlib.figure import Figure
+
+    pixel = FIELD / slices.shape[1]
+    x_range, y_range = ((part.start * pixel - FIELD / 2, part.stop * pixel - FIELD / 2) for part in head_box(slices))
+    shown = {"x": x_range, "y": y_range, "z": (-0.5, len(slices) - 0.5)}
+    whole = {**dict.fromkeys("xy", (-FIELD / 2, FIELD / 2)), "z": shown["z"]}
+    long, wide, high = (shown[axis][1] - shown[axis][0] for axis in "yxz")
+    names = {"x": "x, mm (left to right)", "y": "y, mm (posterior to anterior)", "z": "z, mm"}
+    colors = {"x": "C0", "y": "C1", "z": "C2"}
+    cuts = [("z", min(AXIAL, len(slices) - 1)), *(("x", mm) for mm in SAGITTAL), *(("y", mm) for mm in CORONAL)]
+
+    # inches: the axial slice on the left, the other cuts one below the other on the right
+    scale, low, gap = 6.2 / long, 0.65, 0.68
+    column = (len(cuts) - 1) * (high * scale + gap) - gap
+    tall = max(column, wide * scale)
+    size = (7.75 + 6.2 + 0.2, low + tall + 0.9)
+    figure = Figure(figsize=size)
+    note = "dashed: where the other cuts lie; left and right are a convention: what is up in a slice is called left"
+    figure.suptitle(f"{title}\n{note}", fontsize=12)
+    for n, (axis, mm) in enumerate(cuts):
+        across, up = {"x": "yz", "y": "xz", "z": "yx"}[axis]
+        ends = {"x": "PAIS", "y": "LRIS", "z": "PARL"}[axis]  # left, right, bottom, top of the panel
+        turn = -1 if axis == "z" else 1  # row 0 is the top of a slice, and the bottom of the other cuts
+        width, height = (scale * (shown[name][1] - shown[name][0]) for name in (across, up))
+        if axis == "z":
+            left, bottom = 0.75, low + (tall - height) / 2
+        else:
+            left, bottom = 7.75, low + (tall + column) / 2 + gap - n * (height + gap)
+        panel = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
+        origin, extent = "upper" if axis == "z" else "lower", (*whole[across], *whole[up][::turn])
+        picture = cut(slices, axis, mm)
+        panel.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", origin=origin, extent=extent)
+        panel.set(xlim=shown[across], ylim=shown[up][::turn], ylabel=names[up])
+        if n + 1 == len(cuts) or cuts[n + 1][0] != axis:  # cuts along one axis share the name under the last of them
+            panel.set_xlabel(names[across])
+        kind = {"x": "sagittal", "y": "coronal", "z": "axial"}[axis]
+        panel.set_title(f"{kind}, {axis} = {mm} mm", color=colors[axis], fontsize=11, pad=3)
+        for end, x, y in zip(ends, (0.02, 0.98, 0.5, 0.5), (0.5, 0.5, 0.02, 0.98), strict=True):
+            panel.text(x, y, end, color="yellow", transform=panel.transAxes, fontweight="bold",
+                       ha={0.02: "left", 0.98: "right"}.get(x, "center"),
+                       va={0.02: "bottom", 0.98: "top"}.get(y, "center"))  # fmt: skip
+        for other, at in cuts:
+            if (axis == "z") != (other == "z"):
+                line = panel.axvline if other == across else panel.axhline
+                line(at, color=colors[other], linewidth=1, linestyle="--")
+    return figure
+
+
+def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
+    """Frames uint8 [H, W] of slices uint8 [N, S, S] with their z: from the lowest to the highest, and down again.
+
+    In 64 grey levels, which halves the GIF.
+    """
+    rows, columns = head_box(slices)
+    coarse = (slices[:, rows, columns] >> 2) * np.uint16(255) // 63
+    order = [*range(len(slices)), *range(len(slices) - 2, -1, -1)]
+    zoom = max(1, FIELD // slices.shape[1])
+    return [
+        np.asarray(
+            util.sheet(
+                [coarse[z : z + 1].astype(np.uint8)],
+                title=f"{name}: z = {z} mm",
+                captions=["anterior right, left up"],
+                zoom=zoom,
+            )
+        )
+        for z in order
+    ]
+
+
+def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
+    """Writes all of new brain number i, slices uint8 [32, S, S] in the order of z, into the folder `out`.
+
+    Files: brain_000.png, the sheet; brain_000_scroll.gif, up and down through z; brain_000_reslices.png;
+    brain_000.nii.gz; and the slices, case_000_slice_0.nii.png to _31. Equal slices give equal bytes.
+
+    Args:
+        title: what the pictures say about the brain.
+    Returns the paths of the four, in this order.
+    """
+    sheet, gif, across, nifti = (
+        out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
+    )
+    write_slices(out, i, slices)
+    util.save_picture(sheet, util.brain_sheet(slices, title))
+    util.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
+    util.save_picture(across, reslices(slices, title))
+    util.write_file(nifti, gzip.compress(to_nifti(slices).to_bytes(), mtime=0))  # no clock in the file
+    return [sheet, gif, across, nifti]
