@@ -145,8 +145,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     for step in range(1, 6):
         out = train("--name", "stopped", *flags, *ONE_STEP)
         assert (f"stopped after {step} of 5 steps" in out) == (step < 5)
-        if step == 3 and GAN[0] in flags:  # no report has judged the perceptual decoder yet: the file has the last good
-            assert differing(*decoders(weights("stopped"))) == []
     assert differing(weights("straight"), weights("stopped")) == []
     one, other = checkpoint("straight"), checkpoint("stopped")
     for part in ("model", "ema", "discriminator"):
