@@ -275,12 +275,12 @@ def describe_device(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of --precision. On a CPU, auto is bf16 only where matrix units (AMX) multiply it."""
+    """The autocast context of --precision. On a CPU, auto is bf16 only where AVX-512 or AMX multiply it."""
     if precision == "auto":
         fast = (
             torch.cuda.is_bf16_supported(including_emulation=False)
             if device.type == "cuda"
-            else getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+            else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # processors with AMX have it too
         )
         precision = "bf16" if fast else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,7 +1,7 @@
 """Which first stage learns fastest? Autoencoders trained by one loop on the same slices for the same number of seconds.
 
-    python playground/equal_time.py --arm ours --seconds 300          # one arm; again for every arm to compare
-    python playground/equal_time.py --draw                            # table and plot of all arms that were run
+    python playground/equal_time.py --arm ours monai-vqvae --seconds 300   # these arms; without --arm all of them
+    python playground/equal_time.py --draw                                 # table and plot of all that were run
 
 Every arm has one code (K 1024) or one vector of 8 numbers per 8x8 pixels, the loss L1 + 0.5 (1 - SSIM), Adam with a
 warm-up and a cosine over the seconds, and the same slices in the same order. `ours` is what prestage_train.py takes on
@@ -213,13 +213,10 @@ def validate(model: nn.Module, data: Slices, index: Tensor, device: torch.device
     return mean_scores(scores)
 
 
-def train_arm(args: argparse.Namespace) -> None:
+def train_arm(arm: str, args: argparse.Namespace, train: Slices, held_out: Slices, device: torch.device) -> None:
     """Trains one arm for args.seconds and writes what it reached at 12 times into OUT/ARM.json."""
-    device, folder = util.pick_device(args.device), find_data(args.data)
-    train = load_slices(folder, "train", 256)
-    held_out = load_slices(folder, "validate", 256, masks=has_masks(folder, "validate"))
     watched = torch.linspace(0, len(held_out) - 1, 64).round().long()
-    build, kwargs, batch_size = ARMS[args.arm]
+    build, kwargs, batch_size = ARMS[arm]
     batch_size = args.batch_size or batch_size
     torch.manual_seed(0)
     model = build(train, **kwargs).to(device, memory_format=torch.channels_last)
@@ -228,7 +225,7 @@ def train_arm(args: argparse.Namespace) -> None:
     )
     marks = [args.seconds * share for share in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.arm}: {parameters:,} parameters, {args.seconds:.0f} s on {util.describe_device(device)}", flush=True)
+    print(f"{arm}: {parameters:,} parameters, {args.seconds:.0f} s on {util.describe_device(device)}", flush=True)
     points, seconds, step = [], 0.0, 0
 
     def clock() -> float:
@@ -262,9 +259,9 @@ def train_arm(args: argparse.Namespace) -> None:
             scores = validate(model, held_out, watched, device, args.precision)
             points.append({"seconds": seconds, "step": step, **scores})
             line = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            print(f"{args.arm}  {seconds:.0f} s  step {step}  {line}", flush=True)
+            print(f"{arm}  {seconds:.0f} s  step {step}  {line}", flush=True)
     result = {
-        "arm": args.arm,
+        "arm": arm,
         "parameters": parameters,
         "batch_size": batch_size,
         "learning_rate": args.learning_rate,
@@ -272,7 +269,7 @@ def train_arm(args: argparse.Namespace) -> None:
         "seconds_per_step": seconds / step,
         "points": points,
     }
-    name = args.arm + (f"-{args.tag}" if args.tag else "")
+    name = arm + (f"-{args.tag}" if args.tag else "")
     util.write_file(args.out / f"{name}.json", json.dumps(result, indent=2).encode())
     print(f"result: {args.out / f'{name}.json'}")
 
@@ -327,7 +324,7 @@ def draw(folder: Path) -> None:
 def main() -> None:
     parser = util.plain_parser(__doc__)
     add = parser.add_argument
-    add("--arm", choices=sorted(ARMS), default="ours", help="what to train (default: %(default)s)")
+    add("--arm", nargs="+", choices=ARMS, default=list(ARMS), help="what to train, in this order (default: all)")
     add("--seconds", type=util.positive_float, default=300, help="of training steps (default: %(default)s)")
     add("--batch-size", type=util.positive_int, help="default: 4, and 16 for the arm that says so")
     add("--learning-rate", type=util.positive_float, default=8e-4, help="of Adam (default: %(default)s)")
@@ -338,7 +335,13 @@ def main() -> None:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as in training (default: %(default)s)")
     add("--out", type=Path, default=Path("playground_vis/equal_time"), help="results (default: %(default)s)")
     args = parser.parse_args()
-    draw(args.out) if args.draw else train_arm(args)
+    if args.draw:
+        return draw(args.out)
+    device, folder = util.pick_device(args.device), find_data(args.data)
+    train = load_slices(folder, "train", 256)
+    held_out = load_slices(folder, "validate", 256, masks=has_masks(folder, "validate"))
+    for arm in args.arm:
+        train_arm(arm, args, train, held_out, device)
 
 
 if __name__ == "__main__":
