@@ -55,7 +55,10 @@ def score_codec(data: Slices, codec: str, reconstruct: Callable[[Tensor], Tensor
 
 
 def brain_positions(masks: Tensor, model: Autoencoder, grid: tuple[int, int] | None = None) -> Tensor:
-    """bool [B, h, w]: the positions of a grid, the latent's unless given, whose block of masks [B, H, W] has brain."""
+    """bool [B, h, w]: the positions of a grid, the latent's unless given, whose block of masks [B, H, W] has brain.
+
+    Of pictures instead of masks: those whose block is not black.
+    """
     inside = model.crop((masks[:, None] > 0).float())
     return F.adaptive_max_pool2d(inside, grid or model.latent_shape[1:])[:, 0] > 0
 
@@ -102,7 +105,7 @@ def score_reconstruction(
     has_codes = hasattr(model, "encode_indices")
     encode, decode = (model.encode_indices, model.decode_indices) if has_codes else (model.encode, model.decode)
     wrong_z = data.z[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
-    scores, codes, brain, moments = [], [], [], []
+    scores, codes, brain, moments = [], [], [], {}
     power = torch.zeros(2, RINGS, dtype=torch.float64)  # reconstructed, real
     for index in tqdm(torch.arange(len(data)).split(batch_size), desc="reconstruct", unit="batch", disable=None):
         x, z, _ = data.batch(index, device)
@@ -123,8 +126,13 @@ def score_reconstruction(
         else:
             mean, log_variance = model.posterior(x, z)
             score["kl_bits"] = model.kl_bits(mean, log_variance).double().cpu()
-            parts = (mean.double(), mean.double().square(), log_variance.double().exp())
-            moments.append(torch.stack([part.mean((2, 3)).cpu() for part in parts]))
+            where = {"": torch.ones(len(x), *mean.shape[2:], dtype=torch.bool), "head_": brain_positions(real, model)}
+            where |= {"brain_": brain_positions(masks, model)} if masks is not None else {}
+            parts = torch.stack([mean.double(), mean.double().square(), log_variance.double().exp()]).cpu()
+            for name, inside in where.items():
+                total = torch.einsum("pbchw,bhw->pc", parts, inside.double())
+                known = moments.get(name, (0, 0))
+                moments[name] = (known[0] + total, known[1] + inside.sum())
         scores.append(score)
 
     per_slice = join(scores)
@@ -140,7 +148,10 @@ def score_reconstruction(
     }
     if has_codes:
         return result | {"fixed_bits": model.fixed_bits} | _price_of_grids(model, codes, brain)
-    return result | latent_statistics(*torch.cat(moments, dim=1))
+    for name, (total, count) in moments.items():
+        if count:
+            result |= {name + key: value for key, value in latent_statistics(*(total / count)).items()}
+    return result
 
 
 def _price_of_grids(model: Autoencoder, codes: list[list[np.ndarray]], brain: list[list[np.ndarray]]) -> dict:
@@ -227,13 +238,15 @@ def ledger(result: dict) -> str:
         if "brain_usage" in level:
             lines[-1] += f"; on brain {level['brain_usage']:.3f}, {level['brain_perplexity']:,.0f}"
     if "kl_bits" in result:
-        share = result["noise_share_per_channel"]
-        by_channel = f"(by channel {min(share):.3f} to {max(share):.3f})"
-        lines += [
-            f"KL                {with_interval(result, 'kl_bits', ',.0f')} bits per image",
-            f"latent            noise share {result['noise_share']:.3f} {by_channel}; "
-            + f"{result['active_channels']} of {len(share)} channels active",
-        ]
+        lines += [f"KL                {with_interval(result, 'kl_bits', ',.0f')} bits per image"]
+        for name, where in {"": "over all positions", "head_": "over the head", "brain_": "over the brain"}.items():
+            if f"{name}noise_share" in result:
+                share = result[f"{name}noise_share_per_channel"]
+                lines.append(
+                    f"latent            noise share {where} {result[f'{name}noise_share']:.4f} (by channel "
+                    f"{min(share):.4f} to {max(share):.4f}); {result[f'{name}active_channels']} of {len(share)} "
+                    "channels active"
+                )
     lines.append(f"shuffled z        SSIM {with_interval(result, 'ssim_shuffled_z')}, own z {result['ssim']:.4f}")
     if "brain_ssim" in result:
         wrong = with_interval(result, "brain_ssim_shuffled_z")

@@ -126,6 +126,21 @@ def test_the_price_of_a_vae_is_its_kl(tiny_sizes, validate, awaken, monkeypatch)
     assert score_reconstruction(model, validate, CPU)["noise_share"] == pytest.approx(0.2, abs=0.02)
 
 
+def test_the_noise_share_over_head_and_brain_leaves_black_out(tiny_sizes, validate, monkeypatch):
+    """A mean that knows only head from black: all positions hide the noise, those of the head show nothing but it."""
+    model = VAE(**tiny_sizes).eval()
+    head, brain = (brain_positions(pictures, model) for pictures in (validate.images, validate.masks))
+    assert (head | ~brain).all() and brain.sum() < head.sum() < head.numel()
+    mean = 10 * head[:, None].double().expand(8, 4, 12, 14)
+    monkeypatch.setattr(model, "posterior", lambda x, z: (mean, torch.zeros(mean.shape)))
+    result = score_reconstruction(model, validate, CPU)
+    share = head.double().mean().item()
+    assert result["noise_share"] == pytest.approx(1 / (1 + 100 * share * (1 - share)))
+    assert result["head_noise_share"] == pytest.approx(1) == result["brain_noise_share"]
+    assert result["active_channels"] == 4 and result["head_active_channels"] == 0
+    assert "over the head 1.0000" in ledger(result) and "over the brain 1.0000" in ledger(result)
+
+
 @pytest.mark.parametrize("kind", [VAE, VQVAE])
 def test_the_decoder_is_told_a_wrong_z_and_the_encoder_its_own(kind, tiny_sizes, validate, monkeypatch):
     """The wrong ones are a permutation of all slices' z, across batches, the same at every batch size."""

@@ -224,7 +224,7 @@ def test_noise_share_and_active_channels_of_a_known_posterior():
     """Means of variance 4, 0.04 and 0.0025, noise of variance 1, 0.01 and 1: shares 1/5, 1/5 and nearly all."""
     mean = torch.randn(400, 3, 10, 10, dtype=torch.float64) * torch.tensor([2, 0.2, 0.05])[:, None, None] + 3
     variance = torch.tensor([1, 0.01, 1], dtype=torch.float64).expand(400, 3)
-    result = latent_statistics(mean.mean((2, 3)), mean.square().mean((2, 3)), variance)
+    result = latent_statistics(mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), variance.mean(0))
     assert result["noise_share_per_channel"] == pytest.approx([0.2, 0.2, 1 / 1.0025], abs=0.005)
     assert result["noise_share"] == pytest.approx(np.mean(result["noise_share_per_channel"]))
     assert result["active_channels"] == 2
