@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import util
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
-from evaluate import COUNTABLE, code_usage, mean_scores, slice_scores
 from logger import Logger
+from metrics import COUNTABLE, code_usage, mean_scores, slice_scores
 from model_discriminator import (
     PatchDiscriminator,
     adaptive_weight,

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
-from evaluate import brain_positions, code_usage
+from evaluate import brain_positions
+from metrics import code_usage
 from model_VAE import VQVAE, load_first_stage
 from util import UserError
 

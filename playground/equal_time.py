@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
-from evaluate import mean_scores, slice_scores
+from metrics import mean_scores, slice_scores
 from model_VAE import VAE, VQVAE
 from prestage_train import reconstruction_loss, start_from_data
 from util import PRESET_NAMES, PRESETS

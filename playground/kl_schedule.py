@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
-from evaluate import ACTIVE, mean_scores, slice_scores
 from logger import read_log
+from metrics import ACTIVE, mean_scores, slice_scores
 from model_VAE import VAE, load_first_stage
 from prestage_train import reconstruction_loss
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
-from evaluate import adjacent_ssim
+from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion, sample_ddim
 from model_VAE import load_second_stage
 from stable_diffusion import BrainNoise, decode_brains

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
-from evaluate import RINGS, mean_scores, radial_spectrum, slice_scores
+from metrics import RINGS, mean_scores, radial_spectrum, slice_scores
 from model_VAE import load_first_stage
 
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
-from evaluate import slice_scores
 from logger import read_log
+from metrics import slice_scores
 from model_VAE import MODELS, Autoencoder, build_first_stage
 from util import UserError
 

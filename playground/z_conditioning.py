@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, has_masks, load_slices, to_uint8
-from evaluate import mean_scores, slice_scores
+from metrics import mean_scores, slice_scores
 from model_discriminator import PatchDiscriminator
 from model_VAE import Autoencoder, load_first_stage
 

@@ -103,6 +103,14 @@ def test_codebooks_too_large_for_kmeans_are_left_out_and_said(tiny_sizes, valida
     assert scored(model, validate)["block KLT f4 d16"]["numbers"] == 16 * 12 * 14
 
 
+def test_without_avif_in_pillow_that_floor_is_left_out_and_said(tiny_sizes, validate, monkeypatch, capsys):
+    monkeypatch.setattr(floors.features, "check", lambda name: name != "avif")
+    rows = scored(VAE(**tiny_sizes), validate, codebook_size=16)
+    assert [codec.split()[0] for codec in rows] == ["k-means", "block"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("AVIF")]
+    assert "left out" in line and "pillow" in line
+
+
 def test_avif_comes_as_near_to_the_bits_as_any_quality(validate):
     """By brute force over all qualities; beyond both ends the end itself."""
     pictures = validate.images[::3]

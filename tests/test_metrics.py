@@ -1,0 +1,230 @@
+"""Laws of metrics.py: every score and interval against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+import util
+from metrics import (
+    adjacent_ssim,
+    bootstrap_interval,
+    code_usage,
+    entropy_bits,
+    latent_statistics,
+    mean_scores,
+    ms_ssim,
+    radial_spectrum,
+    reslice_spectrum,
+    slice_scores,
+    summarise,
+)
+
+
+def blurred(x: Tensor, sigma: float) -> Tensor:
+    """Pictures [B, 1, H, W] under a gaussian of sigma pixels."""
+    return torch.from_numpy(gaussian_filter(x.numpy(), (0, 0, sigma, sigma)))
+
+
+# --------------------------------------------------------------------------------------------------- pictures, compared
+
+
+def test_brain_ssim_averages_exactly_the_masked_positions():
+    """Position (i, j) of the map is pixel (i + 5, j + 5); a mask in the border, where no window fits, is left out."""
+    x, x_hat = (torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8) for _ in range(2))
+    mask = torch.zeros(3, 40, 44, dtype=torch.uint8)
+    mask[0, 7, 9], mask[0, 30, 38], mask[0, 2, 2], mask[0, 39, 20] = 85, 255, 255, 170
+    mask[1, 5:35, 5:39] = 170
+    scores = slice_scores(x_hat, x, mask)
+    similarity = util.ssim_map(x_hat[:, None].double() / 255, x[:, None].double() / 255)[:, 0]
+    assert torch.isclose(scores["brain_ssim"][0], (similarity[0, 2, 4] + similarity[0, 25, 33]) / 2)
+    assert torch.isclose(scores["brain_ssim"][1], similarity[1].mean())
+    assert torch.allclose(scores["ssim"], similarity.mean((1, 2)))
+    assert scores["brain_ssim"][2].isnan() and scores["ssim"].dtype == torch.float64
+    assert "brain_ssim" not in slice_scores(x_hat, x, None)
+
+
+def test_psnr_by_hand():
+    x = torch.full((2, 16, 16), 100, dtype=torch.uint8)
+    x_hat = x.clone()
+    x_hat[0] += 5
+    x_hat[1, 0, 0] -= 64
+    expected = [20 * math.log10(255 / 5), 20 * math.log10(255 / math.sqrt(64**2 / 256))]
+    assert slice_scores(x_hat, x, None)["psnr"].tolist() == pytest.approx(expected)
+    assert slice_scores(x, x, None)["psnr"].tolist() == [100, 100]
+    assert slice_scores(x, x, None)["ssim"].tolist() == pytest.approx([1, 1])
+
+
+def test_means_weigh_every_slice_alike_and_leave_out_those_without_brain():
+    parts = [
+        {"ssim": torch.tensor([1.0, 2.0, 3.0]), "brain_ssim": torch.tensor([1.0, math.nan, math.nan])},
+        {"ssim": torch.tensor([10.0]), "brain_ssim": torch.tensor([4.0])},
+    ]
+    assert mean_scores(parts) == {"ssim": 4.0, "brain_ssim": 2.5}
+
+
+def ms_ssim_by_hand(x: np.ndarray, y: np.ndarray, weights: list[float]) -> float:
+    """From the formulas, with SciPy's gaussian: two pictures [H, W] in [0, 1]."""
+
+    def blur(image):
+        return gaussian_filter(image, 1.5, radius=5)[5:-5, 5:-5]
+
+    product = 1
+    for n, weight in enumerate(weights):
+        mean_x, mean_y = blur(x), blur(y)
+        var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+        term = (2 * cov + 0.03**2) / (var_x + var_y + 0.03**2)
+        if n == len(weights) - 1:
+            term = term * (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        product *= term.mean() ** weight
+        x, y = ((p[::2, ::2] + p[1::2, ::2] + p[::2, 1::2] + p[1::2, 1::2]) / 4 for p in (x, y))
+    return product
+
+
+@pytest.mark.parametrize(
+    "size, weights",
+    [
+        (192, [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]),
+        (64, [w / 0.6305 for w in (0.0448, 0.2856, 0.3001)]),
+        (16, [1.0]),
+    ],
+)
+def test_ms_ssim_is_its_formula(size, weights):
+    """Five scales where the window fits in five, else as many as do, with weights that sum to 1; one is plain SSIM."""
+    x = blurred(torch.rand(2, 1, size, size, dtype=torch.float64), 2)
+    y = 0.9 * x + 0.02 * torch.rand_like(x)
+    expected = [ms_ssim_by_hand(a[0].numpy(), b[0].numpy(), weights) for a, b in zip(x, y)]
+    assert ms_ssim(x, y).tolist() == pytest.approx(expected, abs=1e-9)
+    if size == 16:
+        assert torch.allclose(ms_ssim(x, y), util.ssim_map(x, y).mean((1, 2, 3)))
+
+
+def test_ms_ssim_is_1_for_identical_pictures_and_falls_with_blur():
+    x = blurred(torch.rand(3, 1, 64, 64, dtype=torch.float64), 1)
+    assert torch.allclose(ms_ssim(x, x), torch.ones(3, dtype=torch.float64))
+    scores = torch.stack([ms_ssim(x, blurred(x, sigma)) for sigma in (0.5, 1, 2, 4)])
+    assert (scores[0] < 1).all() and (scores.diff(dim=0) < 0).all() and (scores > 0).all()
+    assert torch.allclose(ms_ssim(x, blurred(x, 1)), ms_ssim(blurred(x, 1), x))
+    negative = ms_ssim(x, 1 - x)
+    assert torch.isfinite(negative).all() and (negative >= 0).all()
+    with pytest.raises(ValueError, match="11"):
+        ms_ssim(x[..., :10], x[..., :10])
+
+
+def test_white_noise_has_a_flat_spectrum_at_its_variance():
+    noise = (128 + 30 * torch.randn(24, 64, 64)).round().clamp(0, 255).to(torch.uint8)
+    power = radial_spectrum(noise, bands=8)
+    assert power.shape == (24, 8) and power.dtype == torch.float64
+    variance = (noise.double() / 255).var().item()
+    assert power.mean(0).tolist() == pytest.approx([variance] * 8, rel=0.15)
+    assert power.mean().item() == pytest.approx(variance, rel=0.05)
+
+
+def test_a_wave_lies_in_its_ring_and_blur_takes_the_high_ones():
+    """12 waves in 64 pixels are 0.1875 cycles per pixel: ring 6 of 16. The constant lies in none."""
+    grey = 100 + 50 * torch.sin(2 * math.pi * 12 * torch.arange(64) / 64)
+    for wave in (grey.round().expand(64, 64), grey.round().expand(64, 64).T):
+        power = radial_spectrum(wave.to(torch.uint8)[None])[0]
+        assert power.argmax() == 6 and power[6] > 0.99 * power.sum()
+    assert not radial_spectrum(torch.full((1, 64, 64), 77, dtype=torch.uint8)).gt(1e-20).any()
+    noise = torch.rand(8, 1, 64, 64)
+    sharp, soft = (radial_spectrum((255 * x[:, 0]).round().to(torch.uint8)).mean(0) for x in (noise, blurred(noise, 1)))
+    kept = soft / sharp
+    assert kept[0] > 0.9 and kept[12:].max() < 0.05 and (kept[:10].diff() < 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- whole brains, intervals
+
+
+def test_adjacent_ssim_is_that_of_each_pair_of_neighbours():
+    """As slice_scores of the two slices; 1 where they are equal; brains do not mix."""
+    brains = torch.randint(256, (2, 32, 16, 16), dtype=torch.uint8)
+    brains[1, 8] = brains[1, 7]
+    scores = adjacent_ssim(brains)
+    assert scores.shape == (2, 31) and scores.dtype == torch.float64
+    for i, z in ((0, 0), (0, 30), (1, 7), (1, 12)):
+        pair = slice_scores(brains[i, z : z + 1], brains[i, z + 1 : z + 2], None)["ssim"]
+        assert scores[i, z].item() == pytest.approx(pair.item(), abs=1e-12)
+    assert scores[1, 7].item() == pytest.approx(1) and scores[0].max() < 0.5
+    assert torch.equal(adjacent_ssim(brains[1:])[0], scores[1])
+
+
+def test_reslice_spectrum_keeps_all_power_and_finds_a_wave_at_its_frequency():
+    """Parseval; white noise is flat; a brain without change has the constant alone; a ramp does not jump."""
+    noise = torch.randint(256, (2, 32, 64, 64), dtype=torch.uint8)
+    power, grey = reslice_spectrum(noise), noise.double() / 255
+    assert power.shape == (2, 32) and power.dtype == torch.float64
+    assert torch.allclose(power.sum(1), grey.square().mean((2, 3)).sum(1))
+    assert torch.allclose(power[:, 1:], grey.var(1).mean((1, 2))[:, None].expand(2, 31), rtol=0.1)
+    assert torch.allclose(power[:, 0], 32 * grey.mean(1).square().mean((1, 2)))
+    still = reslice_spectrum(noise[:, :1].expand(2, 32, 64, 64))
+    assert still[:, 0].min() > 1 and still[:, 1:].max() < 1e-20
+    z = torch.arange(32, dtype=torch.float64)
+    for k in (1, 9, 31):  # k / 64 cycles per slice
+        wave = 128 + 100 * torch.cos(math.pi * k * (2 * z + 1) / 64)
+        power = reslice_spectrum(wave.round().to(torch.uint8)[None, :, None, None].expand(1, 32, 8, 8))[0]
+        assert power[1:].argmax() + 1 == k and power[k] > 0.999 * power[1:].sum()
+        assert power[k].item() == pytest.approx(16 * (100 / 255) ** 2, rel=0.01)
+    ramp = reslice_spectrum((8 * z).to(torch.uint8)[None, :, None, None].expand(1, 32, 8, 8))[0]
+    assert ramp[16:].sum() < 1e-4 * ramp[1:].sum()  # periodic continuation would leave a hundred times as much
+    assert torch.equal(reslice_spectrum(noise[1:])[0], reslice_spectrum(noise)[1])
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_more_cases():
+    """As the standard error of the mean of cases: 1.96 sd / sqrt(cases) on either side."""
+    widths = []
+    for cases in (16, 64, 256):
+        values = torch.randn(cases, dtype=torch.float64)
+        low, high = bootstrap_interval(values, torch.arange(cases))
+        assert low < values.mean() < high
+        assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / math.sqrt(cases), rel=0.2)
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1] > 2 * widths[2]
+
+
+def test_the_interval_resamples_cases_not_slices():
+    """More slices that say the same are no more observations; nor does the order of the slices matter."""
+    values, case = torch.randn(20, dtype=torch.float64), torch.arange(20)
+    alone = bootstrap_interval(values, case)
+    assert bootstrap_interval(values.repeat_interleave(32), case.repeat_interleave(32)) == pytest.approx(alone)
+    assert bootstrap_interval(values.repeat(32), case.repeat(32)) == pytest.approx(alone)
+    taken_for_cases = bootstrap_interval(values.repeat(32), torch.arange(640))
+    assert taken_for_cases[1] - taken_for_cases[0] < 0.4 * (alone[1] - alone[0])
+
+
+def test_the_interval_is_a_pure_function_and_knows_its_limits():
+    """Seeded; slices without a score are left out, cases without any too; one case gives no interval."""
+    values, case = torch.randn(40, dtype=torch.float64), torch.arange(40) // 4
+    assert bootstrap_interval(values, case) == bootstrap_interval(values, case)
+    assert bootstrap_interval(values, case) != bootstrap_interval(values, case, seed=1)
+    holed = torch.cat([values, torch.full((4,), math.nan, dtype=torch.float64)])
+    assert bootstrap_interval(holed, torch.cat([case, torch.full((4,), 99)])) == bootstrap_interval(values, case)
+    assert bootstrap_interval(values, torch.zeros(40, dtype=torch.int64)) is None
+    summary = summarise({"a": holed, "b": torch.full((44,), math.nan)}, torch.arange(44))
+    assert summary.keys() == {"a", "a_interval"} and summary["a"] == pytest.approx(values.mean().item())
+
+
+# ---------------------------------------------------------------------------------------------------- codes and latents
+
+
+def test_entropy_and_usage():
+    """Uniform codes: log2 K bits, all in use, perplexity K; one code alone: nothing; a coin of 1 : 3 by hand."""
+    uniform = np.arange(64).repeat(5).reshape(4, 80)
+    assert entropy_bits(uniform) == pytest.approx(6)
+    assert code_usage(uniform, 64) == pytest.approx({"usage": 1, "perplexity": 64})
+    assert code_usage(uniform, 128) == pytest.approx({"usage": 0.5, "perplexity": 64})
+    assert entropy_bits(np.full(10, 3)) == 0
+    assert entropy_bits(np.array([0, 1, 1, 1])) == pytest.approx(0.25 * 2 - 0.75 * math.log2(0.75))
+
+
+def test_noise_share_and_active_channels_of_a_known_posterior():
+    """Means of variance 4, 0.04 and 0.0025, noise of variance 1, 0.01 and 1: shares 1/5, 1/5 and nearly all."""
+    mean = torch.randn(400, 3, 10, 10, dtype=torch.float64) * torch.tensor([2, 0.2, 0.05])[:, None, None] + 3
+    variance = torch.tensor([1, 0.01, 1], dtype=torch.float64).expand(400, 3)
+    result = latent_statistics(mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3)), variance.mean(0))
+    assert result["noise_share_per_channel"] == pytest.approx([0.2, 0.2, 1 / 1.0025], abs=0.005)
+    assert result["noise_share"] == pytest.approx(np.mean(result["noise_share_per_channel"]))
+    assert result["active_channels"] == 2
