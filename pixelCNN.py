@@ -406,15 +406,15 @@ def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int]) ->
     return frames
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample(args: argparse.Namespace, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_prior(args.name, device, args.decoder)
-    out = args.out or Path(f"{args.name}_vis") / "samples"
+    model, first_stage, description = load_prior(weights, device, args.decoder)
+    out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     print(
-        f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), "
+        f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):
@@ -629,15 +629,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 def main() -> None:
     args, typed = util.parse_flags(flags())
     args.name = args.name or "pixelcnn"
-    trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
-    if args.sample and not trained:
-        print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    if args.sample and trained:
-        util.check_sampling(SCRIPT, args.name, typed)
-    else:
+    util.start_processes()
+    released = util.RELEASED / "pixelcnn.safetensors"
+    weights = util.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    if weights is None:
         train(args, typed)
+        weights = util.run_weights(args.name)
     if args.sample and util.first_process():
-        sample(args)
+        sample(args, weights)
 
 
 if __name__ == "__main__":

@@ -106,15 +106,15 @@ def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
     return np.stack(pictures)
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample(args: argparse.Namespace, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_second_stage(args.name, LatentDiffusion, device, args.decoder)
+    model, first_stage, description = load_second_stage(weights, LatentDiffusion, device, args.decoder)
     steps = args.sample_steps if args.sampler == "ddim" else model.T
-    out = args.out or Path(f"{args.name}_vis") / "samples"
+    out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
-        f"sampling {args.brains} brains of run {args.name} (trained for {description['step']} steps), "
+        f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {args.sampler} in {steps} steps, on {util.describe_device(device)}"
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
@@ -276,15 +276,14 @@ def main() -> None:
     args.name = args.name or "diffusion"
     if args.sample_steps > 1000:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
-    trained = (Path("model_ckpt") / args.name / "model.safetensors").is_file()
-    if args.sample and not trained:
-        print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    if args.sample and trained:
-        util.check_sampling(SCRIPT, args.name, typed)
-    else:
+    util.start_processes()
+    released = util.RELEASED / "stable_diffusion.safetensors"
+    weights = util.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    if weights is None:
         train(args, typed)
+        weights = util.run_weights(args.name)
     if args.sample and util.first_process():
-        sample(args)
+        sample(args, weights)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ PRESETS: dict[str, dict[str, tuple]] = {
 }
 PRESET_NAMES = ("demo", "small", "base")
 
+RELEASED = Path(__file__).parent / "pretrained"  # weights that come with the project
+
 # What belongs to one start of a script and not to the run: neither recorded nor inherited by the next start.
 OF_ONE_START = {
     "minutes",
@@ -232,9 +234,10 @@ def start_processes() -> tuple[int, int]:
     """Joins torchrun's processes if it started us. Returns (rank, world size), which is (0, 1) otherwise."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if dist.get_rank():
-        sys.stdout = io.StringIO()  # one process speaks
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank():
+            sys.stdout = io.StringIO()  # one process speaks
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -462,9 +465,9 @@ def find_weights(run: str | Path, train_with: str) -> Path:
     path = Path(run)
     if path.is_file():
         return path
-    for folder in (path, Path("model_ckpt") / run):
-        if (folder / "model.safetensors").is_file():
-            return folder / "model.safetensors"
+    for weights in (path / "model.safetensors", run_weights(run)):
+        if weights.is_file():
+            return weights
     raise UserError(
         f"there are no weights at {run}: no such file, and no model_ckpt/{path.name}/model.safetensors; "
         f"train them with: {train_with}"
@@ -534,10 +537,30 @@ def read_run(script: str, name: str, typed: dict) -> dict | None:
     return settings
 
 
-def check_sampling(script: str, name: str, typed: dict) -> None:
-    """Raises UserError when --sample comes with a setting of training that the trained run `name` does not have."""
-    if (Path("log") / name / "run.json").is_file():  # weights alone are enough to sample
-        read_run(script, name, {flag: value for flag, value in typed.items() if flag not in ("seed", "precision")})
+def run_weights(name: str) -> Path:
+    """Where run `name` keeps its weights."""
+    return Path("model_ckpt") / name / "model.safetensors"
+
+
+def weights_to_sample(script: str, args: argparse.Namespace, typed: dict, released: Path) -> Path | None:
+    """What --sample draws from: the weights of run args.name, or the file that --name is.
+
+    Where nothing of one's own was trained, neither this run nor its first stage, and no setting of training is typed,
+    the `released` weights. None otherwise: training comes first. Says which. Raises UserError when a setting of
+    training is typed that the trained run does not have.
+    """
+    settings = {flag: value for flag, value in typed.items() if flag not in OF_ONE_START | {"seed", "precision"}}
+    if Path(args.name).is_file():
+        return Path(args.name)
+    if run_weights(args.name).is_file():
+        if (Path("log") / args.name / "run.json").is_file():  # weights alone are enough to sample
+            read_run(script, args.name, settings)
+        return run_weights(args.name)
+    if not settings and not run_weights(args.first_stage).is_file() and released.is_file():
+        print(f"nothing was trained here yet: sampling the released weights, pretrained/{released.name}")
+        return released
+    print(f"there is no trained run {args.name} yet: training it first, then sampling")
+    return None
 
 
 def open_run(

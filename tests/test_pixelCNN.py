@@ -600,6 +600,23 @@ def test_one_file_is_enough_to_sample(train, run_main, monkeypatch, first_stage,
         assert file.read_bytes() == (Path("mine_vis/samples") / file.name).read_bytes()
 
 
+def test_without_a_run_of_ones_own_the_released_weights_are_sampled(train, run_main, monkeypatch, tmp_path):
+    """The same brain as from the run they are; --name FILE draws it too. A setting of training asks for training."""
+    train("--sample", "--out", tmp_path / "here")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("model_ckpt/pixelcnn/model.safetensors", tmp_path / "elsewhere/pixelcnn.safetensors")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(util, "RELEASED", tmp_path / "elsewhere")
+    status, printed, _ = run_main(pixelCNN, "--sample")
+    assert status == 0 and "released weights" in printed
+    assert run_main(pixelCNN, "--sample", "--name", "pixelcnn.safetensors", "--out", "named")[0] == 0
+    for file in (tmp_path / "here").iterdir():
+        assert file.read_bytes() == (Path("pixelcnn_vis/samples") / file.name).read_bytes()
+        assert file.read_bytes() == (Path("named") / file.name).read_bytes()
+    status, printed, errors = run_main(pixelCNN, "--sample", "--channels", 16)
+    assert status == 2 and "training it first" in printed and "no weights at vqvae" in errors
+
+
 def test_every_flag_is_read():
     """A flag that nothing reads is a promise that nobody keeps."""
     source = Path(pixelCNN.__file__).read_text() + Path(util.__file__).read_text()
