@@ -1,7 +1,8 @@
 """Diffusion over latents: noise schedules, the denoising UNet, the training loss, and samplers as free functions.
 
 Everything follows from x_t = alpha_t x_0 + sigma_t noise with alpha_t^2 + sigma_t^2 = 1 and t = 0 .. T - 1 (Ho et al.
-2020, eq. 4, where alpha_t^2 is written alpha-bar_t). The latents have unit variance, so x_t has too.
+2020, eq. 4, where alpha_t^2 is written alpha-bar_t). The latents have unit variance, so x_t has too. Processes that are
+written otherwise, rectified flow and EDM, are the same one after a division of x_t by sqrt(alpha_t^2 + sigma_t^2).
 """
 
 import math
@@ -12,28 +13,52 @@ from torch import Tensor, nn
 
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
 
-SCHEDULES = ("cosine", "linear")
-PREDICTIONS = ("v", "eps", "x0")
+SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
+PREDICTIONS = ("v", "eps", "x0", "flow")
+WEIGHTINGS = ("min-snr", "plain")
+# Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
+# rectified flow, mean 0 is u = sigmoid(N(0, 1)).
+TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
+# What published methods chose, as (schedule, prediction, weighting, times).
+RECIPES = {
+    "min-snr": ("cosine", "v", "min-snr", "uniform"),  # Hang et al. 2023, with v
+    "ddpm": ("linear", "eps", "plain", "uniform"),  # Ho et al. 2020
+    "flow": ("flow", "flow", "plain", "logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
+    "edm": ("edm", "v", "plain", "log-normal"),  # Karras et al. 2022 and 2024
+}
 
 # ---------------------------------------------------------------------------------------------------- noise schedules
 
 
-def noise_levels(schedule: str, T: int) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), float32 [T] each, of the forward process.
+def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma), [T] each, of the forward process; alpha falls, and alpha^2 + sigma^2 = 1.
 
     linear: beta_t from 1e-4 to 0.02 at T = 1000, scaled for other T (Ho et al. 2020, section 4).
     cosine: alpha_t^2 = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, beta_t <= 0.999 (Nichol and Dhariwal 2021, eq. 17).
+    linear-zero, cosine-zero: alpha shifted and scaled, so that its last value is 0 and its first as it was: the last
+        x_t is nothing but noise, in training as in sampling (Lin et al. 2024, algorithm 1).
+    flow: (1 - u) x_0 + u noise with u from 1/T to 1, rescaled (rectified flow, Liu et al. 2023).
+    edm: x_0 + s noise with s from 0.002 to 80 at rho = 7, rescaled (Karras et al. 2022, eq. 5).
     """
-    if schedule == "linear":
+    if schedule in ("linear", "linear-zero"):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    elif schedule == "cosine":
+        alpha = torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
+    elif schedule in ("cosine", "cosine-zero"):
         u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         squared = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = 1 - squared[1:] / squared[:-1]
+        alpha = torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
+    elif schedule == "flow":
+        u = torch.linspace(1 / T, 1, T, dtype=torch.float64)
+        alpha = (1 - u) / torch.hypot(1 - u, u)
+    elif schedule == "edm":
+        s = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), T, dtype=torch.float64) ** 7
+        alpha = (1 + s**2).rsqrt()
     else:
         raise ValueError(f"schedule must be one of {SCHEDULES}, not {schedule}")
-    alpha_squared = torch.cumprod(1 - beta.clamp(max=0.999), 0)
-    return alpha_squared.sqrt().float(), (1 - alpha_squared).sqrt().float()
+    if schedule.endswith("-zero"):
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    return alpha.to(dtype), ((1 - alpha) * (1 + alpha)).sqrt().to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- the UNet
@@ -42,11 +67,18 @@ def noise_levels(schedule: str, T: int) -> tuple[Tensor, Tensor]:
 class UNet(nn.Module):
     """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block."""
 
-    def __init__(self, latent_channels: int, channels: int, channel_multipliers: tuple[int, ...], blocks: int):
+    def __init__(
+        self,
+        latent_channels: int,
+        channels: int,
+        channel_multipliers: tuple[int, ...],
+        blocks: int,
+        unknown_z: bool = False,
+    ):
         super().__init__()
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
-        self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim)
+        self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
         self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, current = [width[0]], width[0]
@@ -67,7 +99,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index."""
+        """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z."""
         embedding = self.embed_t(t) + self.embed_z(z)
         h = self.stem(x)
         skips = [h]
@@ -104,10 +136,15 @@ class LatentDiffusion(nn.Module):
     Args:
         latent_shape: (C, h, w) of the first stage's latents.
         channels, channel_multipliers, blocks: of the UNet.
-        schedule: "cosine" or "linear".
+        schedule: of the noise, one of SCHEDULES.
         prediction: what the UNet's output means: "v" = alpha noise - sigma x_0 (Salimans and Ho 2022), "eps" the noise
-            (Ho et al. 2020), or "x0" the clean latent.
+            (Ho et al. 2020), "x0" the clean latent, "flow" = noise - x_0 (Liu et al. 2023).
+        weighting: "min-snr" counts the squared error of x_0 min(SNR, 5) times, SNR = alpha^2 / sigma^2 (Hang et al.
+            2023), whatever the prediction; "plain" counts the squared error of the output once.
+        times: where training draws t, a key of TIMES.
+        drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
         T: number of steps of the forward process.
+    Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
     """
 
     kind, script = "diffusion", "stable_diffusion.py"
@@ -121,36 +158,70 @@ class LatentDiffusion(nn.Module):
         blocks: int,
         schedule: str = "cosine",
         prediction: str = "v",
+        weighting: str = "min-snr",
+        times: str = "uniform",
+        drop_z: float = 0.0,
         T: int = 1000,
     ):
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {prediction}")
-        self.latent_shape, self.prediction, self.T = tuple(latent_shape), prediction, T
-        self.unet = UNet(latent_shape[0], channels, tuple(channel_multipliers), blocks)
-        for name, level in zip(("alpha", "sigma"), noise_levels(schedule, T), strict=True):
-            self.register_buffer(name, level, persistent=False)
+        choices = (
+            ("prediction", prediction, PREDICTIONS),
+            ("weighting", weighting, WEIGHTINGS),
+            ("times", times, TIMES),
+        )
+        for name, value, possible in choices:
+            if value not in possible:
+                raise ValueError(f"{name} must be one of {tuple(possible)}, not {value}")
+        alpha, sigma = noise_levels(schedule, T, torch.float64)  # differences of neighbours matter to samplers
+        if prediction == "eps" and alpha[-1] == 0:
+            raise ValueError(f"prediction eps says nothing about x_0 where schedule {schedule} ends, at alpha = 0")
+        self.latent_shape, self.schedule, self.T = tuple(latent_shape), schedule, T
+        self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
+        self.unet = UNet(latent_shape[0], channels, tuple(channel_multipliers), blocks, unknown_z=drop_z > 0)
+        self.register_buffer("alpha", alpha, persistent=False)
+        self.register_buffer("sigma", sigma, persistent=False)
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        return self.alpha[t].float().view(-1, 1, 1, 1), self.sigma[t].float().view(-1, 1, 1, 1)
+
+    def draw_times(self, count: int) -> Tensor:
+        """int64 [count]: random steps t, distributed as `times` says."""
+        mean = TIMES[self.times]
+        if mean is None:
+            return torch.randint(self.T, (count,), device=self.alpha.device)
+        wanted = mean + torch.randn(count, device=self.alpha.device)
+        return torch.searchsorted((self.sigma / self.alpha).log().float(), wanted).clamp(max=self.T - 1)
 
     def forward(self, latent: Tensor, z: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """Loss of each latent [B, C, h, w], float32 [B], at random steps t int64 [B] and noise unless given.
-
-        The squared error of the prediction, weighted so that the error of x_0 counts min(SNR, 5) with SNR = alpha^2 /
-        sigma^2 (Hang et al. 2023): divided by SNR for eps, by SNR + 1 for v.
-        """
-        t = torch.randint(self.T, (len(latent),), device=latent.device) if t is None else t
+        """Loss of each latent [B, C, h, w], float32 [B], at random steps t int64 [B] and noise unless given."""
+        t = self.draw_times(len(latent)) if t is None else t
         noise = torch.randn_like(latent) if noise is None else noise
+        if self.training and self.drop_z:
+            z = z.float().masked_fill(torch.rand(len(z), device=z.device) < self.drop_z, math.nan)
         alpha, sigma = self._levels(t)
         output = self.unet(alpha * latent + sigma * noise, t, z).float()
-        target = {"v": alpha * noise - sigma * latent, "eps": noise, "x0": latent}[self.prediction]
-        snr = (alpha / sigma).square().flatten()
-        weight = snr.clamp(max=5) / {"v": snr + 1, "eps": snr, "x0": 1}[self.prediction]
-        return weight * (output - target).square().mean((1, 2, 3))
+        target = {
+            "v": alpha * noise - sigma * latent,
+            "eps": noise,
+            "x0": latent,
+            "flow": noise - latent,
+        }[self.prediction]
+        loss = (output - target).square().mean((1, 2, 3))
+        return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
+
+    def min_snr_weight(self, t: Tensor) -> Tensor:
+        """[B]: what makes min(SNR, 5) times the squared error of x_0 of the squared error of the output at t [B]."""
+        alpha, sigma = self.alpha[t], self.sigma[t]
+        gain = {  # error of x_0 over error of the output, at a given x_t
+            "v": sigma,
+            "eps": sigma / alpha,
+            "x0": 1,
+            "flow": sigma / (alpha + sigma),
+        }[self.prediction]
+        return ((alpha / sigma).square().clamp(max=5) * gain**2).float()
 
     def denoise(self, x: Tensor, t: int, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z int64 [B]."""
+        """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z [B]."""
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         output = self.unet(x, t, z).float()
@@ -158,12 +229,53 @@ class LatentDiffusion(nn.Module):
             return alpha * x - sigma * output, sigma * x + alpha * output
         if self.prediction == "eps":
             return (x - sigma * output) / alpha, output
+        if self.prediction == "flow":
+            return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
         return output, (x - alpha * output) / sigma
+
+    def sampling_levels(self) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of the steps that samplers walk: all, or for eps those with alpha of at least 0.006.
+
+        Below, as at the end of the cosine schedule, dividing by alpha would turn errors of the noise into any x_0.
+        """
+        last = int((self.alpha >= 0.006).sum()) if self.prediction == "eps" else self.T
+        return self.alpha[:last], self.sigma[:last]
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
+
+
+def guide(denoise: Denoise, weak: Denoise, weight: float) -> Denoise:
+    """weak + weight (denoise - weak): beyond the model, away from one that knows or can less. Two evaluations a step.
+
+    With the same model without its condition as `weak` this is classifier-free guidance (Ho and Salimans 2022, where
+    the weight is counted from 0), with a smaller or less trained model autoguidance (Karras et al. 2024, eq. 3).
+    """
+
+    def guided(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        pairs = zip(denoise(x, t), weak(x, t), strict=True)
+        x0, noise = (poor.lerp(good, weight) for good, poor in pairs)
+        return x0, noise
+
+    return guided
+
+
+def sampling_times(alpha: Tensor, sigma: Tensor, steps: int) -> list[int]:
+    """`steps` of the T times of alpha, sigma [T], counted down from the last. Raises ValueError if T is less.
+
+    Their u = sigma / (alpha + sigma), the time of rectified flow, follows (1 - n / steps)^1.25 whatever the schedule.
+    On exact Gaussian data this serves all samplers better than even steps in t: it ends at little noise.
+    """
+    T, u = len(alpha), sigma / (alpha + sigma)
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and {T}, not {steps}")
+    wanted = u[-1] * (1 - torch.arange(steps, device=u.device) / steps) ** 1.25
+    times = [T]
+    for n, t in enumerate((u - wanted[:, None]).abs().argmin(1).tolist()):
+        times.append(max(min(t, times[-1] - 1), steps - 1 - n))  # all different, however many
+    return times[1:]
 
 
 def sample_ddpm(
@@ -198,14 +310,12 @@ def sample_ddim(
     steps: int = 50,
     eta: float = 0.0,
 ) -> Iterator[Tensor]:
-    """DDIM (Song et al. 2021, eq. 12 and 16) over `steps` of the T times, counted down from the last.
+    """DDIM (Song et al. 2021, eq. 12 and 16) over `steps` of the T times.
 
     eta = 0 is deterministic, an Euler step of the probability flow; eta = 1 over all T times is ancestral sampling.
     Arguments and yields as sample_ddpm.
     """
-    if not 1 <= steps <= len(alpha):
-        raise ValueError(f"steps must be between 1 and {len(alpha)}, not {steps}")
-    times = [round(len(alpha) * (1 - n / steps)) - 1 for n in range(steps)]  # from T - 1, evenly, towards 0
+    times = sampling_times(alpha, sigma, steps)
     for t, s in zip(times, [*times[1:], None], strict=True):
         x0, noise = denoise(x, t)
         if s is None:
@@ -215,4 +325,42 @@ def sample_ddim(
         x = alpha[s] * x0 + (sigma[s] ** 2 - fresh**2).clamp(min=0).sqrt() * noise
         if eta > 0:
             x = x + fresh * draw()
+        yield x
+
+
+def sample_heun(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 10) -> Iterator[Tensor]:
+    """Heun's method on the probability flow (Karras et al. 2022, algorithm 1): 2 steps - 1 evaluations of second order.
+
+    In the angle of (alpha, sigma) = (cos, sin) the flow is dx / dangle = v = alpha noise - sigma x_0, which is smooth
+    at both ends, also where alpha is 0. Arguments and yields as sample_ddpm.
+    """
+    times, angle = sampling_times(alpha, sigma, steps), torch.atan2(sigma, alpha)
+    for t, s in zip(times, [*times[1:], None], strict=True):
+        x0, noise = denoise(x, t)
+        if s is None:
+            yield x0
+            return
+        slope, turn = alpha[t] * noise - sigma[t] * x0, angle[s] - angle[t]
+        x0, noise = denoise(x + turn * slope, s)
+        x = x + turn * (slope + alpha[s] * noise - sigma[s] * x0) / 2
+        yield x
+
+
+def sample_dpm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 20) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order with one evaluation a step.
+
+    x_0 is extrapolated from the last two evaluations, linearly in lambda = ln(alpha / sigma); the first step has but
+    one. Arguments and yields as sample_ddpm.
+    """
+    times, lambdas = sampling_times(alpha, sigma, steps), (alpha / sigma).log()
+    before, stride = None, None
+    for t, s in zip(times, [*times[1:], None], strict=True):
+        x0, _ = denoise(x, t)
+        if s is None:
+            yield x0
+            return
+        last_stride, stride = stride, lambdas[s] - lambdas[t]  # the first is infinite where alpha ends at 0
+        estimate = x0 if before is None else x0 + stride / last_stride / 2 * (x0 - before)
+        x = sigma[s] / sigma[t] * x + (alpha[s] - alpha[t] * sigma[s] / sigma[t]) * estimate
+        before = x0
         yield x

@@ -21,15 +21,23 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class Embedding(nn.Module):
-    """Numbers [B] (slice index z, diffusion time) to vectors [B, dim]: sinusoidal encoding, then a small MLP."""
+    """Numbers [B] (slice index z, diffusion time) to vectors [B, dim]: sinusoidal encoding, then a small MLP.
 
-    def __init__(self, dim: int, encoding: int = 64):
+    With `unknown`, NaN stands for a number that is not known, and has a learned vector of its own.
+    """
+
+    def __init__(self, dim: int, encoding: int = 64, unknown: bool = False):
         super().__init__()
         self.encoding = encoding
         self.mlp = nn.Sequential(nn.Linear(encoding, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.unknown = nn.Parameter(torch.zeros(dim)) if unknown else None
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.mlp(sinusoidal_encoding(values, self.encoding))
+        if self.unknown is None:
+            return self.mlp(sinusoidal_encoding(values, self.encoding))
+        # a NaN that reached the MLP would spoil its gradient even where torch.where drops the result
+        known = self.mlp(sinusoidal_encoding(values.float().nan_to_num(), self.encoding))
+        return torch.where(values.isnan()[:, None], self.unknown.to(known.dtype), known)
 
 
 class ResBlock(nn.Module):

@@ -10,6 +10,7 @@ z, reslices, a NIfTI volume and 32 PNG slices (volume.py), and process.gif, the 
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,27 @@ from tqdm import tqdm
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
-from model_diffusion import PREDICTIONS, SCHEDULES, LatentDiffusion, sample_ddim, sample_ddpm
+from model_diffusion import (
+    PREDICTIONS,
+    RECIPES,
+    SCHEDULES,
+    TIMES,
+    WEIGHTINGS,
+    Denoise,
+    LatentDiffusion,
+    guide,
+    noise_levels,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm,
+    sample_heun,
+)
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
 from volume import write_brain
 
 SCRIPT = Path(__file__).name
+SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -43,13 +59,47 @@ def flags() -> argparse.ArgumentParser:
         help="width of each level over the first's",
     )
     add("--blocks", type=util.positive_int, help="residual blocks per level")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="of the noise (default: %(default)s)")
-    add("--prediction", choices=PREDICTIONS, default="v", help="what the UNet predicts (default: %(default)s)")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        default="min-snr",
+        help="the next four flags as min-snr (cosine, v), ddpm (linear, eps, all plain), flow (rectified flow) or edm "
+        "have them; each can be given apart (default: %(default)s)",
+    )
+    add("--schedule", choices=SCHEDULES, help="of the noise; with -zero the last step is nothing but noise")
+    add("--prediction", choices=PREDICTIONS, help="what the UNet predicts")
+    add(
+        "--weighting",
+        choices=WEIGHTINGS,
+        help="min-snr counts the squared error of x0 min(SNR, 5) times, plain that of the prediction once",
+    )
+    add("--times", choices=TIMES, help="distribution of the steps that training draws")
+    add(
+        "--drop-z",
+        type=util.fraction,
+        default=0.1,
+        metavar="SHARE",
+        help="how often training hides z, which --guidance needs (default: %(default)s)",
+    )
     add("--sample", action="store_true", help="draw new brains instead of training")
     add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm takes all 1000 steps (default: %(default)s)")
-    add("--sample-steps", type=util.positive_int, default=50, help="network evaluations of ddim (default: %(default)s)")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        default="dpm",
+        help="dpm and ddim evaluate the network once a step, heun twice; ddpm takes all 1000 steps (default: "
+        "%(default)s)",
+    )
+    add("--sample-steps", type=util.positive_int, default=20, help="of the sampler (default: %(default)s)")
     add("--eta", type=util.fraction, default=0.0, help="ddim's share of fresh noise, 0 is none (default: %(default)s)")
+    add(
+        "--guidance",
+        type=util.number,
+        default=1.0,
+        metavar="W",
+        help="above 1: away from the model without z, or from --weak; 2 evaluations a step (default: %(default)s, off)",
+    )
+    add("--weak", metavar="RUN", help="a smaller or less trained run on the same first stage, for --guidance")
     util.add_decoder_flag(parser)
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
@@ -73,29 +123,72 @@ class BrainNoise:
         return noise.repeat_interleave(SLICES_PER_CASE, 0).to(self.device)
 
 
+def walk(model: LatentDiffusion, denoise: Denoise, draw: Callable[[], Tensor], args: argparse.Namespace):
+    """(iterator over x, number of steps) of the sampler that args name, from a first draw of noise to x_0."""
+    alpha, sigma = model.sampling_levels()
+    if args.sampler == "ddpm":
+        return sample_ddpm(denoise, draw(), alpha, sigma, draw), len(alpha)
+    if args.sample_steps > len(alpha):
+        raise UserError(f"--sample-steps {args.sample_steps} is more than the {len(alpha)} steps of the process")
+    if args.sampler == "ddim":
+        return sample_ddim(denoise, draw(), alpha, sigma, draw, args.sample_steps, args.eta), args.sample_steps
+    sampler = {"dpm": sample_dpm, "heun": sample_heun}[args.sampler]
+    return sampler(denoise, draw(), alpha, sigma, args.sample_steps), args.sample_steps
+
+
 @torch.no_grad()
 def sample_latents(
-    model: LatentDiffusion, brains: range, args: argparse.Namespace, device: torch.device
+    model: LatentDiffusion,
+    brains: range,
+    args: argparse.Namespace,
+    device: torch.device,
+    weak: LatentDiffusion | None = None,
 ) -> list[Tensor]:
-    """Latents [32 n, C, h, w] of n brains, z 0..31 in each, on their way from noise; the last are the samples."""
-    draw = BrainNoise(args.seed, brains, model.latent_shape, device)
+    """Latents [32 n, C, h, w] of n brains, z 0..31 in each, on their way from noise; the last are the samples.
+
+    With args.guidance other than 1 they move away from `weak`, or without one from the model that does not know z.
+    """
     z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
 
-    def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        with util.autocast(device, args.precision):
-            return model.denoise(x, t, z)
+    def denoiser(model: LatentDiffusion, z: Tensor) -> Denoise:
+        def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            with util.autocast(device, args.precision):
+                return model.denoise(x, t, z)
 
-    if args.sampler == "ddim":
-        steps = sample_ddim(denoise, draw(), model.alpha, model.sigma, draw, args.sample_steps, args.eta)
-    else:
-        steps = sample_ddpm(denoise, draw(), model.alpha, model.sigma, draw)
-    total = args.sample_steps if args.sampler == "ddim" else model.T
+        return denoise
+
+    denoise = denoiser(model, z)
+    if args.guidance != 1:
+        poor = denoiser(weak, z) if weak else denoiser(model, torch.full(z.shape, torch.nan, device=device))
+        denoise = guide(denoise, poor, args.guidance)
+    steps, total = walk(model, denoise, BrainNoise(args.seed, brains, model.latent_shape, device), args)
     every = max(1, total // 16)  # kept for the GIF
     path = []
     for n, x in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
         if n % every == 0 or n == total - 1:
             path.append(x)
     return path
+
+
+def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dict) -> LatentDiffusion | None:
+    """The run of --weak, if there is one, to guide `model` away from. Raises UserError where the two do not fit."""
+    if args.guidance == 1:
+        if args.weak:
+            raise UserError("--weak does nothing at --guidance 1; raise --guidance, for example to 1.5")
+        return None
+    if not args.weak:
+        if not model.drop_z:
+            raise UserError(
+                f"--guidance {args.guidance:g}: run {args.name} was trained with --drop-z 0, so it always needs z; "
+                "name a weaker run with --weak"
+            )
+        return None
+    weak, _, other = load_second_stage(args.weak, LatentDiffusion, model.alpha.device)
+    if other["first_stage"]["digest"] != description["first_stage"]["digest"]:
+        raise UserError(f"--weak {args.weak} was trained on another first stage than run {args.name}")
+    if (weak.schedule, weak.T) != (model.schedule, model.T):
+        raise UserError(f"--weak {args.weak} has --schedule {weak.schedule}, but run {args.name} {model.schedule}")
+    return weak
 
 
 @torch.no_grad()
@@ -110,17 +203,20 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage, description = load_second_stage(weights, LatentDiffusion, device, args.decoder)
-    steps = args.sample_steps if args.sampler == "ddim" else model.T
+    weak = load_weak(args, model, description)
+    how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
+    if args.guidance != 1:
+        how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
-        f"seed {args.seed}, {args.sampler} in {steps} steps, on {util.describe_device(device)}"
+        f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
-        path = sample_latents(model, range(i, i + 1), args, device)
+        path = sample_latents(model, range(i, i + 1), args, device, weak)
         slices = decode_brains(first_stage, path[-1])[0]
-        title = f"sampled brain {i}: seed {args.seed}, {args.sampler}, {steps} steps, one noise for all z"
+        title = f"sampled brain {i}: seed {args.seed}, {how}, one noise for all z"
         files = write_brain(out, i, slices, title)
         print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
@@ -157,11 +253,24 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.d
     return float(torch.cat(losses).mean())
 
 
+def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
+    """Settings with what --recipe stands for where nothing else was said. Raises UserError if they contradict."""
+    recipe = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES[args.recipe], strict=True))
+    args = argparse.Namespace(**{**vars(args), **{flag: getattr(args, flag) or recipe[flag] for flag in recipe}})
+    if args.prediction == "eps" and noise_levels(args.schedule, 1000)[0][-1] == 0:
+        raise UserError(
+            f"--prediction eps says nothing about the latent where --schedule {args.schedule} ends, in pure noise; "
+            "choose v, or cosine or linear"
+        )
+    return args
+
+
 def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
     args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
+    args = follow_recipe(args)
     first_stage = load_first_stage(args.first_stage, device)
     folder = find_data(args.data)
     print(
@@ -184,6 +293,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "blocks": args.blocks,
         "schedule": args.schedule,
         "prediction": args.prediction,
+        "weighting": args.weighting,
+        "times": args.times,
+        "drop_z": args.drop_z,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -231,9 +343,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     def report(step: int) -> None:
         logger.report(step, {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)})
-        quick = argparse.Namespace(**{**vars(args), "sampler": "ddim", "sample_steps": 25, "eta": 0.0})
+        quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
         slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
-        title = f"sampled after {step} steps: seed {args.seed}, ddim in 25 steps, one noise for all z"
+        title = f"sampled after {step} steps: seed {args.seed}, dpm in 20 steps, one noise for all z"
         tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
 
     # training

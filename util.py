@@ -87,6 +87,8 @@ OF_ONE_START = {
     "sampler",
     "sample_steps",
     "eta",
+    "guidance",
+    "weak",
     "temperature",
     "top_p",
     "decoder",

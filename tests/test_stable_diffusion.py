@@ -91,6 +91,12 @@ def differing(name: str, other: str) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def tiny_prior(**changes) -> LatentDiffusion:
+    """Untrained, with 12 steps, and able to do without z."""
+    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1, 2), "blocks": 1}
+    return LatentDiffusion(**{**sizes, "T": 12, "drop_z": 0.1, **changes}).eval()
+
+
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
@@ -109,11 +115,14 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
     assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("flags", [[], ["--eta", 0.7], ["--sampler", "ddpm"]], ids=["ddim", "ddim eta", "ddpm"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--sampler", "heun"], ["--sampler", "ddim", "--eta", 0.7], ["--sampler", "ddpm"], ["--guidance", 2]],
+    ids=lambda flags: " ".join(map(str, flags)) or "dpm",
+)
 def test_a_brain_is_the_same_in_any_batch(awaken, flags):
     """Brain 1 drawn alone is the second half of a batch of two, at every step that is kept."""
-    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1, 2), "blocks": 1, "T": 12}
-    model, args = awaken(LatentDiffusion(**sizes).eval()), settings("--sample-steps", 8, "--seed", 3, *flags)
+    model, args = awaken(tiny_prior()), settings("--sample-steps", 8, "--seed", 3, *flags)
     both, alone = (sample_latents(model, brains, args, CPU) for brains in (range(2), range(1, 2)))
     assert len(both) == len(alone) == (12 if "ddpm" in flags else 8)
     assert torch.allclose(torch.stack(both)[:, 32:], torch.stack(alone), atol=1e-4)
@@ -125,20 +134,33 @@ def test_a_brain_is_the_same_in_any_batch(awaken, flags):
 
 def test_samplers_are_told_apart(awaken):
     """Every sampling flag changes the brain."""
-    sizes = {"latent_shape": (4, 6, 7), "channels": 8, "channel_multipliers": (1, 2), "blocks": 1, "T": 12}
-    model = awaken(LatentDiffusion(**sizes).eval())
+    model = awaken(tiny_prior())
     brains = [
         sample_latents(model, range(1), settings(*flags), CPU)[-1]
         for flags in (
             ["--sample-steps", 8],
             ["--sample-steps", 12],
-            ["--sample-steps", 12, "--eta", 0.5],
+            ["--sample-steps", 12, "--guidance", 2],
+            ["--sample-steps", 12, "--sampler", "heun"],
+            ["--sample-steps", 12, "--sampler", "ddim"],
+            ["--sample-steps", 12, "--sampler", "ddim", "--eta", 0.5],
             ["--sampler", "ddpm"],
         )
     ]
-    assert all((a - b).abs().max() > 1e-3 for n, a in enumerate(brains) for b in brains[:n])
-    ancestral = sample_latents(model, range(1), settings("--sample-steps", 12, "--eta", 1), CPU)[-1]
-    assert torch.allclose(ancestral, brains[-1], atol=1e-3)
+    assert all((a - b).abs().max() > 1e-4 for n, a in enumerate(brains) for b in brains[:n])
+    ancestral = settings("--sampler", "ddim", "--sample-steps", 12, "--eta", 1)
+    assert torch.allclose(sample_latents(model, range(1), ancestral, CPU)[-1], brains[-1], atol=1e-4)
+
+
+def test_guidance_by_a_weaker_model(awaken):
+    """Beyond the model, away from the weak one; a model guided by itself is itself."""
+    model, weak, args = awaken(tiny_prior()), awaken(tiny_prior(drop_z=0.0)), settings("--sample-steps", 8)
+    plain = sample_latents(model, range(1), args, CPU)[-1]
+    args.guidance = 2.0
+    assert torch.allclose(sample_latents(model, range(1), args, CPU, weak=model)[-1], plain, atol=1e-4)
+    guided = sample_latents(model, range(1), args, CPU, weak)[-1]
+    toward = sample_latents(weak, range(1), settings("--sample-steps", 8), CPU)[-1]
+    assert ((guided - plain) * (plain - toward)).sum() > 0
 
 
 @pytest.mark.parametrize("steps", [1, 23, 24, 50, 120])
@@ -180,7 +202,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
 def test_sampling_writes_sheet_volume_and_32_slices_per_brain_and_the_gif(trained, run_main):
     """In the form that dataset.py reads; each brain is the one that its number and the seed stand for."""
     # Untrained, v = 0 leaves x nearly where it is; fresh noise moves it, and a GIF holds equal frames but once.
-    flags = ["--seed", 5, "--sample-steps", 12, "--eta", 1]
+    flags = ["--seed", 5, "--sampler", "ddim", "--sample-steps", 12, "--eta", 1]
     status, out, errors = run_main(stable_diffusion, "--sample", "--brains", 2, "--precision", "fp32", *flags)
     assert status == 0 and "trained for 3 steps" in out, errors
     samples = Path("diffusion_vis/samples")
@@ -234,7 +256,7 @@ def test_validation_is_a_function_of_the_model(awaken):
     assert len(t) == 100 and t.min() == 0 and t.max() == 999 and t.diff().max() < 12
 
 
-@pytest.mark.parametrize("flags", [[], ["--schedule", "linear", "--prediction", "eps"]], ids=["v", "eps, linear"])
+@pytest.mark.parametrize("flags", [[], ["--recipe", "ddpm"], ["--recipe", "edm", "--drop-z", 0]])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     """Stopped after every single step, with everything else that happens at a stop in between."""
     assert "stopped" not in train("--name", "straight", *flags)
@@ -293,6 +315,11 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     refused("--first-stage vae", "contradicts", flags=["--first-stage", "vae"])
     refused("--prediction eps", "contradicts", flags=["--first-stage", first_stage, "--prediction", "eps"])
     refused("--sample-steps 1001", "1000", flags=["--sample", "--sample-steps", 1001])
+    flow = ["--name", "new", "--first-stage", first_stage, "--recipe", "flow", "--prediction", "eps"]
+    refused("--prediction eps", "--schedule flow", flags=flow)
+    refused("--recipe edm", "contradicts", flags=["--first-stage", first_stage, "--recipe", "edm"])
+    refused("--weak", "--guidance", flags=["--sample", "--weak", "diffusion"])
+    refused("no weights at gone", flags=["--sample", "--guidance", 2, "--weak", "gone"])
     Path("broken.safetensors").write_bytes(first_stage.read_bytes()[:-99])
     refused("broken.safetensors", flags=["--first-stage", "broken.safetensors", "--name", "new"])
 
@@ -307,6 +334,37 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     assert {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()} == before and len(before) == 2
     assert not Path("log/new").exists() and not Path("model_ckpt/new").exists()
     assert "resumed at step 3" in start("--steps", 4)[1]
+
+
+def test_recipes_are_recorded_and_single_flags_beat_them(trained, train):
+    """A resumed run keeps what it was started with."""
+    train("--name", "other", "--recipe", "edm", "--schedule", "cosine-zero", *ONE_STEP)
+    train("--name", "other", "--recipe", "edm")
+    for name, expected in {
+        "diffusion": ["min-snr", "cosine", "v", "min-snr", "uniform"],
+        "other": ["edm", "cosine-zero", "v", "plain", "log-normal"],
+    }.items():
+        recorded = json.loads(Path(f"log/{name}/run.json").read_text())["settings"]
+        flags = ("recipe", "schedule", "prediction", "weighting", "times")
+        assert [recorded[flag] for flag in flags] == expected
+        model, _, _ = load_second_stage(name, LatentDiffusion, "cpu")
+        assert [getattr(model, flag) for flag in flags[1:]] == expected[1:]
+
+
+def test_guidance_needs_what_it_moves_away_from(trained, train, run_main):
+    """A model that has hidden z in training, or a weaker run with the same schedule."""
+    train("--name", "sure", "--drop-z", 0)
+    train("--name", "edm", "--recipe", "edm")
+    sample = ["--sample", "--sample-steps", 3, "--guidance", 2]
+    for name, flags, words in (
+        ("sure", [], ["run sure was trained with --drop-z 0", "--weak"]),
+        ("sure", ["--weak", "edm"], ["--weak edm has --schedule edm", "cosine"]),
+    ):
+        status, _, errors = run_main(stable_diffusion, *sample, "--name", name, *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
+    assert "guidance 2" in run_main(stable_diffusion, *sample)[1]
+    status, out, errors = run_main(stable_diffusion, *sample, "--name", "sure", "--weak", "diffusion")
+    assert status == 0 and "guidance 2 from diffusion" in out, errors
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(trained, start, monkeypatch):
