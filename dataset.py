@@ -216,6 +216,21 @@ class Slices:
             "digest": self.digest,
         }
 
+    def whole_brains(self) -> Tensor:
+        """uint8 [n, 32, S, S], on the CPU: the cases that have all their slices, in the order of z."""
+        cases, counts = self.case.unique(return_counts=True)
+        whole = torch.isin(self.case, cases[counts == SLICES_PER_CASE])  # slices are sorted by case and z
+        return self.images[whole.to(self.images.device)].cpu().unflatten(0, (-1, SLICES_PER_CASE))
+
+    def check_whole_cases(self, flag: str) -> None:
+        """Raises UserError naming the flag that needs it unless position i is slice i % 32 of case i // 32."""
+        z = torch.arange(len(self)) % SLICES_PER_CASE
+        if len(self) != SLICES_PER_CASE * len(self.case.unique()) or not torch.equal(self.z, z):
+            raise UserError(
+                f"{flag} needs all {SLICES_PER_CASE} slices of every case in {self.split}; "
+                f"python dataset.py {self.folder} lists what is missing"
+            )
+
     def content_box(self) -> tuple[int, int, int, int]:
         """(top, left, height, width) that a model has to code: CONTENT_BOX if every head fits in it, else all."""
         size = self.images.shape[-1]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
+from module import Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample, norm, zero
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
@@ -65,7 +65,10 @@ def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> t
 
 
 class UNet(nn.Module):
-    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block."""
+    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block.
+
+    With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
+    """
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class UNet(nn.Module):
         channel_multipliers: tuple[int, ...],
         blocks: int,
         unknown_z: bool = False,
+        mixing: bool = False,
     ):
         super().__init__()
         width = [channels * m for m in channel_multipliers]
@@ -87,47 +91,64 @@ class UNet(nn.Module):
                 self.down.append(Downsample(current, current))
                 skips.append(current)
             for _ in range(blocks):
-                self.down.append(Level(current, w, embedding_dim, attention=level > 0))
+                self.down.append(Level(current, w, embedding_dim, attention=level > 0, mixing=mixing))
                 skips.append(current := w)
-        self.mid = Level(current, current, embedding_dim, attention=True)
+        self.mid = Level(current, current, embedding_dim, attention=True, mixing=mixing)
         for level, w in reversed(list(enumerate(width))):
             for _ in range(blocks + 1):
-                self.up.append(Level(current + skips.pop(), w, embedding_dim, attention=level > 0))
+                self.up.append(Level(current + skips.pop(), w, embedding_dim, attention=level > 0, mixing=mixing))
                 current = w
             if level:
                 self.up.append(Upsample(current, current))
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z."""
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, slices: int = 1) -> Tensor:
+        """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
+
+        With mixing, every `slices` of the batch are contiguous slices of one brain.
+        """
         embedding = self.embed_t(t) + self.embed_z(z)
         h = self.stem(x)
         skips = [h]
         for part in self.down:
-            h = part(h, embedding) if isinstance(part, Level) else part(h)
+            h = part(h, embedding, slices) if isinstance(part, Level) else part(h)
             skips.append(h)
-        h = self.mid(h, embedding)
+        h = self.mid(h, embedding, slices)
         for part in self.up:
             if isinstance(part, Level):
-                h = part(torch.cat([h, skips.pop()], dim=1), embedding)
+                h = part(torch.cat([h, skips.pop()], dim=1), embedding, slices)
             else:
                 h = part(h, skips[-1].shape[-2:])  # odd sides lost half a pixel on the way down
         return self.out(h)
 
 
 class Level(nn.Module):
-    """A residual block and, if asked, self-attention."""
+    """A residual block and, if asked, self-attention and mixing of slices."""
 
-    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, attention: bool):
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, attention: bool, mixing: bool):
         super().__init__()
         self.block = ResBlock(channels_in, channels_out, embedding_dim)
         self.attention = SelfAttention(channels_out) if attention else nn.Identity()
+        self.mixing = SliceMixing(channels_out) if mixing else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.block(x, embedding))
+    def forward(self, x: Tensor, embedding: Tensor, slices: int) -> Tensor:
+        h = self.attention(self.block(x, embedding))
+        return h if self.mixing is None else self.mixing(h, slices)
 
 
 # -------------------------------------------------------------------------------------------------- the diffusion model
+
+
+def share_noise(own: Tensor, slices: int, share: float) -> Tensor:
+    """Noise [n * slices, C, h, w] of unit variance, correlated by `share` between the slices of each brain.
+
+    sqrt(share) common + sqrt(1 - share) own noise; `own` is independent noise of that shape, and what is common to a
+    brain is drawn with the global generator, or is its first slice's own where all is common.
+    """
+    if slices == 1 or share == 0:
+        return own
+    common = own[::slices] if share == 1 else torch.randn_like(own[::slices])
+    return math.sqrt(share) * common.repeat_interleave(slices, 0) + math.sqrt(1 - share) * own
 
 
 class LatentDiffusion(nn.Module):
@@ -143,6 +164,9 @@ class LatentDiffusion(nn.Module):
             2023), whatever the prediction; "plain" counts the squared error of the output once.
         times: where training draws t, a key of TIMES.
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
+        slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
+            itself; with more, neighbours hear of each other, and S may be another one in sampling.
+        shared_noise: share of the noise's variance that is common to the slices of a brain.
         T: number of steps of the forward process.
     Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
     """
@@ -161,6 +185,8 @@ class LatentDiffusion(nn.Module):
         weighting: str = "min-snr",
         times: str = "uniform",
         drop_z: float = 0.0,
+        slices: int = 1,
+        shared_noise: float = 1.0,
         T: int = 1000,
     ):
         super().__init__()
@@ -177,7 +203,10 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"prediction eps says nothing about x_0 where schedule {schedule} ends, at alpha = 0")
         self.latent_shape, self.schedule, self.T = tuple(latent_shape), schedule, T
         self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
-        self.unet = UNet(latent_shape[0], channels, tuple(channel_multipliers), blocks, unknown_z=drop_z > 0)
+        self.slices, self.shared_noise = slices, shared_noise
+        self.unet = UNet(
+            latent_shape[0], channels, tuple(channel_multipliers), blocks, unknown_z=drop_z > 0, mixing=slices > 1
+        )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
 
@@ -185,21 +214,43 @@ class LatentDiffusion(nn.Module):
         return self.alpha[t].float().view(-1, 1, 1, 1), self.sigma[t].float().view(-1, 1, 1, 1)
 
     def draw_times(self, count: int) -> Tensor:
-        """int64 [count]: random steps t, distributed as `times` says."""
-        mean = TIMES[self.times]
+        """int64 [count]: random steps t, distributed as `times` says.
+
+        They are `count` quantiles at even distances from one random number (Kingma et al. 2021, "Variational diffusion
+        models", appendix I), so that the loss of a batch depends less on which steps it happened to draw.
+        """
+        device, mean = self.alpha.device, TIMES[self.times]
+        u = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
         if mean is None:
-            return torch.randint(self.T, (count,), device=self.alpha.device)
-        wanted = mean + torch.randn(count, device=self.alpha.device)
+            return (u * self.T).long().clamp(max=self.T - 1)
+        wanted = mean + torch.special.ndtri(u)  # of ln(sigma / alpha)
         return torch.searchsorted((self.sigma / self.alpha).log().float(), wanted).clamp(max=self.T - 1)
 
-    def forward(self, latent: Tensor, z: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """Loss of each latent [B, C, h, w], float32 [B], at random steps t int64 [B] and noise unless given."""
-        t = self.draw_times(len(latent)) if t is None else t
-        noise = torch.randn_like(latent) if noise is None else noise
+    def forward(
+        self,
+        latent: Tensor,
+        z: Tensor,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        slices: int | None = None,
+    ) -> Tensor:
+        """Loss of each latent, float32 [B], at random steps and noise unless given.
+
+        Args:
+            latent: [B, C, h, w], every `slices` of them contiguous slices of one brain; default: as in training.
+            z: int64 [B].
+            t: int64 [B], the same for all slices of a brain.
+            noise: [B, C, h, w].
+        """
+        slices = slices or self.slices
+        brains = len(latent) // slices
+        t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
+        noise = share_noise(torch.randn_like(latent), slices, self.shared_noise) if noise is None else noise
         if self.training and self.drop_z:
-            z = z.float().masked_fill(torch.rand(len(z), device=z.device) < self.drop_z, math.nan)
+            hidden = torch.rand(brains, device=z.device) < self.drop_z
+            z = z.float().masked_fill(hidden.repeat_interleave(slices), math.nan)
         alpha, sigma = self._levels(t)
-        output = self.unet(alpha * latent + sigma * noise, t, z).float()
+        output = self.unet(alpha * latent + sigma * noise, t, z, slices).float()
         target = {
             "v": alpha * noise - sigma * latent,
             "eps": noise,
@@ -220,11 +271,14 @@ class LatentDiffusion(nn.Module):
         }[self.prediction]
         return ((alpha / sigma).square().clamp(max=5) * gain**2).float()
 
-    def denoise(self, x: Tensor, t: int, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z [B]."""
+    def denoise(self, x: Tensor, t: int, z: Tensor, slices: int | None = None) -> tuple[Tensor, Tensor]:
+        """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z [B].
+
+        Every `slices` of the batch are contiguous slices of one brain; default: all are of one.
+        """
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
-        output = self.unet(x, t, z).float()
+        output = self.unet(x, t, z, slices or len(x)).float()
         if self.prediction == "v":
             return alpha * x - sigma * output, sigma * x + alpha * output
         if self.prediction == "eps":

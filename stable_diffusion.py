@@ -3,13 +3,17 @@
     python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
     python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
 
-A brain is 32 slices from one noise, shared by all z. Training writes model_ckpt/NAME (the weights carry their first
-stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through
-z, reslices, a NIfTI volume and 32 PNG slices (volume.py), and process.gif, the way from noise to brain.
+A brain is 32 slices. With --slices 1 the network sees them one by one, and they share their noise; with more, training
+shows windows of so many neighbouring slices, which hear of each other.
+
+Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
+NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices
+(volume.py), and process.gif, the way from noise to brain.
 """
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from tqdm import tqdm
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
+from metrics import adjacent_ssim
 from model_diffusion import (
     PREDICTIONS,
     RECIPES,
@@ -36,6 +41,7 @@ from model_diffusion import (
     sample_ddpm,
     sample_dpm,
     sample_heun,
+    share_noise,
 )
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
@@ -81,6 +87,19 @@ def flags() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="how often training hides z, which --guidance needs (default: %(default)s)",
     )
+    add(
+        "--slices",
+        type=util.positive_int,
+        metavar="S",
+        help=f"neighbouring slices of a brain that training shows together, up to {SLICES_PER_CASE}; 1 is a 2-D model",
+    )
+    add(
+        "--shared-noise",
+        type=util.fraction,
+        metavar="R",
+        help="share of the noise's variance that the slices of a brain have in common; with --slices above 1 also in "
+        "training (default: as in training, which has 0, or 1 with --slices 1)",
+    )
     add("--sample", action="store_true", help="draw new brains instead of training")
     add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
     add(
@@ -109,18 +128,24 @@ def flags() -> argparse.ArgumentParser:
 
 
 class BrainNoise:
-    """Noise [32 n, C, h, w] for n brains: one draw per brain, the same for its 32 slices.
+    """Noise [32 n, C, h, w] for n brains, of which the slices of each have the share `shared` in common.
 
     Brain i depends on (seed, i) alone, so it is the same picture in any batch.
     """
 
-    def __init__(self, seed: int, brains: range, shape: tuple[int, ...], device: torch.device):
+    def __init__(self, seed: int, brains: range, shape: tuple[int, ...], device: torch.device, shared: float = 1.0):
         self.generators = [torch.Generator().manual_seed(util.mix_seed(seed, i)) for i in brains]
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.shared = shape, device, shared
+
+    def _of_brain(self, generator: torch.Generator) -> Tensor:
+        common = torch.randn(1, *self.shape, generator=generator)
+        if self.shared == 1:
+            return common.repeat(SLICES_PER_CASE, *[1] * len(self.shape))
+        own = torch.randn(SLICES_PER_CASE, *self.shape, generator=generator)
+        return math.sqrt(self.shared) * common + math.sqrt(1 - self.shared) * own
 
     def __call__(self) -> Tensor:
-        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
-        return noise.repeat_interleave(SLICES_PER_CASE, 0).to(self.device)
+        return torch.cat([self._of_brain(generator) for generator in self.generators]).to(self.device)
 
 
 def walk(model: LatentDiffusion, denoise: Denoise, draw: Callable[[], Tensor], args: argparse.Namespace):
@@ -153,7 +178,7 @@ def sample_latents(
     def denoiser(model: LatentDiffusion, z: Tensor) -> Denoise:
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
             with util.autocast(device, args.precision):
-                return model.denoise(x, t, z)
+                return model.denoise(x, t, z, SLICES_PER_CASE)
 
         return denoise
 
@@ -161,7 +186,9 @@ def sample_latents(
     if args.guidance != 1:
         poor = denoiser(weak, z) if weak else denoiser(model, torch.full(z.shape, torch.nan, device=device))
         denoise = guide(denoise, poor, args.guidance)
-    steps, total = walk(model, denoise, BrainNoise(args.seed, brains, model.latent_shape, device), args)
+    shared = model.shared_noise if args.shared_noise is None else args.shared_noise
+    draw = BrainNoise(args.seed, brains, model.latent_shape, device, shared)
+    steps, total = walk(model, denoise, draw, args)
     every = max(1, total // 16)  # kept for the GIF
     path = []
     for n, x in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
@@ -207,6 +234,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
+    how += f", {100 * (model.shared_noise if args.shared_noise is None else args.shared_noise):g} % of the noise shared"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
@@ -216,7 +244,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
         path = sample_latents(model, range(i, i + 1), args, device, weak)
         slices = decode_brains(first_stage, path[-1])[0]
-        title = f"sampled brain {i}: seed {args.seed}, {how}, one noise for all z"
+        title = f"sampled brain {i}: seed {args.seed}, {how}"
         files = write_brain(out, i, slices, title)
         print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
@@ -243,18 +271,42 @@ def encode_all(first_stage: Autoencoder, data: Slices, device: torch.device, pre
 
 @torch.no_grad()
 def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.device, precision: str) -> float:
-    """Loss over held-out latents at fixed noise and steps spread over the whole process."""
+    """Loss over held-out latents at fixed noise and steps spread over the whole process.
+
+    A model that mixes slices sees whole brains, as in sampling.
+    """
     torch.manual_seed(0)
-    noise, t = torch.randn(latents.shape), torch.linspace(0, model.T - 1, len(latents)).long()
+    slices = SLICES_PER_CASE if model.slices > 1 else 1
+    brains = len(latents) // slices
+    rounds = -(-32 // brains)  # few brains are seen at several steps each
+    index = torch.arange(len(latents)).repeat(rounds)
+    noise = share_noise(torch.randn(len(index), *latents.shape[1:]), slices, model.shared_noise)
+    t = torch.linspace(0, model.T - 1, rounds * brains).long().repeat_interleave(slices)
     losses = []
-    for n in torch.arange(len(latents)).split(64):
+    for n in torch.arange(len(index)).split(2 * SLICES_PER_CASE):
+        batch = latents[index[n]], z[index[n]], t[n].to(device), noise[n].to(device)
         with util.autocast(device, precision):
-            losses.append(model(latents[n], z[n], t[n].to(device), noise[n].to(device)))
+            losses.append(model(*batch, slices))
     return float(torch.cat(losses).mean())
 
 
+def window_starts(data: Slices, slices: int) -> Tensor:
+    """Positions int64 [n] where training windows of `slices` neighbouring slices begin, in data ordered by case and z.
+
+    Windows begin evenly within a case and, as often as it takes, at its ends: else slices there were seen less often.
+    Raises UserError when windows are asked for and a case lacks slices.
+    """
+    if slices == 1:
+        return torch.arange(len(data))
+    data.check_whole_cases(f"--slices {slices}")
+    offset = torch.arange(1 - slices, SLICES_PER_CASE).clamp(0, SLICES_PER_CASE - slices)
+    return (torch.arange(0, len(data), SLICES_PER_CASE)[:, None] + offset).flatten()
+
+
 def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
-    """Settings with what --recipe stands for where nothing else was said. Raises UserError if they contradict."""
+    """Settings with what --recipe and --slices imply where nothing was said. Raises UserError if they contradict."""
+    if args.shared_noise is None:
+        args.shared_noise = 0.0 if args.slices > 1 else 1.0
     recipe = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES[args.recipe], strict=True))
     args = argparse.Namespace(**{**vars(args), **{flag: getattr(args, flag) or recipe[flag] for flag in recipe}})
     if args.prediction == "eps" and noise_levels(args.schedule, 1000)[0][-1] == 0:
@@ -265,12 +317,23 @@ def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def check_slices(args: argparse.Namespace) -> None:
+    """Raises UserError unless batches are made of whole windows."""
+    if args.slices > SLICES_PER_CASE:
+        raise UserError(f"--slices {args.slices}: a brain has {SLICES_PER_CASE}")
+    if args.batch_size % args.slices:
+        raise UserError(
+            f"--batch-size {args.batch_size} is no multiple of --slices {args.slices}; it counts slices, not windows"
+        )
+
+
 def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
     args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     args = follow_recipe(args)
+    check_slices(args)
     first_stage = load_first_stage(args.first_stage, device)
     folder = find_data(args.data)
     print(
@@ -283,6 +346,11 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
     latents, z_all = encode_all(first_stage, train_slices, device, args.precision)
     held_out, held_out_z = encode_all(first_stage, held_out_slices, device, args.precision)
+    starts = window_starts(train_slices, args.slices)
+    if args.slices > 1:
+        held_out_slices.check_whole_cases(f"--slices {args.slices}")
+    real = held_out_slices.whole_brains()[:8]
+    real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
     # network
     torch.manual_seed(args.seed)
@@ -296,6 +364,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "weighting": args.weighting,
         "times": args.times,
         "drop_z": args.drop_z,
+        "slices": args.slices,
+        "shared_noise": args.shared_noise,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -342,10 +412,12 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
 
     def report(step: int) -> None:
-        logger.report(step, {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)})
         quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
         slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
-        title = f"sampled after {step} steps: seed {args.seed}, dpm in 20 steps, one noise for all z"
+        scores = {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)}
+        scores["sample/adjacent_ssim"] = float(adjacent_ssim(torch.from_numpy(slices)[None]).mean())
+        logger.report(step, scores | real_neighbours)
+        title = f"sampled after {step} steps: seed {args.seed}, dpm in 20 steps"
         tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
 
     # training
@@ -353,7 +425,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
     for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        index = util.batch_index(args.seed, step, args.batch_size, len(latents), rank, world).to(device)
+        start = starts[util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)]
+        index = (start[:, None] + torch.arange(args.slices)).flatten().to(device)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -60,6 +60,7 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "channels": (48, 64, 128),
         "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
         "blocks": (1, 2, 2),
+        "slices": (8, 32, 32),
         "learning_rate": (1e-3, 5e-4, 2e-4),
         "report_every": (500, 400, 5000),
     },
@@ -93,6 +94,8 @@ OF_ONE_START = {
     "top_p",
     "decoder",
 }
+# What a run has and --sample may change.
+FREE_IN_SAMPLING = {"seed", "precision", "shared_noise"}
 # What may change from start to start without making the run another experiment.
 FREE_ON_RESUME = OF_ONE_START | {"data", "steps", "report_every", "patience"}
 
@@ -551,7 +554,7 @@ def weights_to_sample(script: str, args: argparse.Namespace, typed: dict, releas
     the `released` weights. None otherwise: training comes first. Says which. Raises UserError when a setting of
     training is typed that the trained run does not have.
     """
-    settings = {flag: value for flag, value in typed.items() if flag not in OF_ONE_START | {"seed", "precision"}}
+    settings = {flag: value for flag, value in typed.items() if flag not in OF_ONE_START | FREE_IN_SAMPLING}
     if Path(args.name).is_file():
         return Path(args.name)
     if run_weights(args.name).is_file():

@@ -19,6 +19,7 @@ from model_diffusion import (
     sample_dpm,
     sample_heun,
     sampling_times,
+    share_noise,
 )
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
@@ -34,7 +35,7 @@ def tiny_model(prediction: str = "v", **changes) -> LatentDiffusion:
 def perfect(model: LatentDiffusion, latent: torch.Tensor, noise: torch.Tensor, error: torch.Tensor | float = 0.0):
     """The model with a network that knows latent and noise, and is wrong about the latent by `error`."""
 
-    def forward(x, t, z):
+    def forward(x, t, z, slices):
         alpha, sigma = model.alpha[t].view(-1, 1, 1, 1), model.sigma[t].view(-1, 1, 1, 1)
         x0 = latent + error
         implied = noise - alpha / sigma * error  # the noise for which x is still alpha x0 + sigma noise
@@ -181,7 +182,7 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction, weighting):
     loss = perfect(tiny_model(prediction, weighting=weighting), latent, noise)(latent, z, t, noise)
     assert loss.shape == (8,) and loss.dtype == torch.float32 and (loss.abs() < 1e-9).all()
     torch.manual_seed(5)
-    torch.randint(1000, (8,))  # the steps
+    torch.rand(())  # for the steps
     drawn = torch.randn_like(latent)
     model = perfect(tiny_model(prediction), latent, drawn)
     torch.manual_seed(5)
@@ -232,7 +233,7 @@ def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     """A share drop_z of the latents is denoised without z; evaluation always knows z."""
     model, seen = awaken(tiny_model(prediction, drop_z=0.25)), []
     forward = model.unet.forward
-    model.unet.forward = lambda x, t, z: (seen.append(z), forward(x, t, z))[1]
+    model.unet.forward = lambda x, t, z, slices: (seen.append(z), forward(x, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
     model(latent, z)
     model.train()
@@ -265,10 +266,10 @@ def test_guidance_goes_beyond_the_better_model():
 def test_steps_are_drawn_from_the_whole_process():
     """Training sees t = 0 and t = T - 1, and noise of unit variance."""
     model, seen = tiny_model(T=5), []
-    model.unet.forward = lambda x, t, z: (seen.append((x, t)), torch.zeros_like(x))[1]
+    model.unet.forward = lambda x, t, z, slices: (seen.append((x, t)), torch.zeros_like(x))[1]
     model(torch.zeros(500, 4, 6, 7), torch.zeros(500, dtype=torch.long))
     x, t = seen[0]
-    assert torch.bincount(t, minlength=5).min() > 60 and t.max() == 4
+    assert torch.equal(torch.bincount(t), torch.full((5,), 100))  # at even distances
     for step in range(5):
         assert x[t == step].std().item() == pytest.approx(model.sigma[step].item(), rel=0.05)
 
@@ -421,3 +422,47 @@ def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
     alone = torch.cat([unet(x[i : i + 1], t[i : i + 1], z[i : i + 1]) for i in range(3)])
     assert torch.allclose(alone, out, atol=1e-5)
     assert not torch.allclose(unet(x, z, t), out, atol=1e-3)  # t and z are told apart
+
+
+# ------------------------------------------------------------------------------------------------------- whole brains
+
+
+def test_mixing_starts_as_the_2d_model_and_then_mixes(awaken):
+    """Also after other layers have learned: what is new is zero. Any number of slices goes, and brains stay apart."""
+    torch.manual_seed(1)
+    flat = awaken(UNet(4, 8, (1, 2), 1).eval())
+    mixed = UNet(4, 8, (1, 2), 1, mixing=True).eval()
+    assert not mixed.load_state_dict(flat.state_dict(), strict=False).unexpected_keys
+    x, t, z = torch.randn(6, 4, 6, 7), torch.full((6,), 300), torch.arange(6)
+    for slices in (1, 2, 3, 6):
+        assert torch.equal(mixed(x, t, z, slices), flat(x, t, z))
+    awaken(mixed)
+    other = x.clone()
+    other[4] += 1
+    changed = (mixed(other, t, z, 3) - mixed(x, t, z, 3)).abs().amax((1, 2, 3))
+    assert (changed[:3] == 0).all() and changed[3:].min() > 1e-4
+
+
+def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
+    """Windows are the unit of everything random; the noise is each slice's own, as far as it is not shared."""
+    model, seen = awaken(tiny_model(slices=4, drop_z=0.5, shared_noise=0.25, T=20)).train(), []
+    forward = model.unet.forward
+    model.unet.forward = lambda x, t, z, slices: (seen.append((x, t, z, slices)), forward(x, t, z, slices))[1]
+    loss = model(torch.zeros(240, 4, 6, 7), torch.arange(240) % 32)
+    x, t, z, slices = seen[0]
+    assert loss.shape == (240,) and slices == 4
+    windows, hidden = t.view(60, 4), z.isnan().view(60, 4)
+    assert (windows == windows[:, :1]).all() and torch.equal(torch.bincount(windows[:, 0]), torch.full((20,), 3))
+    assert (hidden == hidden[:, :1]).all() and 15 < hidden[:, 0].sum() < 45
+    noise = (x / model.sigma[t].float().view(-1, 1, 1, 1)).view(60, 4, -1)
+    assert torch.corrcoef(noise.transpose(0, 1).flatten(1)).fill_diagonal_(0.25).numpy() == pytest.approx(
+        0.25, abs=0.05
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_shared_noise_has_unit_variance_and_the_share_as_correlation(share):
+    """Within a brain; between brains there is none."""
+    noise = share_noise(torch.randn(6, 40_000), 3, share)
+    expected = torch.block_diag(*[torch.full((3, 3), share)] * 2).fill_diagonal_(1)
+    assert torch.allclose(torch.cov(noise), expected, atol=0.03)

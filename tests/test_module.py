@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample
+from module import Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample
 
 
 @pytest.mark.parametrize("channels", [6, 32, 40])
@@ -13,6 +13,7 @@ def test_blocks_start_as_the_identity(channels):
     x, embedding = torch.randn(2, channels, 4, 6), torch.randn(2, 10)
     assert torch.equal(ResBlock(channels, channels, 10)(x, embedding), x)
     assert torch.equal(SelfAttention(channels)(x), x)
+    assert torch.equal(SliceMixing(channels)(x, 2), x)
     block = ResBlock(channels, 7, 10)
     assert torch.equal(block(x, embedding), F.conv2d(x, block.skip.weight, block.skip.bias))
 
@@ -76,3 +77,35 @@ def test_resampling_halves_and_comes_back_also_from_odd_sizes():
     up = Upsample(6, 4)
     assert up(low, x.shape[-2:]).shape == x.shape
     assert torch.equal(up(low), up(low, (8, 10)))
+
+
+@pytest.mark.parametrize("slices", [1, 2, 6])
+def test_mixing_reaches_the_neighbours_in_one_s_own_brain(awaken, slices):
+    """One step up and one down per layer, and never into the next brain of the batch."""
+    mixing, x = awaken(SliceMixing(7), 0.5), torch.randn(12, 7, 2, 3)
+    out = mixing(x, slices)
+    for n in (0, 3, 5, 6, 11):
+        other = x.clone()
+        other[n] += torch.randn(7, 2, 3)
+        changed = (mixing(other, slices) != out).flatten(1).any(1).nonzero().flatten().tolist()
+        brain = range(n // slices * slices, (n // slices + 1) * slices)
+        assert changed == [m for m in (n - 1, n, n + 1) if m in brain]
+
+
+def test_mixing_equal_slices_is_a_convolution_within_each(awaken):
+    """Beyond the ends the last slice goes on, so that equal slices, and a slice alone, have no border."""
+    mixing, x = awaken(SliceMixing(9), 0.5), torch.randn(1, 9, 4, 4)
+    alone = mixing(x, 1)
+    assert torch.allclose(mixing(x.expand(5, -1, -1, -1), 5), alone.expand(5, -1, -1, -1), atol=1e-6)
+    h = F.group_norm(x, 1, mixing.norm.weight, mixing.norm.bias)
+    assert torch.allclose(alone, x + F.conv2d(h, mixing.project.weight, mixing.project.bias), atol=1e-6)
+
+
+def test_a_number_that_is_not_known_has_a_vector_of_its_own():
+    """NaN stands for it; and it leaves no NaN in any gradient."""
+    embedding = Embedding(6, unknown=True)
+    torch.nn.init.normal_(embedding.unknown)
+    out = embedding(torch.tensor([3.0, torch.nan, 5.0]))
+    assert torch.equal(out[1], embedding.unknown) and torch.equal(out[::2], embedding(torch.tensor([3, 5])))
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in embedding.parameters())

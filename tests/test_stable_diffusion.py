@@ -17,14 +17,15 @@ import stable_diffusion
 import util
 from dataset import list_slices, load_slices
 from logger import read_log
+from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from stable_diffusion import BrainNoise, decode_brains, sample_latents
+from stable_diffusion import BrainNoise, decode_brains, sample_latents, window_starts
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
 FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
-TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--blocks", "1", "--batch-size", "4"]
+TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--blocks", "1", "--batch-size", "4", "--slices", "2"]
 ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is done
 
 
@@ -101,28 +102,37 @@ def tiny_prior(**changes) -> LatentDiffusion:
 
 
 def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
-    """Draw after draw, in any batch; one draw serves its 32 slices, and other brains and seeds have others."""
-    together, alone = (BrainNoise(5, brains, (4, 6, 7), CPU) for brains in (range(3), range(2, 3)))
-    draws = []
-    for _ in range(3):
-        noise = together()
-        torch.manual_seed(0)  # nobody else's generator plays a part
-        assert noise.shape == (96, 4, 6, 7) and torch.equal(noise[64:], alone())
-        assert torch.equal(noise[:32], noise[:1].expand(32, -1, -1, -1))
-        draws += [noise[0], noise[32], noise[64]]
-    draws.append(BrainNoise(6, range(1), (4, 6, 7), CPU)()[0])
-    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
-    assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
+    """Draw after draw, in any batch; its slices share what is asked, and other brains and seeds have others."""
+    for shared in (1.0, 0.5, 0.0):
+        together, alone = (BrainNoise(5, brains, (4, 6, 7), CPU, shared) for brains in (range(3), range(2, 3)))
+        draws = []
+        for _ in range(3):
+            noise = together()
+            torch.manual_seed(0)  # nobody else's generator plays a part
+            assert noise.shape == (96, 4, 6, 7) and torch.equal(noise[64:], alone())
+            assert torch.corrcoef(noise[:32].flatten(1)).mean().item() == pytest.approx(shared, abs=0.12)
+            draws += [noise[0], noise[32], noise[64]]
+        draws.append(BrainNoise(6, range(1), (4, 6, 7), CPU, shared)()[0])
+        assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
+        assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--sampler", "heun"], ["--sampler", "ddim", "--eta", 0.7], ["--sampler", "ddpm"], ["--guidance", 2]],
+    [
+        [],
+        ["--sampler", "heun"],
+        ["--sampler", "ddim", "--eta", 0.7],
+        ["--sampler", "ddpm"],
+        ["--guidance", 2],
+        ["--shared-noise", 0.5],
+    ],
     ids=lambda flags: " ".join(map(str, flags)) or "dpm",
 )
-def test_a_brain_is_the_same_in_any_batch(awaken, flags):
+@pytest.mark.parametrize("slices", [1, 8])
+def test_a_brain_is_the_same_in_any_batch(awaken, flags, slices):
     """Brain 1 drawn alone is the second half of a batch of two, at every step that is kept."""
-    model, args = awaken(tiny_prior()), settings("--sample-steps", 8, "--seed", 3, *flags)
+    model, args = awaken(tiny_prior(slices=slices)), settings("--sample-steps", 8, "--seed", 3, *flags)
     both, alone = (sample_latents(model, brains, args, CPU) for brains in (range(2), range(1, 2)))
     assert len(both) == len(alone) == (12 if "ddpm" in flags else 8)
     assert torch.allclose(torch.stack(both)[:, 32:], torch.stack(alone), atol=1e-4)
@@ -170,9 +180,9 @@ def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
     model, seen = awaken(LatentDiffusion(**sizes).eval()), []
     denoise = model.denoise
 
-    def watched(x, t, z):
-        seen.append((x, denoise(x, t, z)[0]))
-        return denoise(x, t, z)
+    def watched(x, t, z, slices):
+        seen.append((x, denoise(x, t, z, slices)[0]))
+        return denoise(x, t, z, slices)
 
     model.denoise = watched
     path = sample_latents(model, range(1), settings("--sample-steps", steps), CPU)
@@ -256,7 +266,20 @@ def test_validation_is_a_function_of_the_model(awaken):
     assert len(t) == 100 and t.min() == 0 and t.max() == 999 and t.diff().max() < 12
 
 
-@pytest.mark.parametrize("flags", [[], ["--recipe", "ddpm"], ["--recipe", "edm", "--drop-z", 0]])
+def test_few_brains_are_validated_at_many_steps(awaken):
+    """A model that mixes slices sees them whole, all slices at one step."""
+    sizes = {"latent_shape": (4, 2, 2), "channels": 8, "channel_multipliers": (1,), "blocks": 1, "slices": 8}
+    model, seen = awaken(LatentDiffusion(**sizes).eval()), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[2:3] + args[4:]))
+    stable_diffusion.validate(model, torch.randn(96, 4, 2, 2), torch.arange(96) % 32, CPU, "fp32")
+    t = torch.cat([t for t, _ in seen]).view(-1, 32)
+    assert {slices for _, slices in seen} == {32} and (t == t[:, :1]).all()
+    assert len(t) == 33 and t.min() == 0 and t.max() == 999 and t[:, 0].diff().max() < 33
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--recipe", "ddpm", "--slices", 1], ["--recipe", "edm", "--drop-z", 0, "--shared-noise", 0.5]]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     """Stopped after every single step, with everything else that happens at a stop in between."""
     assert "stopped" not in train("--name", "straight", *flags)
@@ -365,6 +388,42 @@ def test_guidance_needs_what_it_moves_away_from(trained, train, run_main):
     assert "guidance 2" in run_main(stable_diffusion, *sample)[1]
     status, out, errors = run_main(stable_diffusion, *sample, "--name", "sure", "--weak", "diffusion")
     assert status == 0 and "guidance 2 from diffusion" in out, errors
+
+
+def test_windows_are_neighbouring_slices_of_one_case(phantom_folder):
+    """Of any length up to a brain; every slice is seen nearly as often as any other."""
+    data = load_slices(phantom_folder, "train", 64)
+    assert torch.equal(window_starts(data, 1), torch.arange(96))
+    for slices in (2, 8, 20, 32):
+        index = window_starts(data, slices)[:, None] + torch.arange(slices)
+        assert (data.case[index] == data.case[index[:, :1]]).all() and (data.z[index].diff(dim=1) == 1).all()
+        seen = torch.bincount(index.flatten(), minlength=96)
+        assert seen.min() >= slices and seen.max() < 3 * slices
+
+
+def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folder, first_stage, tmp_path):
+    """One line names the flag; slices one by one do without."""
+    for flags, words in (
+        (["--slices", 33, "--batch-size", 33], ["--slices 33", "32"]),
+        (["--slices", 8, "--batch-size", 12], ["--batch-size 12", "--slices 8"]),
+    ):
+        status, _, errors = start(*flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
+    (noise_folder / "keras_png_slices_train/case_001_slice_7.nii.png").unlink()
+    run = ["--data", noise_folder, "--first-stage", first_stage, *TINY, *ONE_STEP]
+    status, _, errors = run_main(stable_diffusion, *run, "--slices", 4)
+    assert status == 2 and len(errors.splitlines()) == 1 and "--slices 4" in errors and "train" in errors, errors
+    assert run_main(stable_diffusion, *run, "--slices", 1)[0] == 0
+
+
+def test_reports_compare_neighbouring_slices_with_real_ones(trained, phantom_folder):
+    """One number for the sampled brain, and beside it that of the brains held out."""
+    reports = [line for line in read_log(Path("log/diffusion")) if "validate/loss" in line]
+    expected = adjacent_ssim(load_slices(phantom_folder, "validate", 64).whole_brains()).mean().item()
+    for line in reports:
+        assert line["real/adjacent_ssim"] == pytest.approx(expected, abs=1e-6)
+        assert -1 <= line["sample/adjacent_ssim"] <= 1
+    assert len(reports) == 2
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(trained, start, monkeypatch):

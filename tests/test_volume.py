@@ -12,6 +12,7 @@ import pixelCNN
 import stable_diffusion
 import volume
 from dataset import list_slices, read_png
+from model_diffusion import LatentDiffusion
 from phantom import phantom_case
 
 
@@ -190,7 +191,8 @@ def test_write_brain_returns_what_it_wrote(head, tmp_path):
 def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypatch, run_main):
     """stable_diffusion.py and pixelCNN.py, each with its model replaced by one that draws this head."""
     slices = small(head, 64)
-    described = (None, None, {"step": 7})
+    prior = LatentDiffusion(latent_shape=(1, 1, 1), channels=8, channel_multipliers=(1,), blocks=1)
+    described = (prior, None, {"step": 7})
     monkeypatch.setattr(stable_diffusion, "load_second_stage", lambda *args: described)
     monkeypatch.setattr(stable_diffusion, "sample_latents", lambda *args: [None, None])
     monkeypatch.setattr(stable_diffusion, "decode_brains", lambda *args: slices[None])
