@@ -332,7 +332,8 @@ def laplacian_pyramid(x: Tensor) -> list[Tensor]:
     kernel, levels = (window[:, None] * window)[None, None], []
     while x.shape[-1] > 16:
         small = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2)
-        back = F.conv_transpose2d(small, 4 * kernel, stride=2, padding=2, output_padding=1)
+        wider = F.pad(small, (1, 1, 1, 1), mode="replicate")  # else a border that is not black would jump
+        back = F.conv_transpose2d(wider, 4 * kernel, stride=2, padding=4, output_padding=1)
         levels.append(x - back)
         x = small
     return [*levels, x]
