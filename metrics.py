@@ -1,9 +1,11 @@
-"""Scores as pure functions of tensors: of pictures beside their reconstruction, of whole brains, of codes and latents.
+"""Scores as pure functions of tensors: of pictures beside their reconstruction, of whole brains, of sets of brains
+beside each other, of codes and latents.
 
 Every function names its equation. Nothing here knows a model, a folder or a flag: evaluate.py does.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ import util
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first; Wang et al. 2003, section 3.2
 COUNTABLE = 2**14  # codes; the 750,000 positions of a validation split are too few to count more of them
 RINGS = 16  # of spatial frequency; at 64 px none of them is empty
+DARK = 15  # grey of 0..255: a head is what is brighter; decoders leave a few levels on black
+PATCH, PATCHES, DIRECTIONS, BINS = 7, 32, 64, 320  # pixels a side; per slice and level; of projection; of a histogram
+FINEST_BIN = 1e-4  # of the histograms, grey 0..1; bins widen towards +-PATCH by a constant factor
 ACTIVE = 0.01  # variance of the mean above which a latent number carries something (Burda et al. 2016, section 3)
 
 # ------------------------------------------------------------------------------------------------- pictures, compared
@@ -130,6 +135,319 @@ def reslice_spectrum(brains: Tensor) -> Tensor:
     return torch.stack([(basis @ (brain.flatten(1).double() / 255)).square().mean(1) for brain in brains])
 
 
+# ------------------------------------------------------------------------------------- features of slices, not learned
+
+
+def random_features(pictures: Tensor, channels: int = 16, seed: int = 0) -> Tensor:
+    """Activations of a convolution network nobody trained, float32 [B, 64], of uint8 [B, S, S].
+
+    Four strided 5x5 convolutions with ReLU and seeded weights (He et al. 2015, eq. 10, no bias); each of their 4 x 16
+    channels is averaged over the slice. Random filters see edges and texture at every scale and prefer no anatomy.
+    """
+    generator, features = torch.Generator().manual_seed(seed), []
+    h = pictures[:, None].float() / 255
+    for channels_in in (1, channels, channels, channels):
+        weight = torch.randn(channels, channels_in, 5, 5, generator=generator) * math.sqrt(2 / (25 * channels_in))
+        h = F.relu(F.conv2d(h, weight.to(h), stride=2, padding=2))
+        features.append(h.mean((2, 3)))
+    return torch.cat(features, 1)
+
+
+def texture_features(pictures: Tensor) -> Tensor:
+    """Histogram, shape and texture as in radiomics (Zwanenburg et al. 2020), float32 [B, 42], of uint8 [B, S, S].
+
+    The head is what is brighter than DARK. In this order: its share of the picture, centre and spread in rows and
+    columns (5); mean, sd, skewness, excess kurtosis of its grey (4); a histogram in 15 bins (15); mean and sd of the
+    gradient (2); contrast, dissimilarity, homogeneity, energy, correlation, entropy of co-occurring grey levels, 16 of
+    them, at distances of 1 and 4 pixels in four directions together (Haralick 1973) (12); mean power of three octaves
+    of a Laplacian pyramid (3), and the noise level (1).
+    """
+    B, S = pictures.shape[:2]
+    grey, head = pictures.float() / 255, (pictures > DARK).float()
+    area = head.sum((1, 2)).clamp(min=1)
+    axis = torch.arange(S, device=pictures.device) / S
+    found = [area / S**2]
+    for profile in (head.sum(2), head.sum(1)):
+        centre = (profile * axis).sum(1) / area
+        found += [centre, ((profile * (axis - centre[:, None]).square()).sum(1) / area).sqrt()]
+
+    def over_head(values: Tensor) -> Tensor:
+        return (values * head).sum((1, 2)) / area
+
+    mean = over_head(grey)
+    centred = grey - mean[:, None, None]
+    sd = over_head(centred.square()).sqrt().clamp(min=1e-3)
+    found += [mean, sd, over_head(centred**3) / sd**3, over_head(centred**4) / sd**4 - 3]
+    level = (pictures // 16).long()
+    slot = torch.arange(B, device=pictures.device)[:, None, None]
+    bins = torch.bincount((slot * 16 + level)[head > 0], minlength=16 * B).view(B, 16)[:, 1:]
+    found += list((bins / area[:, None]).unbind(1))
+
+    rows, columns = (F.pad(grey.diff(dim=d), (0, d == 2, 0, d == 1)) for d in (1, 2))
+    slope = (rows.square() + columns.square()).sqrt()
+    found += [over_head(slope), over_head((slope - over_head(slope)[:, None, None]).square()).sqrt()]
+
+    i, j = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    i, j = i.to(grey), j.to(grey)
+    for distance in (1, 4):
+        table = torch.zeros(B, 16, 16, dtype=torch.float64, device=pictures.device)
+        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+            a, b = _displaced(level, distance * down, distance * right)
+            both = (a > 0) & (b > 0)  # level 0 is dark
+            pairs = (slot * 256 + a * 16 + b)[both]
+            table += torch.bincount(pairs, minlength=256 * B).view(B, 16, 16)
+        table = table + table.transpose(1, 2)
+        share = (table / table.sum((1, 2), keepdim=True).clamp(min=1)).float()
+        centre = (share * i).sum((1, 2))
+        spread = (share * (i - centre[:, None, None]).square()).sum((1, 2)).clamp(min=1e-3)
+        product = (share * (i - centre[:, None, None]) * (j - centre[:, None, None])).sum((1, 2))
+        found += [(share * weight).sum((1, 2)) for weight in ((i - j).square(), (i - j).abs(), 1 / (1 + (i - j) ** 2))]
+        found += [share.square().sum((1, 2)), product / spread, -(share * share.clamp(min=1e-12).log2()).sum((1, 2))]
+
+    found += [level.square().mean((1, 2, 3)).sqrt() for level in laplacian_pyramid(grey[:, None])[:3]]
+    return torch.stack([*found, noise_level(pictures) / 255], 1)
+
+
+def _displaced(level: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
+    """Two views of [B, H, W], of the pixels and of those `down` rows below and `right` columns to the right."""
+    H, W = level.shape[1:]
+    left, width = max(0, -right), W - abs(right)
+    return level[:, : H - down, left : left + width], level[:, down:, left + right : left + right + width]
+
+
+def noise_level(pictures: Tensor) -> Tensor:
+    """Standard deviation of noise, in grey levels 0..255, float32 [B], of uint8 [B, S, S] (Immerkaer 1996, eq. 4).
+
+    The mean absolute answer to a kernel that is blind to planes, over the pixels whose 3x3 neighbourhood is brighter
+    than DARK. Fine texture counts as noise too: what blur takes away is in this number.
+    """
+    kernel = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], device=pictures.device)
+    grey = pictures[:, None].float()
+    answer = F.conv2d(grey, kernel[None, None]).abs()
+    lit = (-F.max_pool2d(-grey, 3, 1) > DARK).float()
+    return math.sqrt(math.pi / 2) / 6 * (answer * lit).sum((1, 2, 3)) / lit.sum((1, 2, 3)).clamp(min=1)
+
+
+# --------------------------------------------------------------------------------------------- sets of slices, compared
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Squared Frechet distance of the gaussians that fit features x [N, D] and y [M, D] (Heusel et al. 2017, eq. 6).
+
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). From N slices it comes out too large, by a term in 1 / N:
+    compare only distances of equally many slices from one y (Chong and Forsyth 2020).
+    """
+    x, y = x.double(), y.double()
+    root = _root(y.T.cov())
+    cross = torch.linalg.eigvalsh(root @ x.T.cov() @ root).clamp(min=0).sqrt().sum()
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    return float(apart + x.var(0).sum() + y.var(0).sum() - 2 * cross)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a symmetric matrix without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def kernel_means(x: Tensor, y: Tensor, width: float) -> Tensor:
+    """Mean kernel between the slices of brain i and those of brain j: float64 [n, m] of x [n, N, D], y [m, M, D].
+
+    The kernel is the mean of gaussians exp(-|a - b|^2 / (2 s^2)) of s = width / 2, width and 2 width.
+    """
+    rows = []
+    for brain in x:
+        square = torch.cdist(brain, y.flatten(0, 1)).square()
+        kernel = sum(torch.exp(-square / (2 * (scale * width) ** 2)) for scale in (0.5, 1, 2)) / 3
+        rows.append(kernel.view(len(brain), *y.shape[:2]).mean((0, 2)))
+    return torch.stack(rows).double()
+
+
+def mmd2(within_x: Tensor, between: Tensor, within_y: Tensor, brains: Tensor | None = None) -> float:
+    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) from kernel_means [n, n], [n, m], [m, m].
+
+    Brains, not slices, are the independent observations: pairs of slices of one brain are left out, as the equation
+    leaves out those of a slice with itself. For two draws from one distribution it is 0 on average, so it is negative
+    as often as positive.
+
+    brains: int64 indices into x, with repetitions, of a bootstrap resample.
+    """
+    brains = torch.arange(len(within_x)) if brains is None else brains
+    other = (brains[:, None] != brains).double()
+    inner = (within_x[brains][:, brains] * other).sum() / other.sum()
+    m = len(within_y)
+    outer = (within_y.sum() - within_y.trace()) / (m * (m - 1))
+    return float(inner + outer - 2 * between[brains].mean())
+
+
+def manifold_scores(x: Tensor, real: Tensor, k: int = 5) -> dict[str, Tensor]:
+    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1-3), density, coverage (Naeem et al. 2020, eq. 3 and 5).
+
+    Around every slice lies a ball that reaches to its k-th nearest neighbour among the slices of other brains of its
+    set: the nearest ones of its own brain are nearly itself. Identical sets of slices, each a brain of its own, have 1
+    in all four; for two draws from one distribution density is 1 and coverage about 1 - 2^-k on average.
+
+    Args:
+        x, real: features [n, N, D] and [m, M, D] of brains.
+    Returns per slice {"precision": it lies in a ball of real, "density": in how many of them, over k} float64 [n, N];
+    {"recall": it lies in a ball of x, "coverage": its ball holds a slice of x} float64 [m, M].
+    """
+    apart = _distances(x, real)
+    in_real, in_x = apart < _reach(real, k)[None], apart < _reach(x, k)[:, None]
+    return {
+        "precision": in_real.any(1).double().view(x.shape[:2]),
+        "density": (in_real.double().sum(1) / k).view(x.shape[:2]),
+        "recall": in_x.any(0).double().view(real.shape[:2]),
+        "coverage": in_real.any(0).double().view(real.shape[:2]),
+    }
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """float64 [n N, m M]: exact differences, so that a slice is at distance 0 from itself and ties stay ties."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x.flatten(0, 1).double(), y.flatten(0, 1).double(), compute_mode=exact)
+
+
+def _reach(x: Tensor, k: int) -> Tensor:
+    """float64 [n N]: distance from every slice of x [n, N, D] to its k-th nearest of other brains."""
+    brain = torch.arange(len(x)).repeat_interleave(x.shape[1])
+    apart = _distances(x, x).masked_fill(brain[:, None] == brain, math.inf)
+    return apart.kthvalue(k, dim=1).values
+
+
+def wasserstein(x: Tensor, y: Tensor) -> Tensor:
+    """1-Wasserstein distance between the columns of x [N, K] and y [M, K], float64 [K]: the area between the two
+    distribution functions."""
+    x, y = x.double(), y.double()
+    values, order = torch.cat([x, y]).sort(0)
+    step = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
+    between = step[order].cumsum(0)[:-1].abs()
+    return (between * values.diff(dim=0)).sum(0)
+
+
+def laplacian_pyramid(x: Tensor) -> list[Tensor]:
+    """Levels of x [B, 1, S, S] from fine to coarse, S to 16 pixels (Burt and Adelson 1983): what each loses when it is
+    halved, and the last as it is."""
+    window = torch.tensor([1.0, 4, 6, 4, 1], device=x.device, dtype=x.dtype) / 16
+    kernel, levels = (window[:, None] * window)[None, None], []
+    while x.shape[-1] > 16:
+        small = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2)
+        wider = F.pad(small, (1, 1, 1, 1), mode="replicate")  # else a border that is not black would jump
+        back = F.conv_transpose2d(wider, 4 * kernel, stride=2, padding=4, output_padding=1)
+        levels.append(x - back)
+        x = small
+    return [*levels, x]
+
+
+def bin_edges() -> Tensor:
+    """float64 [BINS - 1]: edges between the bins of patch_histograms, fine around 0 and wide at the ends."""
+    end = math.asinh(PATCH / FINEST_BIN)
+    return FINEST_BIN * torch.sinh(torch.linspace(-end, end, BINS - 1, dtype=torch.float64))
+
+
+def patch_histograms(brain: Tensor, seed: int = 0) -> Tensor:
+    """Projections of the patches of a brain's Laplacian pyramids, float32 [levels, DIRECTIONS, BINS], sum 1 per row.
+
+    PATCHES patches of 7x7 pixels from every slice of uint8 [N, S, S] and level, at places that are random but the same
+    in every brain, along random unit vectors. Histograms make sets of brains: their mean is that of the set.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    edges, offset = bin_edges().to(brain.device, torch.float32), torch.arange(PATCH)
+    for level in laplacian_pyramid(brain[:, None].float() / 255):
+        N, _, S, _ = level.shape
+        direction = F.normalize(torch.randn(PATCH**2, DIRECTIONS, generator=generator), dim=0).to(level)
+        row, column = torch.randint(0, S - PATCH + 1, (2, N, PATCHES, 1, 1), generator=generator)
+        slot = torch.arange(N)[:, None, None, None]
+        patches = level[slot, 0, row + offset[:, None], column + offset].reshape(-1, PATCH**2)
+        bins = torch.bucketize(patches @ direction, edges) + BINS * torch.arange(DIRECTIONS, device=level.device)
+        count = torch.bincount(bins.flatten(), minlength=BINS * DIRECTIONS).view(DIRECTIONS, BINS)
+        found.append(count.float() / len(patches))
+    return torch.stack(found)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor) -> Tensor:
+    """Sliced Wasserstein distance by pyramid level, fine to coarse, times 1000 (Karras et al. 2018, section 5).
+
+    x, y: patch_histograms [levels, DIRECTIONS, BINS] of two sets. The mean over directions of the 1-Wasserstein
+    distance of the projections, in units of the sd of y's. Unlike the paper, both sets are divided by the same sd:
+    dividing each by its own would hide the contrast that blur takes away.
+    """
+    edges = bin_edges()
+    middle = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
+    x, y = x.double(), y.double()
+    between = (x.cumsum(-1) - y.cumsum(-1))[..., :-2].abs() @ edges.diff()
+    mean = y @ middle
+    sd = ((y @ middle.square() - mean.square()).mean(1)).sqrt().clamp(min=1e-12)
+    return 1000 * between.mean(1) / sd
+
+
+def decibel(power: Tensor, reference: Tensor) -> Tensor:
+    """10 log10 of a ratio of powers; 0 where they are equal, -3 where half is left."""
+    return 10 * (power.clamp(min=1e-12) / reference.clamp(min=1e-12)).log10()
+
+
+# ----------------------------------------------------------------------------------------------------- copies, variety
+
+
+def thumbnails(pictures: Tensor, size: int = 64) -> Tensor:
+    """uint8 [B, size, size], means over squares of pixels, of uint8 [B, S, S]; S a multiple of size, or smaller."""
+    small = F.adaptive_avg_pool2d(pictures[:, None].float(), min(size, pictures.shape[-1]))
+    return small[:, 0].round().to(torch.uint8)
+
+
+def nearest(brains: Tensor, reference: Tensor, shift: int = 1, reach: int = 1) -> dict[str, Tensor]:
+    """The most similar slice of the reference for every slice, and the most similar brain for every brain.
+
+    Distance is sqrt(2 - 2 r) with r the correlation of two pictures over all pixels, which brightness and contrast do
+    not change; the smallest of all shifts by up to `shift` pixels either way (their border is black).
+
+    Args:
+        brains, reference: thumbnails uint8 [n, N, s, s] and [m, N, s, s] in the order of z.
+        reach: slices at z - reach .. z + reach are compared.
+    Returns {"distance" float32 [n, N], "brain", "z" int64 [n, N]: to and of the nearest slice, "brain_distance" [n],
+    "nearest_brain" int64 [n]: by the mean over equal z}.
+    """
+    n, N = brains.shape[:2]
+
+    def unit(pictures: Tensor) -> Tensor:
+        flat = pictures.flatten(-2).float()
+        return F.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
+
+    grid = [(down, right) for down in range(-shift, shift + 1) for right in range(-shift, shift + 1)]
+    moved = torch.stack([unit(brains.roll(by, (2, 3))) for by in grid])  # [shifts, n, N, s s]
+    known = unit(reference)
+    best, at = torch.full((n, N), -1.0), torch.zeros(n, N, dtype=torch.int64)
+    same = torch.zeros(n, len(reference))
+    for z in range(N):
+        for other in range(max(0, z - reach), min(N, z + reach + 1)):
+            r = (moved[:, :, z] @ known[:, other].T).amax(0)  # [n, m]
+            if other == z:
+                same += (2 - 2 * r).clamp(min=0).sqrt() / N
+            value, brain = r.max(1)
+            at[:, z] = torch.where(value > best[:, z], brain * N + other, at[:, z])
+            best[:, z] = torch.maximum(value, best[:, z])
+    closest = same.min(1)
+    return {
+        "distance": (2 - 2 * best).clamp(min=0).sqrt(),
+        "brain": at // N,
+        "z": at % N,
+        "brain_distance": closest.values,
+        "nearest_brain": closest.indices,
+    }
+
+
+def diversity(brains: Tensor, step: int = 4) -> Tensor:
+    """MS-SSIM of slices of two different brains at one z: float64 [n, N / step] of uint8 [n, N, S, S], n >= 2.
+
+    At every step-th z each brain is compared with one other, another one at every z. High values mean little variety.
+    """
+    n, scores = len(brains), []
+    for turn, z in enumerate(range(step // 2, brains.shape[1], step)):
+        slices = brains[:, z, None].double() / 255
+        scores.append(ms_ssim(slices, slices.roll(-1 - turn % (n - 1), 0)))
+    return torch.stack(scores, 1)
+
+
 # ------------------------------------------------------------------------------------------------ means and intervals
 
 
@@ -148,6 +466,26 @@ def bootstrap_interval(values: Tensor, case: Tensor, resamples: int = 1000, seed
         return None
     drawn = np.random.default_rng(seed).integers(len(count), size=(resamples, len(count)))
     return np.percentile(total[drawn].sum(1) / count[drawn].sum(1), [2.5, 97.5]).tolist()
+
+
+def centred_interval(
+    statistic: Callable[[Tensor], float], count: int, resamples: int = 200, seed: int = 0, least: float = 0.0
+) -> list[float] | None:
+    """95 % interval of a statistic of `count` brains, by a bootstrap over brains; None for fewer than two.
+
+    A resample repeats brains, and so looks poorer in variety than it is: distances between distributions come out too
+    large on average. Therefore only the spread about the resamples' own mean is taken, and laid around the value.
+
+    Args:
+        statistic: of int64 [count] indices of brains, with repetitions; NaN where these do not suffice.
+        least: no score is lower, so no interval is.
+    """
+    if count < 2:
+        return None
+    draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+    values = np.array([statistic(draw) for draw in draws])
+    low, high = statistic(torch.arange(count)) + np.nanpercentile(values, [2.5, 97.5]) - np.nanmean(values)
+    return [max(least, float(low)), float(high)]
 
 
 def summarise(scores: dict[str, Tensor], case: Tensor) -> dict:

@@ -2,10 +2,11 @@
 
     python scorer.py                      # trains in about ten minutes on one CPU core, on the training split alone
 
-One encoder, three heads: probabilities of CSF, grey and white matter at every pixel (their sum over a slice is the
-tissue's area), the slice index z, and, between them, 64 numbers that stand for the slice where other projects take a
-network trained on photographs. Writes model_ckpt/scorer/model.safetensors, with its accuracy on validate inside,
-log/scorer and a picture in scorer_vis. It is short, so it does not resume: the same command trains anew.
+One encoder, two heads: probabilities of CSF, grey and white matter at every pixel (their sum over a slice is the
+tissue's area), and 64 numbers from which the slice index z and the tissues' areas can be read; they stand for the slice
+where other projects take a network trained on photographs. Writes model_ckpt/scorer/model.safetensors, with its
+accuracy on validate inside, log/scorer and a picture in scorer_vis. It is short, so it does not resume: the same
+command trains anew.
 
 Pictures of any size are brought to 256 px first. So that blurred and small pictures are read as well as sharp ones,
 half of the training slices are blurred or were reduced to 128 or 64 px.
@@ -13,9 +14,9 @@ half of the training slices are blurred or were reduced to 128 or 64 px.
 
 import argparse
 import copy
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 import util
-from dataset import CONTENT_BOX, MASK_VALUES, Slices, find_data, load_slices, random_affine, to_float
+from dataset import CONTENT_BOX, MASK_VALUES, SLICES_PER_CASE, Slices, find_data, load_slices, random_affine, to_float
 from logger import Logger
 from module import Downsample, Upsample, norm
 
@@ -31,7 +32,7 @@ SCRIPT = Path(__file__).name
 OWN, RELEASED = Path("model_ckpt/scorer/model.safetensors"), Path(__file__).parent / "pretrained/scorer.safetensors"
 TISSUES = ("csf", "grey", "white")
 SIZE = 256  # px and mm, the side of the pictures it reads: a pixel is 1 mm^2
-Z_WEIGHT = 0.02  # of the error of z, in slices, beside the cross-entropy per pixel
+Z_WEIGHT, AREA_WEIGHT = 0.1, 0.3  # of the losses of the features beside the cross-entropy per pixel
 
 
 class Block(nn.Module):
@@ -48,7 +49,7 @@ class Block(nn.Module):
 
 
 class Scorer(nn.Module):
-    """U-Net (Ronneberger et al. 2015) on blocks of 2x2 pixels; z and the features are read at its bottom.
+    """U-Net (Ronneberger et al. 2015) on blocks of 2x2 pixels; the features are read at its bottom.
 
     Args:
         channels: of its levels, from 1 / 2 of the pictures' resolution on down.
@@ -60,18 +61,21 @@ class Scorer(nn.Module):
         widths = (*channels, features)
         self.stem = nn.Conv2d(4, widths[0], 3, padding=1)
         self.encode = nn.ModuleList(Block(C) for C in channels)
-        self.down = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(Downsample(a, b) for a, b in pairwise(widths))
         self.bottom = nn.Sequential(Block(features), Block(features), norm(features), nn.SiLU())
-        self.up = nn.ModuleList(Upsample(b, a) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(Upsample(b, a) for a, b in pairwise(widths))
         self.decode = nn.ModuleList(Block(C) for C in channels)
         self.tissue = nn.Sequential(norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 16, 3, padding=1))
-        self.z = nn.Sequential(nn.Linear(features, 64), nn.SiLU(), nn.Linear(64, 1))
+        *_, height, width = (side // 2 ** (len(channels) + 2) for side in CONTENT_BOX)  # a mean over all positions
+        self.summary = nn.Linear(features * height * width, features)  # would not say where anything is
+        self.whole = nn.Sequential(nn.SiLU(), nn.Linear(features, SLICES_PER_CASE + len(TISSUES)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is in slices x [B, 1, S, S] in [-1, 1], z unknown.
 
         Returns logits [B, 4, 256, 256] of none, CSF, grey and white matter, where outside the box that holds every
-        head it is none; z [B], in slices; features [B, 64].
+        head it is none; [B, 35], logits of z and then areas of the tissues, in tenths of the picture, both read from
+        the features; features [B, 64].
         """
         top, left, height, width = CONTENT_BOX
         if x.shape[-1] != SIZE:
@@ -82,18 +86,23 @@ class Scorer(nn.Module):
             levels.append(encode(h))
             h = down(levels[-1])
         h = self.bottom(h)
-        features = h.mean((2, 3))
-        z = 15.5 + 9 * self.z(features)[:, 0]  # mean and sd of 0..31
+        features = self.summary(F.avg_pool2d(h, 2).flatten(1))
         for up, decode, level in reversed(list(zip(self.up, self.decode, levels))):
             h = decode(up(h, level.shape[-2:]) + level)
         inside = F.pixel_shuffle(self.tissue(h), 2)
         logits = inside.new_zeros(len(x), 4, SIZE, SIZE)
         logits[:, 0] = 20
         logits[..., top : top + height, left : left + width] = inside
-        return logits, z, features
+        return logits, self.whole(features), features
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+
+
+def expected_z(whole: Tensor) -> Tensor:
+    """The mean [B], in slices, of the distribution over z in the Scorer's second answer [B, 35]."""
+    share = whole[:, :SLICES_PER_CASE].float().softmax(1)
+    return share @ torch.arange(SLICES_PER_CASE, device=share.device, dtype=share.dtype)
 
 
 def find_scorer(run: str | None = None) -> tuple[Scorer, dict]:
@@ -116,8 +125,8 @@ def read_slices(scorer: Scorer, slices: Tensor, batch_size: int = 32) -> dict[st
     """
     device, parts = next(scorer.parameters()).device, []
     for batch in slices.split(batch_size):
-        logits, z, features = scorer(to_float(batch.to(device))[:, None])
-        parts.append((logits.softmax(1)[:, 1:].sum((2, 3)).cpu(), z.cpu(), features.cpu()))
+        logits, whole, features = scorer(to_float(batch.to(device))[:, None])
+        parts.append((logits.softmax(1)[:, 1:].sum((2, 3)).cpu(), expected_z(whole).cpu(), features.cpu()))
     return dict(zip(("areas", "z", "features"), map(torch.cat, zip(*parts))))
 
 
@@ -160,13 +169,13 @@ def accuracy(scorer: Scorer, data: Slices, reduce: int = 1) -> dict[str, float]:
     overlap, sizes, area_error, z_error = torch.zeros(3), torch.zeros(3), torch.zeros(3), 0.0
     for index in torch.arange(len(data)).split(32):
         x, z, _ = data.batch(index)
-        logits, z_hat, _ = scorer(F.avg_pool2d(x, reduce))
+        logits, whole, _ = scorer(F.avg_pool2d(x, reduce))
         true = tissue_shares(data.masks[index])
         found = torch.stack([logits.argmax(1) == n for n in (1, 2, 3)], 1).float()
         overlap += (true * found).sum((0, 2, 3))
         sizes += torch.stack([true.sum((0, 2, 3)), found.sum((0, 2, 3))]).mean(0)
         area_error += (logits.softmax(1)[:, 1:].sum((2, 3)) - true.sum((2, 3))).abs().sum(0)
-        z_error += float((z_hat - z).abs().sum())
+        z_error += float((expected_z(whole) - z).abs().sum())
     true_areas = torch.stack([(data.masks == value).sum() for value in MASK_VALUES[1:]])
     result = {f"dice_{name}": float(value) for name, value in zip(TISSUES, overlap / sizes)}
     result |= {f"area_error_{name}": float(value) for name, value in zip(TISSUES, area_error / true_areas)}
@@ -178,11 +187,11 @@ def draw(scorer: Scorer, data: Slices):
     """A sheet of slices of one case: as they are, with the true and with the read tissues in colour."""
     shown = torch.arange(len(data))[data.case == data.case[0]][2::5]
     x, z, _ = data.batch(shown)
-    logits, z_hat, _ = scorer(x)
+    logits, whole, _ = scorer(x)
     colours = torch.tensor([[0, 0, 0], [60, 120, 255], [150, 150, 150], [255, 255, 255]], dtype=torch.uint8)
     labels = torch.searchsorted(torch.tensor(MASK_VALUES), data.masks[shown].long())
     rows = [data.images[shown][..., None].expand(-1, -1, -1, 3), colours[labels], colours[logits.argmax(1)]]
-    captions = [f"z = {n}, read as {n_hat:.1f}" for n, n_hat in zip(z.tolist(), z_hat.tolist())]
+    captions = [f"z = {n}, read as {n_hat:.1f}" for n, n_hat in zip(z.tolist(), expected_z(whole).tolist())]
     return util.sheet(
         [row.numpy() for row in rows],
         title=f"{data.split} case {int(data.case[0])}; CSF blue, grey matter grey, white matter white; anterior right",
@@ -231,10 +240,16 @@ def main() -> None:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            logits, z_hat, _ = model(x)
-        losses = {"tissue": F.cross_entropy(logits.float(), shares), "z": (z_hat.float() - z).abs().mean()}
+            logits, whole, _ = model(x)
+        near = (-(torch.arange(SLICES_PER_CASE, device=device) - z[:, None]).square() / 2.0).softmax(1)  # sd of 1 slice
+        z_logits, areas = whole.float().split((SLICES_PER_CASE, len(TISSUES)), 1)
+        losses = {
+            "tissue": F.cross_entropy(logits.float(), shares),
+            "z": F.cross_entropy(z_logits, near),
+            "areas": (areas - 10 * shares[:, 1:].mean((2, 3))).abs().mean(),
+        }
         optimizer.zero_grad()
-        (losses["tissue"] + Z_WEIGHT * losses["z"]).backward()
+        (losses["tissue"] + Z_WEIGHT * losses["z"] + AREA_WEIGHT * losses["areas"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         util.check_finite(losses, step)
         optimizer.step()

@@ -4,23 +4,42 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import torch
 from scipy.ndimage import gaussian_filter
+from skimage.feature import graycomatrix, graycoprops
 from torch import Tensor
 
 import util
 from metrics import (
     adjacent_ssim,
     bootstrap_interval,
+    centred_interval,
     code_usage,
+    decibel,
+    diversity,
     entropy_bits,
+    frechet_distance,
+    kernel_means,
+    laplacian_pyramid,
     latent_statistics,
+    manifold_scores,
     mean_scores,
+    mmd2,
     ms_ssim,
+    nearest,
+    noise_level,
+    patch_histograms,
     radial_spectrum,
+    random_features,
     reslice_spectrum,
     slice_scores,
+    sliced_wasserstein,
     summarise,
+    texture_features,
+    thumbnails,
+    wasserstein,
 )
 
 
@@ -228,3 +247,215 @@ def test_noise_share_and_active_channels_of_a_known_posterior():
     assert result["noise_share_per_channel"] == pytest.approx([0.2, 0.2, 1 / 1.0025], abs=0.005)
     assert result["noise_share"] == pytest.approx(np.mean(result["noise_share_per_channel"]))
     assert result["active_channels"] == 2
+
+
+# ------------------------------------------------------------------------------------- features of slices, not learned
+
+
+def test_noise_level_is_the_sd_of_noise_and_blind_to_ramps_and_black():
+    ramp = (40 + torch.arange(128) + torch.arange(128)[:, None] / 2).expand(2, 128, 128)
+    for sd in (2.0, 6.0):
+        noisy = (ramp + sd * torch.randn(2, 128, 128)).round().to(torch.uint8)
+        assert noise_level(noisy).tolist() == pytest.approx([sd] * 2, rel=0.05)
+        noisy[:, :64] = 0  # black is no part of it
+        assert noise_level(noisy).tolist() == pytest.approx([sd] * 2, rel=0.07)
+    assert noise_level(ramp[:1].floor().to(torch.uint8))[0] < 0.5
+    assert noise_level(torch.zeros(1, 64, 64, dtype=torch.uint8))[0] == 0
+
+
+def test_texture_features_are_those_of_numpy_and_scikit_image():
+    """Shape, moments and co-occurrence of slices with black around; a black slice has finite ones too."""
+    pictures = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    pictures[:2, 10:50, 20:40] = (16 + 235 * blurred(torch.rand(2, 1, 40, 20), 1)[:, 0]).to(torch.uint8)
+    found = texture_features(pictures)
+    assert found.shape == (3, 42) and found.isfinite().all()
+    grey = pictures[0, 10:50, 20:40].numpy() / 255
+    assert found[0, 0].item() == pytest.approx(800 / 64**2)
+    assert found[0, [1, 3]].tolist() == pytest.approx([29.5 / 64, 29.5 / 64])
+    assert found[0, 5:7].tolist() == pytest.approx([grey.mean(), grey.std()], rel=1e-4)
+    assert found[0, 9:24].sum().item() == pytest.approx(1)
+    angles = [0, np.pi / 4, np.pi / 2, 3 * np.pi / 4]
+    counts = graycomatrix(pictures[0].numpy() // 16, [1], angles, levels=16, symmetric=True).sum(3, keepdims=True)
+    counts[0], counts[:, 0] = 0, 0  # level 0 is no head
+    expected = [graycoprops(counts, name)[0, 0] for name in ("contrast", "dissimilarity", "homogeneity", "ASM")]
+    assert found[0, 26:30].tolist() == pytest.approx(expected, rel=1e-4)
+    assert found[0, 30].item() == pytest.approx(graycoprops(counts, "correlation")[0, 0], rel=1e-3)
+
+
+def test_random_features_are_fixed_and_follow_the_contrast():
+    """Seeded, not from the global generator; twice the grey gives twice the activation, without bias."""
+    pictures = torch.randint(0, 100, (2, 64, 64), dtype=torch.uint8)
+    found = random_features(pictures)
+    torch.rand(3)
+    assert found.shape == (2, 64) and torch.equal(found, random_features(pictures))
+    assert torch.allclose(random_features(2 * pictures), 2 * found, rtol=1e-4)
+    assert not torch.allclose(random_features(pictures, seed=1), found)
+
+
+# --------------------------------------------------------------------------------------------- sets of slices, compared
+
+
+def gaussian_sample(mean: Tensor, root: Tensor, count: int = 500) -> Tensor:
+    """[count, D] whose mean is `mean` and whose covariance root @ root.T, both exactly."""
+    x = torch.randn(count, len(mean), dtype=torch.float64)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T @ root.T + mean
+
+
+def test_the_frechet_distance_of_known_gaussians_is_its_closed_form():
+    """|m - n|^2 + sum (s - t)^2 for independent ones; SciPy's matrix root for others; 0 for the same; symmetric."""
+    m, n = torch.tensor([1.0, 2, 3]).double(), torch.tensor([0.0, 2, 5]).double()
+    s, t = torch.tensor([1.0, 2, 3]).double(), torch.tensor([2.0, 2, 0.5]).double()
+    x, y = gaussian_sample(m, s.diag()), gaussian_sample(n, t.diag())
+    assert frechet_distance(x, y) == pytest.approx(5 + 1 + 0 + 6.25)
+    a, b = torch.randn(2, 3, 3, dtype=torch.float64)
+    x, y = gaussian_sample(m, a), gaussian_sample(n, b)
+    product = scipy.linalg.sqrtm((a @ a.T @ b @ b.T).numpy()).real
+    assert frechet_distance(x, y) == pytest.approx(5 + (a**2).sum().item() + (b**2).sum().item() - 2 * product.trace())
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x))
+    assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_of_few_is_too_large_alike_for_all():
+    """Why floors have as many brains as samples: 100 draws seem farther than 1000, whoever drew them."""
+    reference = torch.randn(4000, 8)
+    few, many = ([frechet_distance(torch.randn(n, 8), reference) for _ in range(8)] for n in (100, 1000))
+    assert min(few) > max(many) and max(few) < 2.5 * min(few)
+
+
+def brains_of(count: int, own: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Features [count, 6, 5] of brains that each have a centre of their own."""
+    return own * torch.randn(count, 1, 5) + 0.5 * torch.randn(count, 6, 5) + shift
+
+
+def mmd2_of(x: Tensor, y: Tensor) -> float:
+    return mmd2(*(kernel_means(*pair, 2.0) for pair in ((x, x), (x, y), (y, y))))
+
+
+def test_mmd2_is_unbiased_although_slices_of_a_brain_are_alike():
+    """Zero on average for two draws from one distribution, on both sides of it; positive when shifted."""
+    draws = torch.tensor([mmd2_of(brains_of(6), brains_of(9)) for _ in range(300)])
+    assert abs(draws.mean()) < 3 * draws.std() / math.sqrt(300)
+    assert 0.2 < (draws > 0).float().mean() < 0.8
+    moved = torch.tensor([mmd2_of(brains_of(6), brains_of(9, shift=1.5)) for _ in range(20)])
+    assert moved.mean() > 3 * draws.std()
+
+
+def test_mmd2_is_its_definition():
+    """By brute force over pairs of slices of different brains, for one width of the three in the mixture."""
+    x, y = brains_of(3).double(), brains_of(4).double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        square = (a - b).square().sum()
+        return sum(torch.exp(-square / (2 * (scale * 2.0) ** 2)) for scale in (0.5, 1, 2)) / 3
+
+    def mean(a: Tensor, b: Tensor, same: bool) -> float:
+        pairs = [(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)]
+        return float(np.mean([kernel(u, v).item() for p, q in pairs for u in p for v in q]))
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert mmd2_of(x, y) == pytest.approx(expected, abs=1e-6)
+
+
+def test_identical_sets_have_one_in_all_four_and_strangers_none():
+    """As the papers say, where every slice is a brain of its own."""
+    x = torch.randn(60, 1, 4)
+    assert {name: value.mean().item() for name, value in manifold_scores(x, x).items()} == {
+        "precision": 1, "density": 1, "recall": 1, "coverage": 1,
+    }  # fmt: skip
+    apart = manifold_scores(x, x + 100)
+    assert not any(value.any() for value in apart.values())
+
+
+def test_two_draws_have_density_one_and_coverage_near_its_expectation():
+    """1 - 2^-5 (Naeem et al. 2020, section 3.2). What lacks half of the modes has precision but no recall."""
+    x, real = torch.randn(2, 1200, 1, 2).unbind()
+    scores = {name: value.mean().item() for name, value in manifold_scores(x, real).items()}
+    assert scores["density"] == pytest.approx(1, abs=0.05)
+    assert scores["coverage"] == pytest.approx(1 - 2**-5, abs=0.015)
+    half = x[x[:, 0, 0] > 0]
+    fewer = {name: value.mean().item() for name, value in manifold_scores(half, real).items()}
+    assert fewer["precision"] > 0.95 and fewer["recall"] < 0.65 and fewer["coverage"] < 0.65
+
+
+def test_neighbours_are_those_of_other_brains():
+    """Slices that nearly repeat their own brain do not shrink the balls: new brains of the same kind still lie in."""
+    x, real = (torch.randn(40, 1, 3) + 0.01 * torch.randn(40, 8, 3) for _ in range(2))
+    assert manifold_scores(x, real)["precision"].mean() > 0.45
+    alone = manifold_scores(x.reshape(320, 1, 3), real.reshape(320, 1, 3))  # every slice taken for a brain
+    assert alone["precision"].mean() < 0.1
+
+
+def test_wasserstein_is_that_of_scipy():
+    x, y = torch.randn(17, 3), 2 * torch.randn(40, 3) + 1
+    expected = [scipy.stats.wasserstein_distance(x[:, k], y[:, k]) for k in range(3)]
+    assert wasserstein(x, y).tolist() == pytest.approx(expected)
+    assert wasserstein(x, x.flip(0)).tolist() == pytest.approx([0, 0, 0])
+
+
+def test_the_pyramid_has_what_each_halving_loses():
+    """Nothing but the coarsest level of a ramp; the fine ones of noise; pictures of 64 px have three levels."""
+    ramp = (torch.arange(64.0) / 64).expand(1, 1, 64, 64)
+    levels = laplacian_pyramid(ramp)
+    assert [level.shape[-1] for level in levels] == [64, 32, 16]
+    assert levels[0][..., 4:-4].abs().max() < 1e-6 and levels[2].mean() > 0.3
+    noise = laplacian_pyramid(torch.randn(4, 1, 64, 64))
+    assert noise[0].std() > 3 * noise[2].std()
+
+
+def test_the_sliced_wasserstein_distance_of_less_contrast_is_known():
+    """Gaussian noise at half its contrast: (1 - 1/2) sqrt(2 / pi) sd in every direction and at every level."""
+    noise = 128 + 30 * torch.randn(2, 48, 64, 64)
+    full, again = (patch_histograms(x.round().clamp(0, 255).to(torch.uint8)) for x in noise)
+    half = patch_histograms((128 + (noise[0] - 128) / 2).round().to(torch.uint8))
+    assert torch.allclose(full.sum(-1), torch.ones(3, 64)) and not sliced_wasserstein(full, full).any()
+    expected = 1000 * 0.5 * math.sqrt(2 / math.pi)
+    assert sliced_wasserstein(half, full)[:2].tolist() == pytest.approx([expected] * 2, rel=0.06)
+    assert sliced_wasserstein(again, full)[0] < 60
+
+
+# ----------------------------------------------------------------------------------------------------- copies, variety
+
+
+def test_a_copy_is_found_though_shifted_brighter_and_at_the_next_z():
+    reference = (255 * blurred(torch.rand(5 * 32, 1, 64, 64), 2)).to(torch.uint8).view(5, 32, 64, 64)
+    brains = (255 * blurred(torch.rand(2 * 32, 1, 64, 64), 2)).to(torch.uint8).view(2, 32, 64, 64)
+    brains[1, 7] = (reference[3, 8].roll((1, -1), (0, 1)) // 2) + 40
+    brains[0] = reference[2]
+    near = nearest(brains, reference)
+    assert near["distance"][1, 7] < 0.1 and near["distance"][1, 8:].min() > 0.5
+    assert (near["brain"][1, 7], near["z"][1, 7]) == (3, 8)
+    assert near["brain_distance"][0] < 1e-3 and near["brain_distance"][1] > 0.5 and near["nearest_brain"][0] == 2
+    assert torch.equal(near["z"][0], torch.arange(32)) and (near["brain"][0] == 2).all()
+
+
+def test_thumbnails_are_means_over_squares():
+    pictures = torch.randint(256, (2, 128, 128), dtype=torch.uint8)
+    expected = pictures.view(2, 64, 2, 64, 2).double().mean((2, 4)).round()
+    assert torch.equal(thumbnails(pictures).double(), expected)
+    assert torch.equal(thumbnails(pictures[:, :32, :32]), pictures[:, :32, :32])
+
+
+def test_diversity_compares_different_brains_at_one_z():
+    brains = torch.randint(256, (3, 8, 32, 32), dtype=torch.uint8)
+    found = diversity(brains)
+    assert found.shape == (3, 2) and found.dtype == torch.float64
+    slices = brains.double() / 255
+    assert torch.allclose(found[:, 0], ms_ssim(slices[:, 2, None], slices[[1, 2, 0], 2, None]))
+    assert torch.allclose(found[:, 1], ms_ssim(slices[:, 6, None], slices[[2, 0, 1], 6, None]))
+    assert torch.allclose(diversity(brains[:1].expand(3, -1, -1, -1)), torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_the_centred_interval_is_that_of_a_mean_and_holds_a_biased_distance():
+    values = torch.randn(60, dtype=torch.float64)
+    low, high = centred_interval(lambda i: float(values[i].mean()), 60, resamples=1000, least=-math.inf)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / math.sqrt(60), rel=0.15)
+    x, y = brains_of(12), brains_of(200).flatten(0, 1)
+    distance = frechet_distance(x.flatten(0, 1), y)
+    low, high = centred_interval(lambda i: frechet_distance(x[i].flatten(0, 1), y), 12)
+    assert 0 <= low < distance < high
+    assert centred_interval(lambda i: 1.0, 1) is None
+
+
+def test_decibel_is_zero_for_equal_and_minus_three_for_half():
+    assert decibel(torch.tensor([1.0, 0.5, 0.0]), torch.ones(3)).tolist() == pytest.approx([0, -3.0103, -120])
