@@ -361,13 +361,13 @@ def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[st
     return scores
 
 
-def with_intervals(scores: dict[str, tuple[Callable, int]]) -> dict:
+def with_intervals(scores: dict[str, tuple[Callable, int]], resamples: int) -> dict:
     """{name: value, name_interval: 95 %} of statistics_of."""
     result = {}
     for name, (statistic, count) in tqdm(scores.items(), desc="bootstrap", unit="score", disable=None):
         result[name] = statistic(torch.arange(count))
         least = -math.inf if name.startswith("mmd2") else 0.0
-        result[f"{name}_interval"] = centred_interval(statistic, count, least=least)
+        result[f"{name}_interval"] = centred_interval(statistic, count, resamples, least=least)
     return result
 
 
@@ -390,13 +390,14 @@ def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:
 
 
 def score_samples(
-    brains: Tensor, train: Slices, held_out: Slices, scorer: Scorer, digest: str
+    brains: Tensor, train: Slices, held_out: Slices, scorer: Scorer, digest: str, resamples: int = 200
 ) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """All scores of sampled brains uint8 [n, 32, S, S], beside those of as many held-out ones.
 
     Args:
         train, held_out: real slices of the samples' size.
         digest: of the scorer's weights.
+        resamples: of the bootstrap over brains.
     Returns (scores, measures): {"brains", "reference_brains", "samples", "real": {score: value, score_interval}}, and
     {"samples", "real", "reference", "near", "near_real"}, what the pictures are drawn of.
     """
@@ -418,7 +419,7 @@ def score_samples(
     measures["near"], measures["near_real"] = (nearest(small[name], small["train"]) for name in ("samples", "real"))
     result = {"brains": n, "reference_brains": len(chosen["reference"][1]), "training_brains": len(known)}
     for name in ("samples", "real"):
-        result[name] = with_intervals(statistics_of(measures[name], measures["reference"]))
+        result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
         near = measures["near" if name == "samples" else "near_real"]
         result[name] |= copy_scores(near, measures["near_real"])
     return result, measures

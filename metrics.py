@@ -216,7 +216,7 @@ def _displaced(level: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
 
 
 def noise_level(pictures: Tensor) -> Tensor:
-    """Standard deviation of noise, in grey levels 0..255, float32 [B], of uint8 [B, S, S] (Immerkaer 1996, eq. 4).
+    """Standard deviation of noise, in grey levels 0..255, float32 [B], of uint8 [B, S, S] (Immerkaer 1996).
 
     The mean absolute answer to a kernel that is blind to planes, over the pixels whose 3x3 neighbourhood is brighter
     than DARK. Fine texture counts as noise too: what blur takes away is in this number.
@@ -281,7 +281,7 @@ def mmd2(within_x: Tensor, between: Tensor, within_y: Tensor, brains: Tensor | N
 
 
 def manifold_scores(x: Tensor, real: Tensor, k: int = 5) -> dict[str, Tensor]:
-    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1-3), density, coverage (Naeem et al. 2020, eq. 3 and 5).
+    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2), density, coverage (Naeem et al. 2020, section 3).
 
     Around every slice lies a ball that reaches to its k-th nearest neighbour among the slices of other brains of its
     set: the nearest ones of its own brain are nearly itself. Identical sets of slices, each a brain of its own, have 1

@@ -368,7 +368,7 @@ def test_identical_sets_have_one_in_all_four_and_strangers_none():
 
 
 def test_two_draws_have_density_one_and_coverage_near_its_expectation():
-    """1 - 2^-5 (Naeem et al. 2020, section 3.2). What lacks half of the modes has precision but no recall."""
+    """1 - 2^-5 (Naeem et al. 2020). What lacks half of the modes has precision but no recall."""
     x, real = torch.randn(2, 1200, 1, 2).unbind()
     scores = {name: value.mean().item() for name, value in manifold_scores(x, real).items()}
     assert scores["density"] == pytest.approx(1, abs=0.05)

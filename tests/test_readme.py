@@ -92,6 +92,7 @@ def test_imports_go_one_way():
     assert imports["quantizer"] == set()
     assert imports["volume"] <= {"util", "dataset"}
     assert imports["metrics"] <= {"util"}
+    assert imports["scorer"] <= {"util", "dataset", "logger", "module"}
     for model in ("model_VAE", "model_discriminator", "model_diffusion"):
         assert imports[model] <= {"util", "module", "quantizer"}
     for script in (*TRAINERS, "evaluate"):
