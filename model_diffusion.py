@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from module import Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample, norm, zero
+from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample, norm, zero
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
@@ -26,6 +26,9 @@ RECIPES = {
     "flow": ("flow", "flow", "plain", "logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
     "edm": ("edm", "v", "plain", "log-normal"),  # Karras et al. 2022 and 2024
 }
+
+# What a model can know of a person, and the values it can have, or None for any number (years).
+CONDITIONS: dict[str, tuple[float, ...] | None] = {"age": None, "sex": (0, 1), "cdr": (0, 0.5, 1, 2)}
 
 # ---------------------------------------------------------------------------------------------------- noise schedules
 
@@ -64,9 +67,17 @@ def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> t
 # ----------------------------------------------------------------------------------------------------------- the UNet
 
 
+def embed_condition(dim: int, name: str) -> nn.Module:
+    """The embedding of a condition's numbers [B], which may be NaN, as vectors [B, dim]."""
+    if CONDITIONS[name] is None:
+        return Embedding(dim, unknown=True)
+    return CategoryEmbedding(dim, CONDITIONS[name])
+
+
 class UNet(nn.Module):
     """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block.
 
+    `conditions` names what else is known, and embedded, of the person.
     With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
     """
 
@@ -78,11 +89,13 @@ class UNet(nn.Module):
         blocks: int,
         unknown_z: bool = False,
         mixing: bool = False,
+        conditions: tuple[str, ...] = (),
     ):
         super().__init__()
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
+        self.embed_people = nn.ModuleDict({name: embed_condition(embedding_dim, name) for name in conditions})
         self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, current = [width[0]], width[0]
@@ -102,12 +115,17 @@ class UNet(nn.Module):
                 self.up.append(Upsample(current, current))
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor, slices: int = 1) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, slices: int = 1, people: Tensor | None = None) -> Tensor:
         """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
 
-        With mixing, every `slices` of the batch are contiguous slices of one brain.
+        With mixing, every `slices` of the batch are contiguous slices of one brain. `people` [B, conditions] holds the
+        conditions in their order, NaN where one is not known; None if none is.
         """
         embedding = self.embed_t(t) + self.embed_z(z)
+        for k, (name, embed) in enumerate(self.embed_people.items()):
+            value = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
+            # in decades: the sines of single years would tell every person of a small data set from all others
+            embedding = embedding + embed(value / 10 if name == "age" else value)
         h = self.stem(x)
         skips = [h]
         for part in self.down:
@@ -167,6 +185,8 @@ class LatentDiffusion(nn.Module):
         slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
             itself; with more, neighbours hear of each other, and S may be another one in sampling.
         shared_noise: share of the noise's variance that is common to the slices of a brain.
+        conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
+            drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
         T: number of steps of the forward process.
     Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
     """
@@ -187,6 +207,8 @@ class LatentDiffusion(nn.Module):
         drop_z: float = 0.0,
         slices: int = 1,
         shared_noise: float = 1.0,
+        conditions: tuple[str, ...] = (),
+        drop_conditions: float = 0.1,
         T: int = 1000,
     ):
         super().__init__()
@@ -194,6 +216,7 @@ class LatentDiffusion(nn.Module):
             ("prediction", prediction, PREDICTIONS),
             ("weighting", weighting, WEIGHTINGS),
             ("times", times, TIMES),
+            *(("conditions", name, CONDITIONS) for name in conditions),
         )
         for name, value, possible in choices:
             if value not in possible:
@@ -204,8 +227,15 @@ class LatentDiffusion(nn.Module):
         self.latent_shape, self.schedule, self.T = tuple(latent_shape), schedule, T
         self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
         self.slices, self.shared_noise = slices, shared_noise
+        self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
         self.unet = UNet(
-            latent_shape[0], channels, tuple(channel_multipliers), blocks, unknown_z=drop_z > 0, mixing=slices > 1
+            latent_shape[0],
+            channels,
+            tuple(channel_multipliers),
+            blocks,
+            unknown_z=drop_z > 0,
+            mixing=slices > 1,
+            conditions=self.conditions,
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
@@ -233,6 +263,7 @@ class LatentDiffusion(nn.Module):
         t: Tensor | None = None,
         noise: Tensor | None = None,
         slices: int | None = None,
+        people: Tensor | None = None,
     ) -> Tensor:
         """Loss of each latent, float32 [B], at random steps and noise unless given.
 
@@ -241,16 +272,16 @@ class LatentDiffusion(nn.Module):
             z: int64 [B].
             t: int64 [B], the same for all slices of a brain.
             noise: [B, C, h, w].
+            people: [B, conditions], the same for all slices of a brain; see UNet.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
         t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
         noise = share_noise(torch.randn_like(latent), slices, self.shared_noise) if noise is None else noise
-        if self.training and self.drop_z:
-            hidden = torch.rand(brains, device=z.device) < self.drop_z
-            z = z.float().masked_fill(hidden.repeat_interleave(slices), math.nan)
+        if self.training:
+            z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
-        output = self.unet(alpha * latent + sigma * noise, t, z, slices).float()
+        output = self.unet(alpha * latent + sigma * noise, t, z, slices, people).float()
         target = {
             "v": alpha * noise - sigma * latent,
             "eps": noise,
@@ -259,6 +290,20 @@ class LatentDiffusion(nn.Module):
         }[self.prediction]
         loss = (output - target).square().mean((1, 2, 3))
         return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
+
+    def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
+        """z and people with NaN where training, brain by brain and at random, does without them."""
+
+        def drawn(share: float, *shape: int) -> Tensor:
+            return (torch.rand(len(z) // slices, *shape, device=z.device) < share).repeat_interleave(slices, 0)
+
+        nothing = drawn(self.drop_z) if self.drop_z else torch.zeros_like(z, dtype=torch.bool)
+        if self.drop_z:
+            z = z.float().masked_fill(nothing, math.nan)
+        if people is not None and self.conditions:
+            nobody = nothing | drawn(self.drop_conditions)
+            people = people.masked_fill(nobody[:, None] | drawn(self.drop_conditions, len(self.conditions)), math.nan)
+        return z, people
 
     def min_snr_weight(self, t: Tensor) -> Tensor:
         """[B]: what makes min(SNR, 5) times the squared error of x_0 of the squared error of the output at t [B]."""
@@ -271,14 +316,16 @@ class LatentDiffusion(nn.Module):
         }[self.prediction]
         return ((alpha / sigma).square().clamp(max=5) * gain**2).float()
 
-    def denoise(self, x: Tensor, t: int, z: Tensor, slices: int | None = None) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x: Tensor, t: int, z: Tensor, slices: int | None = None, people: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z [B].
 
-        Every `slices` of the batch are contiguous slices of one brain; default: all are of one.
+        Every `slices` of the batch are contiguous slices of one brain; default: all are of one. `people` as in UNet.
         """
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
-        output = self.unet(x, t, z, slices or len(x)).float()
+        output = self.unet(x, t, z, slices or len(x), people).float()
         if self.prediction == "v":
             return alpha * x - sigma * output, sigma * x + alpha * output
         if self.prediction == "eps":

@@ -40,6 +40,19 @@ class Embedding(nn.Module):
         return torch.where(values.isnan()[:, None], self.unknown.to(known.dtype), known)
 
 
+class CategoryEmbedding(nn.Module):
+    """Numbers [B] out of a few to learned vectors [B, dim]; any other number, and NaN, to that of the unknown."""
+
+    def __init__(self, dim: int, categories: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("categories", torch.tensor(categories), persistent=False)
+        self.vectors = nn.Parameter(0.1 * torch.randn(len(categories) + 1, dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        match = values.float()[:, None] == self.categories
+        return self.vectors[torch.where(match.any(1), match.int().argmax(1), len(self.categories))]
+
+
 class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + embedding))), with SiLU as act (He et al. 2016, pre-activation).
 

@@ -14,7 +14,7 @@ NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices,
 import argparse
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import util
-from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
+from dataset import PEOPLE_TABLE, SEXES, SLICES_PER_CASE, Slices, find_data, load_slices, people_table, to_uint8
 from logger import Logger
 from metrics import adjacent_ssim
 from model_diffusion import (
+    CONDITIONS,
     PREDICTIONS,
     RECIPES,
     SCHEDULES,
@@ -100,6 +101,13 @@ def flags() -> argparse.ArgumentParser:
         help="share of the noise's variance that the slices of a brain have in common; with --slices above 1 also in "
         "training (default: as in training, which has 0, or 1 with --slices 1)",
     )
+    add(
+        "--conditions",
+        choices=CONDITIONS,
+        nargs="*",
+        help=f"what the model learns of people, from {PEOPLE_TABLE} in the data folder or one up; default: all, if it "
+        "is there; nothing after the flag: none",
+    )
     add("--sample", action="store_true", help="draw new brains instead of training")
     add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
     add(
@@ -119,6 +127,14 @@ def flags() -> argparse.ArgumentParser:
         help="above 1: away from the model without z, or from --weak; 2 evaluations a step (default: %(default)s, off)",
     )
     add("--weak", metavar="RUN", help="a smaller or less trained run on the same first stage, for --guidance")
+    add("--age", type=util.positive_float, metavar="YEARS", help="of the people to sample; default: not known")
+    add("--sex", choices=SEXES, help="of the people to sample; default: not known")
+    add(
+        "--cdr",
+        type=float,
+        choices=CONDITIONS["cdr"],
+        help="Clinical Dementia Rating of the people to sample; default: not known",
+    )
     util.add_decoder_flag(parser)
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
@@ -148,9 +164,10 @@ class BrainNoise:
         return torch.cat([self._of_brain(generator) for generator in self.generators]).to(self.device)
 
 
-def walk(model: LatentDiffusion, denoise: Denoise, draw: Callable[[], Tensor], args: argparse.Namespace):
+def walk(
+    alpha: Tensor, sigma: Tensor, denoise: Denoise, draw: Callable[[], Tensor], args: argparse.Namespace
+) -> tuple[Iterator[Tensor], int]:
     """(iterator over x, number of steps) of the sampler that args name, from a first draw of noise to x_0."""
-    alpha, sigma = model.sampling_levels()
     if args.sampler == "ddpm":
         return sample_ddpm(denoise, draw(), alpha, sigma, draw), len(alpha)
     if args.sample_steps > len(alpha):
@@ -168,33 +185,67 @@ def sample_latents(
     args: argparse.Namespace,
     device: torch.device,
     weak: LatentDiffusion | None = None,
+    person: dict[str, float] | None = None,
 ) -> list[Tensor]:
     """Latents [32 n, C, h, w] of n brains, z 0..31 in each, on their way from noise; the last are the samples.
 
-    With args.guidance other than 1 they move away from `weak`, or without one from the model that does not know z.
+    `person` has what is known of the people, by the names in CONDITIONS. With args.guidance other than 1 the latents
+    move away from what `weak` would make of them, or without one from what the model would that knows nothing, nor z.
     """
     z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
 
-    def denoiser(model: LatentDiffusion, z: Tensor) -> Denoise:
+    def denoiser(model: LatentDiffusion, z: Tensor, person: dict[str, float]) -> Denoise:
+        people = torch.tensor([person.get(name, math.nan) for name in model.conditions], device=device)
+        people = people.expand(len(z), -1)
+
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
             with util.autocast(device, args.precision):
-                return model.denoise(x, t, z, SLICES_PER_CASE)
+                return model.denoise(x, t, z, SLICES_PER_CASE, people)
 
         return denoise
 
-    denoise = denoiser(model, z)
+    denoise = denoiser(model, z, person or {})
     if args.guidance != 1:
-        poor = denoiser(weak, z) if weak else denoiser(model, torch.full(z.shape, torch.nan, device=device))
+        nothing = torch.full(z.shape, torch.nan, device=device)
+        poor = denoiser(weak, z, person or {}) if weak else denoiser(model, nothing, {})
         denoise = guide(denoise, poor, args.guidance)
     shared = model.shared_noise if args.shared_noise is None else args.shared_noise
     draw = BrainNoise(args.seed, brains, model.latent_shape, device, shared)
-    steps, total = walk(model, denoise, draw, args)
+    alpha, sigma = min((m.sampling_levels() for m in (model, weak) if m), key=lambda levels: len(levels[0]))
+    steps, total = walk(alpha, sigma, denoise, draw, args)
     every = max(1, total // 16)  # kept for the GIF
     path = []
     for n, x in enumerate(tqdm(steps, desc=f"brains {brains.start}..{brains.stop - 1}", total=total, disable=None)):
         if n % every == 0 or n == total - 1:
             path.append(x)
     return path
+
+
+def describe_people(people: Tensor, conditions: list[str]) -> dict[str, list[float]]:
+    """What training saw of each condition, from people [N, K]: [lowest, highest] age, and the values of the others."""
+    seen = {}
+    for name, values in zip(conditions, people.T, strict=True):
+        known = values[~values.isnan()].unique().tolist()  # in order
+        seen[name] = known if CONDITIONS[name] else known[:1] + known[-1:]
+    return seen
+
+
+def person_of(args: argparse.Namespace, description: dict) -> dict[str, float]:
+    """What --age, --sex and --cdr say, as numbers. Raises UserError for what the model never saw."""
+    asked = {"age": args.age, "sex": SEXES.get(args.sex), "cdr": args.cdr}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    seen, typed = description.get("people", {}), {"age": args.age, "sex": args.sex, "cdr": args.cdr}
+    for name, value in asked.items():
+        if not seen.get(name):
+            raise UserError(
+                f"--{name} {typed[name]}: the model was trained without; train one with --conditions {name} on data "
+                f"with {PEOPLE_TABLE}"
+            )
+        known = seen[name][0] <= value <= seen[name][-1] if name == "age" else value in seen[name]
+        if not known:
+            words = f"ages {seen[name][0]:g} to {seen[name][-1]:g}" if name == "age" else f"no such {name}"
+            raise UserError(f"--{name} {typed[name]}: the model was trained on {words}")
+    return asked
 
 
 def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dict) -> LatentDiffusion | None:
@@ -231,10 +282,12 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     device = util.pick_device(args.device)
     model, first_stage, description = load_second_stage(weights, LatentDiffusion, device, args.decoder)
     weak = load_weak(args, model, description)
+    person = person_of(args, description)
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
     how += f", {100 * (model.shared_noise if args.shared_noise is None else args.shared_noise):g} % of the noise shared"
+    how += "".join(f", {name} {getattr(args, name)}".removesuffix(".0") for name in person)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
@@ -242,7 +295,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
-        path = sample_latents(model, range(i, i + 1), args, device, weak)
+        path = sample_latents(model, range(i, i + 1), args, device, weak, person)
         slices = decode_brains(first_stage, path[-1])[0]
         title = f"sampled brain {i}: seed {args.seed}, {how}"
         files = write_brain(out, i, slices, title)
@@ -270,7 +323,14 @@ def encode_all(first_stage: Autoencoder, data: Slices, device: torch.device, pre
 
 
 @torch.no_grad()
-def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.device, precision: str) -> float:
+def validate(
+    model: LatentDiffusion,
+    latents: Tensor,
+    z: Tensor,
+    device: torch.device,
+    precision: str,
+    people: Tensor | None = None,
+) -> float:
     """Loss over held-out latents at fixed noise and steps spread over the whole process.
 
     A model that mixes slices sees whole brains, as in sampling.
@@ -286,7 +346,7 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, device: torch.d
     for n in torch.arange(len(index)).split(2 * SLICES_PER_CASE):
         batch = latents[index[n]], z[index[n]], t[n].to(device), noise[n].to(device)
         with util.autocast(device, precision):
-            losses.append(model(*batch, slices))
+            losses.append(model(*batch, slices, None if people is None else people[index[n]]))
     return float(torch.cat(losses).mean())
 
 
@@ -317,6 +377,17 @@ def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def choose_conditions(wanted: list[str] | None, folder: Path) -> list[str]:
+    """What the model learns of people: what is wanted, else all that the data folder can tell."""
+    table = people_table(folder)
+    if wanted and not table:
+        raise UserError(f"--conditions {' '.join(wanted)}: put {PEOPLE_TABLE} into {folder} or the folder above")
+    if wanted is None and not table:
+        print(f"no {PEOPLE_TABLE} with these data: nothing is learned of age, sex and CDR")
+        return []
+    return list(CONDITIONS) if wanted is None else wanted
+
+
 def check_slices(args: argparse.Namespace) -> None:
     """Raises UserError unless batches are made of whole windows."""
     if args.slices > SLICES_PER_CASE:
@@ -340,6 +411,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         f"run {args.name}: latent diffusion on {args.first_stage}, preset {args.preset}, {args.steps} steps of "
         f"{args.batch_size} latents on {util.describe_device(device)}"
     )
+    args.conditions = choose_conditions(args.conditions, folder)
 
     # data: every slice is encoded once
     train_slices = load_slices(folder, "train", first_stage.image_size, device)
@@ -349,6 +421,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     starts = window_starts(train_slices, args.slices)
     if args.slices > 1:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
+    people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
     real = held_out_slices.whole_brains()[:8]
     real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
@@ -366,6 +439,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "drop_z": args.drop_z,
         "slices": args.slices,
         "shared_noise": args.shared_noise,
+        "conditions": args.conditions,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -409,12 +483,13 @@ def train(args: argparse.Namespace, typed: dict) -> None:
             },
         )
         description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
+        description["people"] = describe_people(people, args.conditions)
         save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
 
     def report(step: int) -> None:
         quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
         slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
-        scores = {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision)}
+        scores = {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision, held_out_people)}
         scores["sample/adjacent_ssim"] = float(adjacent_ssim(torch.from_numpy(slices)[None]).mean())
         logger.report(step, scores | real_neighbours)
         title = f"sampled after {step} steps: seed {args.seed}, dpm in 20 steps"
@@ -425,14 +500,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
     for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        start = starts[util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)]
-        index = (start[:, None] + torch.arange(args.slices)).flatten().to(device)
+        windows = util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)
+        index = (starts[windows, None] + torch.arange(args.slices)).flatten().to(device)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            loss = forward(latents[index], z_all[index]).mean()
+            loss = forward(latents[index], z_all[index], people=people[index]).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

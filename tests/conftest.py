@@ -54,6 +54,17 @@ def noise_folder(_pristine_noise_folder, tmp_path) -> Path:
 
 
 @pytest.fixture
+def people_folder(noise_folder) -> Path:
+    """noise_folder with a table of people as OASIS has it: a woman of 74 with CDR 0.5, a man of 20 without CDR."""
+    rows = ["ID,M/F,Hand,Age,Educ,eTIV,nWBV,ASF,Delay,MMSE,CDR,SES"]
+    rows += ["OAS1_0001_MR1,F,R,74,2,1344,0.74,1.3,N/A,29,0.5,3", "OAS1_0002_MR1,M,R,20,,1800,0.84,1.0,N/A,,,"]
+    rows += ["OAS1_0003_MR1,F,R,55,4,1147,0.81,1.5,N/A,29,0,1"]
+    rows += ["OAS1_0002_MR2,M,R,21,,1800,0.84,1.0,26,,,"]  # a second visit, of which there are no slices
+    (noise_folder / dataset.PEOPLE_TABLE).write_text("\ufeff" + "\n".join(rows) + "\n", encoding="utf-8")
+    return noise_folder
+
+
+@pytest.fixture
 def run_script(tmp_path):
     """run_script("dataset.py", "--cases", 3): the CompletedProcess of a process of its own, working in tmp_path."""
 

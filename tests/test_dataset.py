@@ -14,7 +14,19 @@ from PIL import Image
 
 import dataset
 import prestage_train
-from dataset import Slices, check_folder, load_slices, random_affine, read_png, to_float, to_uint8
+from dataset import (
+    PEOPLE_TABLE,
+    SEXES,
+    Slices,
+    check_folder,
+    load_slices,
+    people_table,
+    random_affine,
+    read_people,
+    read_png,
+    to_float,
+    to_uint8,
+)
 from util import UserError
 
 
@@ -404,3 +416,54 @@ def test_a_faulty_folder_shows_no_traceback_from_a_shell(run_script, noise_folde
     truncated_png(noise_folder)
     done = run_script("prestage_train.py", "--data", noise_folder, "--preset", "demo")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "case_002_slice_3" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- the people
+
+
+def test_the_table_of_people_is_read_with_its_gaps(people_folder):
+    """First visits only; what is empty is NaN, and so is a case that the table does not know."""
+    people = read_people(people_folder / PEOPLE_TABLE)
+    assert people[1] == {"age": 74, "sex": SEXES["F"], "cdr": 0.5} and set(people) == {1, 2, 3}
+    assert people[2]["age"] == 20 and people[2]["sex"] == SEXES["M"] and np.isnan(people[2]["cdr"])
+    data = load_slices(people_folder, "validate", 64)
+    known = data.people(("cdr", "age"))
+    assert known.shape == (32, 2) and known.dtype == torch.float32
+    assert known[:, 0].isnan().all() and (known[:, 1] == 20).all() and data.people(()).shape == (32, 0)
+    (people_folder / PEOPLE_TABLE).write_text("ID,M/F,Age,CDR\nOAS1_0009_MR1,F,30,0\n")
+    assert data.people(("age",)).isnan().all()
+
+
+def test_the_table_lies_beside_the_splits_or_one_folder_up(people_folder):
+    """But never above the phantom, whose heads are nobody's."""
+    table = people_folder / PEOPLE_TABLE
+    assert people_table(people_folder) == table
+    above = table.rename(people_folder.parent / PEOPLE_TABLE)
+    assert people_table(people_folder).read_bytes() == above.read_bytes()
+    (people_folder / "PHANTOM.txt").touch()
+    assert people_table(people_folder) is None
+    above.rename(table)
+    assert people_table(people_folder) == table
+    table.unlink()
+    assert people_table(people_folder) is None
+
+
+@pytest.mark.parametrize("text", ["ID,Age\nOAS1_0001_MR1,3", "ID,M/F,Age,CDR\nOAS1_0001_MR1,X,3,", "a;b\n1;2", "\x00"])
+def test_a_table_of_another_kind_is_one_line(people_folder, text):
+    """It names the file and the way out."""
+    (people_folder / PEOPLE_TABLE).write_text(text)
+    with pytest.raises(UserError, match=f"{PEOPLE_TABLE}.*--conditions") as error:
+        read_people(people_folder / PEOPLE_TABLE)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_brains_are_those_with_all_slices(noise_folder):
+    """In the order of case and z; a case that lacks one is left out, and refused where all are needed."""
+    data = load_slices(noise_folder, "train", 64)
+    assert torch.equal(data.whole_brains()[0], data.images)
+    data.check_whole_cases("--slices 8")
+    (noise_folder / "keras_png_slices_train/case_001_slice_31.nii.png").unlink()
+    data = load_slices(noise_folder, "train", 64)
+    assert data.whole_brains().shape == (0, 32, 64, 64)
+    with pytest.raises(UserError, match="--slices 8 needs.*train"):
+        data.check_whole_cases("--slices 8")

@@ -35,7 +35,7 @@ def tiny_model(prediction: str = "v", **changes) -> LatentDiffusion:
 def perfect(model: LatentDiffusion, latent: torch.Tensor, noise: torch.Tensor, error: torch.Tensor | float = 0.0):
     """The model with a network that knows latent and noise, and is wrong about the latent by `error`."""
 
-    def forward(x, t, z, slices):
+    def forward(x, t, z, slices, people):
         alpha, sigma = model.alpha[t].view(-1, 1, 1, 1), model.sigma[t].view(-1, 1, 1, 1)
         x0 = latent + error
         implied = noise - alpha / sigma * error  # the noise for which x is still alpha x0 + sigma noise
@@ -233,7 +233,7 @@ def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     """A share drop_z of the latents is denoised without z; evaluation always knows z."""
     model, seen = awaken(tiny_model(prediction, drop_z=0.25)), []
     forward = model.unet.forward
-    model.unet.forward = lambda x, t, z, slices: (seen.append(z), forward(x, t, z))[1]
+    model.unet.forward = lambda x, t, z, slices, people: (seen.append(z), forward(x, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
     model(latent, z)
     model.train()
@@ -266,7 +266,7 @@ def test_guidance_goes_beyond_the_better_model():
 def test_steps_are_drawn_from_the_whole_process():
     """Training sees t = 0 and t = T - 1, and noise of unit variance."""
     model, seen = tiny_model(T=5), []
-    model.unet.forward = lambda x, t, z, slices: (seen.append((x, t)), torch.zeros_like(x))[1]
+    model.unet.forward = lambda x, t, z, slices, people: (seen.append((x, t)), torch.zeros_like(x))[1]
     model(torch.zeros(500, 4, 6, 7), torch.zeros(500, dtype=torch.long))
     x, t = seen[0]
     assert torch.equal(torch.bincount(t), torch.full((5,), 100))  # at even distances
@@ -447,7 +447,7 @@ def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
     """Windows are the unit of everything random; the noise is each slice's own, as far as it is not shared."""
     model, seen = awaken(tiny_model(slices=4, drop_z=0.5, shared_noise=0.25, T=20)).train(), []
     forward = model.unet.forward
-    model.unet.forward = lambda x, t, z, slices: (seen.append((x, t, z, slices)), forward(x, t, z, slices))[1]
+    model.unet.forward = lambda x, t, z, slices, people: (seen.append((x, t, z, slices)), forward(x, t, z, slices))[1]
     loss = model(torch.zeros(240, 4, 6, 7), torch.arange(240) % 32)
     x, t, z, slices = seen[0]
     assert loss.shape == (240,) and slices == 4
@@ -458,6 +458,35 @@ def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
     assert torch.corrcoef(noise.transpose(0, 1).flatten(1)).fill_diagonal_(0.25).numpy() == pytest.approx(
         0.25, abs=0.05
     )
+
+
+def test_conditions_are_hidden_by_the_brain_and_unknown_is_nan(awaken):
+    """Each alone, all of them, or all and z; in evaluation nothing is hidden. None known is all NaN."""
+    model = awaken(tiny_model(slices=2, drop_z=0.2, conditions=("age", "cdr")))
+    people = torch.tensor([[70.0, 0.5], [70.0, 0.5], [20.0, torch.nan], [20.0, torch.nan]]).repeat(1000, 1)
+    z = torch.arange(4000) % 32
+    hidden_z, hidden = model.hide(z, people, 2)
+    assert torch.equal(hidden_z.view(-1, 2).isnan()[:, 0], hidden_z.view(-1, 2).isnan()[:, 1])
+    assert torch.equal(hidden.isnan()[::2], hidden.isnan()[1::2])
+    lost = hidden.isnan()[people[:, 1] == 0.5]
+    no_z = hidden_z.isnan()[people[:, 1] == 0.5]
+    assert lost[no_z].all() and no_z.float().mean().item() == pytest.approx(0.2, abs=0.05)
+    everything, one = lost[~no_z].all(1).float().mean().item(), lost[~no_z][:, 0].float().mean().item()
+    assert everything == pytest.approx(0.1 + 0.9 * 0.01, abs=0.04) and one == pytest.approx(0.19, abs=0.05)
+    kept = ~hidden.isnan()
+    assert torch.equal(hidden[kept], people[kept])
+
+    x, t, z = torch.randn(2, 4, 6, 7), torch.tensor([500, 500]), torch.tensor([3, 4])
+    forward = model.unet.forward
+    out = forward(x, t, z, 2, people[:2])
+    for other in ([[71.0, 0.5]] * 2, [[70.0, 1.0]] * 2, [[70.0, torch.nan]] * 2, None):
+        other = other and torch.tensor(other)
+        assert (forward(x, t, z, 2, other) - out).abs().max() > 1e-5
+    assert torch.equal(forward(x, t, z, 2), forward(x, t, z, 2, torch.full((2, 2), torch.nan)))
+    model.train()(torch.randn(8, 4, 6, 7), torch.arange(8), people=people[:8]).mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="conditions.*age.*height"):
+        tiny_model(conditions=("height",))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

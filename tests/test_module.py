@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from module import Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample
+from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample
 
 
 @pytest.mark.parametrize("channels", [6, 32, 40])
@@ -109,3 +109,11 @@ def test_a_number_that_is_not_known_has_a_vector_of_its_own():
     assert torch.equal(out[1], embedding.unknown) and torch.equal(out[::2], embedding(torch.tensor([3, 5])))
     out.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in embedding.parameters())
+
+
+def test_categories_have_a_vector_each_and_all_else_that_of_the_unknown():
+    """NaN, and a number that is no category."""
+    embedding = CategoryEmbedding(5, (0, 0.5, 2))
+    out = embedding(torch.tensor([2, torch.nan, 0, 0.5, 1, 2]))
+    assert torch.equal(out, embedding.vectors[[2, 3, 0, 1, 3, 2]])
+    assert len(out.unique(dim=0)) == 4

@@ -180,9 +180,9 @@ def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
     model, seen = awaken(LatentDiffusion(**sizes).eval()), []
     denoise = model.denoise
 
-    def watched(x, t, z, slices):
-        seen.append((x, denoise(x, t, z, slices)[0]))
-        return denoise(x, t, z, slices)
+    def watched(x, *condition):
+        seen.append((x, denoise(x, *condition)[0]))
+        return denoise(x, *condition)
 
     model.denoise = watched
     path = sample_latents(model, range(1), settings("--sample-steps", steps), CPU)
@@ -270,7 +270,7 @@ def test_few_brains_are_validated_at_many_steps(awaken):
     """A model that mixes slices sees them whole, all slices at one step."""
     sizes = {"latent_shape": (4, 2, 2), "channels": 8, "channel_multipliers": (1,), "blocks": 1, "slices": 8}
     model, seen = awaken(LatentDiffusion(**sizes).eval()), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(args[2:3] + args[4:]))
+    model.register_forward_pre_hook(lambda module, args: seen.append((args[2], args[4])))
     stable_diffusion.validate(model, torch.randn(96, 4, 2, 2), torch.arange(96) % 32, CPU, "fp32")
     t = torch.cat([t for t, _ in seen]).view(-1, 32)
     assert {slices for _, slices in seen} == {32} and (t == t[:, :1]).all()
@@ -426,11 +426,59 @@ def test_reports_compare_neighbouring_slices_with_real_ones(trained, phantom_fol
     assert len(reports) == 2
 
 
+def test_a_model_learns_of_people_what_the_table_tells(run_main, people_folder, first_stage):
+    """Age, sex and CDR by default; the weights remember which, and what training saw of them."""
+    run = ["--data", people_folder, "--first-stage", first_stage, *TINY]
+    assert run_main(stable_diffusion, *run, "--name", "all", *ONE_STEP)[0] == 0
+    assert run_main(stable_diffusion, *run, "--name", "all")[0] == 0  # and resumes with them
+    assert run_main(stable_diffusion, *run, "--name", "some", "--conditions", "cdr", "age", *ONE_STEP)[0] == 0
+    assert run_main(stable_diffusion, *run, "--name", "none", "--conditions", *ONE_STEP)[0] == 0
+    for name, people in {
+        "all": {"age": [74, 74], "sex": [0], "cdr": [0.5]},
+        "some": {"cdr": [0.5], "age": [74, 74]},
+        "none": {},
+    }.items():
+        model, _, description = load_second_stage(name, LatentDiffusion, "cpu")
+        assert description["people"] == people and model.conditions == tuple(people)
+        assert json.loads(Path(f"log/{name}/run.json").read_text())["settings"]["conditions"] == list(people)
+
+    sample = ["--sample", "--sample-steps", 2, "--name"]
+    for flags, words in (
+        (["all", "--age", 75], ["--age 75", "ages 74 to 74"]),
+        (["all", "--sex", "M"], ["--sex M", "no such sex"]),
+        (["none", "--cdr", 0.5], ["--cdr 0.5", "without", "--conditions cdr"]),
+        (["some", "--sex", "F"], ["--sex F", "without"]),
+        (["all", "--cdr", 3], ["--cdr"]),
+        (["all", "--conditions", "age"], ["--conditions", "contradicts"]),
+    ):
+        status, _, errors = run_main(stable_diffusion, *sample, *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
+    status, out, errors = run_main(stable_diffusion, *sample, "all", "--age", 74, "--sex", "F", "--cdr", 0.5)
+    assert status == 0 and "age 74, sex F, cdr 0.5" in out, errors
+    (people_folder / "oasis_cross-sectional.csv").unlink()
+    status, _, errors = run_main(stable_diffusion, *run, "--name", "new", "--conditions", "age")
+    assert status == 2 and len(errors.splitlines()) == 1 and "oasis_cross-sectional.csv" in errors
+    assert "nothing is learned of age" in run_main(stable_diffusion, *run, "--name", "new", *ONE_STEP)[1]
+
+
+def test_a_person_changes_the_brain(awaken):
+    """Each condition does, what is not said is unknown, and guidance moves away from knowing nothing."""
+    model = awaken(tiny_prior(conditions=("age", "sex", "cdr"), slices=4), 0.2)
+    people = [None, {"age": 75.0}, {"age": 25.0}, {"age": 75.0, "sex": 1.0}, {"age": 75.0, "cdr": 1.0}]
+    plain, guided = settings("--sample-steps", 4), settings("--sample-steps", 4, "--guidance", 2)
+    brains = [sample_latents(model, range(1), plain, CPU, person=person)[-1] for person in people]
+    brains.append(sample_latents(model, range(1), guided, CPU, person=people[1])[-1])
+    assert all((a - b).abs().max() > 1e-4 for n, a in enumerate(brains) for b in brains[:n])
+    assert torch.equal(sample_latents(model, range(1), plain, CPU, person={})[-1], brains[0])
+
+
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(trained, start, monkeypatch):
     """It names the step and what to do."""
     before = {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()}
     forward = LatentDiffusion.forward
-    monkeypatch.setattr(LatentDiffusion, "forward", lambda self, *args: forward(self, *args) * torch.nan)
+    monkeypatch.setattr(
+        LatentDiffusion, "forward", lambda self, *args, **more: forward(self, *args, **more) * torch.nan
+    )
     status, _, errors = start("--steps", 5)
     assert status == 2 and len(errors.splitlines()) == 1 and "loss became nan at step 3" in errors
     assert {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()} == before
