@@ -337,7 +337,8 @@ def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[st
         scores[f"frechet_{space}"] = lambda i, a=a, b=b: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), n
         scores[f"mmd2_{space}"] = lambda i, blocks=blocks: 1000 * mmd2(*blocks, i), n
         if space == "trained":
-            for name, values in manifold_scores(a, b[:n]).items():
+            as_many = b[torch.linspace(0, len(b) - 1, min(n, len(b))).long()]
+            for name, values in manifold_scores(a, as_many).items():
                 scores[name] = lambda i, values=values: float(values[i].mean()), len(values)
 
     patches, spectrum, reslice = (reference[name].mean(0) for name in ("patches", "spectrum", "reslice"))
@@ -708,7 +709,7 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     near.set(xlabel="distance to the nearest training slice (0: a copy)", ylabel="density", title="copies")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left" if axis is near else "best")
     return figure
 
 
