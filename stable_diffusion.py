@@ -89,6 +89,12 @@ def flags() -> argparse.ArgumentParser:
         help="how often training hides z, which --guidance needs (default: %(default)s)",
     )
     add(
+        "--start-from",
+        metavar="RUN",
+        help="begin with the weights of this run or file, on the same first stage and of the same sizes, where one of "
+        "--slices 1 may go on with more; default: random weights",
+    )
+    add(
         "--slices",
         type=util.positive_int,
         metavar="S",
@@ -398,6 +404,25 @@ def check_slices(args: argparse.Namespace) -> None:
         )
 
 
+def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> None:
+    """Gives a new model the weights of `run`. Mixing of slices, if that has none, stays as it starts: without effect.
+
+    Raises UserError where first stage or sizes differ.
+    """
+    prior, _, description = load_second_stage(run, LatentDiffusion, model.alpha.device)
+    if description["first_stage"]["digest"] != first_stage.description["digest"]:
+        raise UserError(f"--start-from {run}: it was trained on another first stage; name that with --first-stage")
+    try:
+        missing, unexpected = model.load_state_dict(prior.state_dict(), strict=False)
+    except RuntimeError:
+        missing, unexpected = [], ["weights of other shapes"]
+    if unexpected or any(".mixing." not in name for name in missing):
+        raise UserError(
+            f"--start-from {run} is another network; give the same --channels, --channel-multipliers, --blocks, "
+            "--conditions and, but for 0, --drop-z"
+        )
+
+
 def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
@@ -442,9 +467,11 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "conditions": args.conditions,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
+    checkpoint = Path("model_ckpt") / args.name / "last.pt"
+    if args.start_from and not checkpoint.exists():
+        start_from(args.start_from, model, first_stage)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start = 0
     if checkpoint.exists():
         state = util.load_checkpoint(checkpoint, SCRIPT)

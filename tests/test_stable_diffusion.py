@@ -496,6 +496,23 @@ def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
     assert len(here) == 32 + 5 and here == there
 
 
+def test_a_model_of_single_slices_goes_on_as_one_that_mixes_them(trained, start, first_stage):
+    """At first it denoises as before. Other sizes and another first stage are refused in one line."""
+    assert start("--name", "single", "--slices", 1)[0] == 0
+    before, inside, description = stable_diffusion.load_second_stage("single", LatentDiffusion, "cpu")
+    mixing = LatentDiffusion(**description["model_kwargs"] | {"slices": 4})
+    stable_diffusion.start_from("single", mixing, stable_diffusion.load_first_stage(first_stage))
+    noise, z = torch.randn(8, *before.latent_shape), torch.arange(8)
+    for a, b in zip(before.denoise(noise, 500, z), mixing.eval().denoise(noise, 500, z), strict=True):
+        assert torch.equal(a, b)
+    assert start("--name", "mixed", "--slices", 4, "--start-from", "single")[0] == 0
+    status, _, errors = start("--name", "wide", "--slices", 4, "--start-from", "single", "--channels", 24)
+    assert status == 2 and len(errors.splitlines()) == 1 and "--channels" in errors
+    inside.description["digest"] = "another"
+    with pytest.raises(util.UserError, match="another first stage"):
+        stable_diffusion.start_from("single", mixing, inside)
+
+
 def test_every_flag_is_read():
     """A flag that nothing reads is a promise that nobody keeps."""
     source = Path(stable_diffusion.__file__).read_text() + Path(util.__file__).read_text()
