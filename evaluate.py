@@ -198,7 +198,7 @@ def _price_of_grids(model: Autoencoder, codes: list[list[np.ndarray]], brain: li
 
 
 def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> PixelCNN | PixelCNN2 | None:
-    """The PixelCNN of a run, or, unless one is named, of the run pixelcnn if it was trained on this first stage.
+    """The PixelCNN of a run; unless one is named, the run pixelcnn or the released one if it was trained on this stage.
 
     Raises UserError when the named one does not fit; says how to get one when there is none.
     """
@@ -212,14 +212,16 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         return description["kind"] in PRIORS and trained_on == model.description["digest"]
 
     if run is None:
-        run = Path("model_ckpt/pixelcnn/model.safetensors")
-        if not run.is_file() or not fits(util.load_weights(run)[1]):
+        own, released = util.run_weights("pixelcnn"), util.RELEASED / "pixelcnn.safetensors"
+        fitting = [path for path in (own, released) if path.is_file() and fits(util.load_weights(path)[1])]
+        if not fitting:
             first_stage = model.description["path"]
             print(
                 "bits under a prior: left out; train one with: "
-                f"python pixelCNN.py --first-stage {first_stage}" + (" --name NEW" if run.is_file() else "")
+                f"python pixelCNN.py --first-stage {first_stage}" + (" --name NEW" if own.is_file() else "")
             )
             return None
+        run = fitting[0]
     prior, _, description = load_prior(run, device)
     if not fits(description):
         raise UserError(f"--prior {run} was trained on another first stage; name one trained on this, or leave it out")
