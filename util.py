@@ -41,7 +41,7 @@ class UserError(Exception):
 PRESETS: dict[str, dict[str, tuple]] = {
     "prestage_train.py": {
         "image_size": (64, 256, 256),
-        "steps": (600, 2400, 60_000),
+        "steps": (600, 3800, 60_000),
         "batch_size": (32, 4, 32),
         "channels": (32, 128, 96),
         "channel_multipliers": ((1, 2), (1,), (1, 2)),
@@ -50,8 +50,8 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "codebook_size": (256, 1024, 1024),
         "learning_rate": (1e-3, 8e-4, 3e-4),
         "discriminator_channels": (32, 32, 64),
-        "discriminator_start": (350, 1900, 40_000),
-        "gan_start": (450, 2000, 45_000),
+        "discriminator_start": (350, 2700, 40_000),
+        "gan_start": (450, 2900, 45_000),
         "report_every": (200, 400, 1000),
     },
     "stable_diffusion.py": {
