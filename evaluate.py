@@ -377,15 +377,15 @@ def with_intervals(scores: dict[str, tuple[Callable, int]], resamples: int) -> d
 def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:
     """Shares of slices and brains that lie nearer to training ones than held-out ones do, and the limits.
 
-    "copies" are below the 1st percentile of held-out distances, so 1 in 100 of new ones is too; "copies_excess" is the
-    share beyond that. "copied_brains" are below all held-out brains.
+    By relative distance (metrics.nearest). "copies" are below the 1st percentile of held-out slices, so 1 in 100 of
+    new ones is too; "copies_excess" is the share beyond that. "copied_brains" are below all held-out brains.
     """
-    limit = float(near_real["distance"].quantile(0.01))
-    brain_limit = float(near_real["brain_distance"].min())
+    limit = float(near_real["relative"].quantile(0.01))
+    brain_limit = float(near_real["brain_relative"].min())
     result = {"copies_limit": limit, "brain_limit": brain_limit}
     for name, values in (
-        ("copies", (near["distance"] < limit).double().mean(1)),
-        ("copied_brains", (near["brain_distance"] < brain_limit).double()),
+        ("copies", (near["relative"] < limit).double().mean(1)),
+        ("copied_brains", (near["brain_relative"] < brain_limit).double()),
     ):
         interval = bootstrap_interval(values, torch.arange(len(values)))
         result |= {name: float(values.mean()), f"{name}_interval": interval}
@@ -414,12 +414,9 @@ def score_samples(
     }
     measures = {name: measure_real(data, cases, scorer, digest) for name, (data, cases) in chosen.items()}
     measures["samples"] = measure(brains[:n], scorer, "samples") | {"diversity": diversity(brains[:n])}
-    small = {
-        "train": torch.stack([thumbnails(train.images[train.case == case]) for case in known]),
-        "real": torch.stack([thumbnails(held_out.images[held_out.case == case]) for case in real_cases]),
-        "samples": torch.stack([thumbnails(brain) for brain in brains[:n]]),
-    }
-    measures["near"], measures["near_real"] = (nearest(small[name], small["train"]) for name in ("samples", "real"))
+    small = torch.stack([thumbnails(train.images[train.case == case]) for case in known])
+    everyone = torch.stack([held_out.images[held_out.case == case] for case in real_cases])
+    measures["near"], measures["near_real"] = (nearest(part.cpu(), small.cpu()) for part in (brains[:n], everyone))
     result = {"brains": n, "reference_brains": len(chosen["reference"][1]), "training_brains": len(known)}
     for name in ("samples", "real"):
         result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
@@ -596,7 +593,7 @@ def page(report: dict, name: str) -> str:
     alike = sum(row[-1] == "as real" for group in rows.values() for row in group)
     seen = scorer["accuracy"]["validate"]
     dice = ", ".join(f"{seen[f'dice_{tissue}']:.2f} {tissue}" for tissue in TISSUES)
-    nearest_of_all = ", ".join(format(pair["distance"], ".3f") for pair in report["nearest"][:3])
+    nearest_of_all = ", ".join(format(pair["relative_distance"], ".2f") for pair in report["nearest"][:3])
     return f"""# Scores of samples
 
 {n} brains of 32 slices from `{report["samples"]["folder"]}`, beside {n} held-out real ones (`{split}`). Both are
@@ -626,9 +623,10 @@ None is better high or low: right is what real brains have.
 
 {markdown_table(["copies", *columns], rows["copies"])}
 
-New heads have 1 % of their slices below the limit; beyond that are {result["samples"]["copies_excess"]:.1%} here. The
-nearest samples have distances of {nearest_of_all}; the limit, the 1st percentile of held-out slices, is
-{result["samples"]["copies_limit"]:.3f}, and a copy has 0.
+Compared are distances to the nearest training brain over the mean of those to the next five: near 1 for a new head, 0
+for a copy. New heads have 1 % of their slices below the limit, the 1st percentile of held-out slices, here
+{result["samples"]["copies_limit"]:.2f}; beyond that are {result["samples"]["copies_excess"]:.1%} of the samples. The
+nearest have {nearest_of_all}.
 
 ![Nearest pairs]({name}_nearest.png)
 
@@ -701,14 +699,16 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     curves(along, cycles, {label: decibel(part["reslice"], mean)[:, 1:] for label, part in both.items()})
     along.set(xlabel="frequency along z, cycles per slice", ylabel="dB over training brains", title="power along z")
     for label, key, color in (("held-out slices", "near_real", "C0"), ("samples", "near", "C3")):
-        distance = measures[key]["distance"].flatten()
-        near.hist(distance, 60, range=(0, float(measures["near_real"]["distance"].max()) * 1.2), density=True,
+        distance = measures[key]["relative"].flatten()
+        near.hist(distance, 60, range=(0, 1.05), density=True,
                   histtype="stepfilled", alpha=0.5, color=color, label=label)  # fmt: skip
     limit, share = result["samples"]["copies_limit"], result["samples"]["copies"]
     near.axvline(
         limit, color="k", linestyle="--", linewidth=1, label=f"limit {limit:.3f}: {share:.1%} of samples below"
     )
-    near.set(xlabel="distance to the nearest training slice (0: a copy)", ylabel="density", title="copies")
+    near.set(
+        xlabel="distance to the nearest training brain over the next five (0: a copy)", ylabel="density", title="copies"
+    )
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left" if axis is near else "best")
@@ -716,26 +716,27 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
 
 
 def nearest_pairs(near: dict[str, Tensor], cases: list[int], known: Tensor, limit: float, count: int = 8) -> list[dict]:
-    """The samples nearest to a training slice, of as many brains as possible: {"case", "z", "distance", "below_limit",
-    "training_case", "training_z"}, the nearest first."""
-    distance, z = near["distance"].min(1)
+    """The samples nearest to a training slice, of as many brains as possible: {"case", "z",
+    "relative_distance", "distance", "below_limit", "training_case", "training_z"}, the nearest first."""
+    distance, z = near["relative"].min(1)
     order = distance.argsort()[:count].tolist()
     pairs = [(i, int(z[i])) for i in order]
-    more = near["distance"].flatten().argsort().tolist()  # where there are few brains, several of one
+    more = near["relative"].flatten().argsort().tolist()  # where there are few brains, several of one
     pairs += [pair for n in more if (pair := divmod(n, SLICES_PER_CASE)) not in pairs][: count - len(pairs)]
     return sorted(
         (
             {
                 "case": cases[i],
                 "z": at,
+                "relative_distance": float(near["relative"][i, at]),
                 "distance": float(near["distance"][i, at]),
-                "below_limit": bool(near["distance"][i, at] < limit),
+                "below_limit": bool(near["relative"][i, at] < limit),
                 "training_case": int(known[near["brain"][i, at]]),
                 "training_z": int(near["z"][i, at]),
             }
             for i, at in pairs
         ),
-        key=lambda pair: pair["distance"],
+        key=lambda pair: pair["relative_distance"],
     )
 
 
@@ -748,11 +749,12 @@ def draw_nearest(pairs: list[dict], brains: Tensor, cases: list[int], train: Sli
         apart = (128 + (ours.float() - theirs.float()) / 2).round().to(torch.uint8)
         for row, picture in zip(rows, (ours, theirs, apart)):
             row.append(picture.numpy())
-        captions[0].append(f"sample {pair['case']}, z = {pair['z']}: {pair['distance']:.3f}")
+        captions[0].append(f"sample {pair['case']}, z = {pair['z']}: {pair['relative_distance']:.2f}")
         captions[1].append(f"training {pair['training_case']}, z = {pair['training_z']}")
         captions[2].append("BELOW THE LIMIT" if pair["below_limit"] else "")
     copies = sum(pair["below_limit"] for pair in pairs)
-    title = f"the samples nearest to a training slice, with their distance; limit {limit:.3f}, {copies} shown are below"
+    title = "the samples nearest to a training slice, by distance over that to the next five brains "
+    title += f"(0: a copy, 1: a new head); limit {limit:.2f}, {copies} of those shown are below"
     zoom = max(1, 192 // brains.shape[-1])
     return util.sheet(
         [np.stack(row) for row in rows],

@@ -395,44 +395,52 @@ def thumbnails(pictures: Tensor, size: int = 64) -> Tensor:
     return small[:, 0].round().to(torch.uint8)
 
 
-def nearest(brains: Tensor, reference: Tensor, shift: int = 1, reach: int = 1) -> dict[str, Tensor]:
-    """The most similar slice of the reference for every slice, and the most similar brain for every brain.
+def nearest(brains: Tensor, reference: Tensor, next_ones: int = 5) -> dict[str, Tensor]:
+    """The most similar training slice of every slice, and the most similar training brain of every brain.
 
-    Distance is sqrt(2 - 2 r) with r the correlation of two pictures over all pixels, which brightness and contrast do
-    not change; the smallest of all shifts by up to `shift` pixels either way (their border is black).
+    Distance is sqrt(2 - 2 r), with r the correlation of two thumbnails over all pixels, which brightness and contrast
+    do not change; the smallest over shifts of the slice by up to a pixel of the thumbnails, in steps of half of one,
+    and over z - 1, z and z + 1. Blurred slices are nearer to everything. So the relative distance counts, that to the
+    nearest brain over the mean of those to the next few (Carlini et al. 2023, adaptive threshold): near 1 for a new
+    head, near 0 for a copy, sharp or not.
 
     Args:
-        brains, reference: thumbnails uint8 [n, N, s, s] and [m, N, s, s] in the order of z.
-        reach: slices at z - reach .. z + reach are compared.
-    Returns {"distance" float32 [n, N], "brain", "z" int64 [n, N]: to and of the nearest slice, "brain_distance" [n],
-    "nearest_brain" int64 [n]: by the mean over equal z}.
+        brains: uint8 [n, N, S, S] in the order of z.
+        reference: thumbnails uint8 [m, N, s, s] of training brains, more than two.
+    Returns {"distance", "relative" float32 [n, N], "brain", "z" int64 [n, N]: to and of the nearest slice,
+    "brain_relative" float32 [n], "nearest_brain" int64 [n]: likewise of whole brains, by the mean over equal z}.
     """
-    n, N = brains.shape[:2]
+    n, N, size = brains.shape[:3]
+    m, step = len(reference), max(1, size // 128)
 
     def unit(pictures: Tensor) -> Tensor:
         flat = pictures.flatten(-2).float()
         return F.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
 
-    grid = [(down, right) for down in range(-shift, shift + 1) for right in range(-shift, shift + 1)]
-    moved = torch.stack([unit(brains.roll(by, (2, 3))) for by in grid])  # [shifts, n, N, s s]
     known = unit(reference)
-    best, at = torch.full((n, N), -1.0), torch.zeros(n, N, dtype=torch.int64)
-    same = torch.zeros(n, len(reference))
-    for z in range(N):
-        for other in range(max(0, z - reach), min(N, z + reach + 1)):
-            r = (moved[:, :, z] @ known[:, other].T).amax(0)  # [n, m]
-            if other == z:
-                same += (2 - 2 * r).clamp(min=0).sqrt() / N
-            value, brain = r.max(1)
-            at[:, z] = torch.where(value > best[:, z], brain * N + other, at[:, z])
-            best[:, z] = torch.maximum(value, best[:, z])
-    closest = same.min(1)
+    shifts = [(step * down, step * right) for down in range(-2, 3) for right in range(-2, 3)]
+    apart, at = torch.empty(n, N, m), torch.empty(n, N, m, dtype=torch.int64)
+    same = torch.zeros(n, m)
+    for z in range(N):  # borders are black, so that pictures can be rolled
+        moved = torch.cat([unit(thumbnails(brains[:, z].roll(by, (1, 2)))) for by in shifts])
+        others = range(max(0, z - 1), min(N, z + 2))
+        r = torch.stack([(moved @ known[:, other].T).view(-1, n, m).amax(0) for other in others])
+        distance, which = (2 - 2 * r).clamp(min=0).sqrt().min(0)
+        apart[:, z], at[:, z] = distance, which + others[0]
+        same += (2 - 2 * r[z - others[0]]).clamp(min=0).sqrt() / N
+
+    def relative(distance: Tensor) -> Tensor:
+        close = distance.topk(min(m, 1 + next_ones), largest=False).values
+        return close[..., 0] / close[..., 1:].mean(-1)
+
+    brain = apart.argmin(2, keepdim=True)
     return {
-        "distance": (2 - 2 * best).clamp(min=0).sqrt(),
-        "brain": at // N,
-        "z": at % N,
-        "brain_distance": closest.values,
-        "nearest_brain": closest.indices,
+        "distance": apart.amin(2),
+        "relative": relative(apart),
+        "brain": brain[..., 0],
+        "z": at.gather(2, brain)[..., 0],
+        "brain_relative": relative(same),
+        "nearest_brain": same.argmin(1),
     }
 
 

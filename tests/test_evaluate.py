@@ -404,7 +404,8 @@ def test_five_per_cent_of_copies_read_five_per_cent(heads, real, scorer):
     assert result["real"]["copies"] == pytest.approx(0.01, abs=0.005) and result["samples"]["copied_brains"] <= 1 / 6
     pairs = nearest_pairs(measures["near"], list(range(6)), torch.arange(100, 110), result["samples"]["copies_limit"])
     assert all(pair["below_limit"] and pair["z"] == pair["training_z"] for pair in pairs[:4])
-    assert [pair["distance"] for pair in pairs] == sorted(pair["distance"] for pair in pairs) and len(pairs) == 8
+    order = [pair["relative_distance"] for pair in pairs]
+    assert order == sorted(order) and len(pairs) == 8
     whole, _ = score_samples(heads[:6], *real, scorer, "0", 40)  # training brains
     assert whole["samples"]["copies"] == 1 == whole["samples"]["copied_brains"]
 
@@ -416,6 +417,7 @@ def test_blur_fails_the_spectrum_and_the_noise_level(heads, real, scorer):
         assert verdict(result["samples"], result["real"], name) == "differs", name
     assert result["samples"]["spectrum"] > 4 * result["real"]["spectrum"]
     assert result["samples"]["noise"] < 0.7 * result["real"]["noise"]
+    assert result["samples"]["copies"] < 0.05  # near to everything, copies of nothing
 
 
 def test_slices_of_different_heads_fail_the_scores_of_brains_alone(heads, real, scorer):

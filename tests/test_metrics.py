@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from skimage.feature import graycomatrix, graycoprops
 from torch import Tensor
@@ -417,16 +418,25 @@ def test_the_sliced_wasserstein_distance_of_less_contrast_is_known():
 # ----------------------------------------------------------------------------------------------------- copies, variety
 
 
+def smooth_brains(count: int, size: int = 128) -> Tensor:
+    """uint8 [count, 32, size, size], black at the border: blobs that each slice has for itself."""
+    inside = F.pad(blurred(torch.rand(count * 32, 1, size - 16, size - 16), 3), (8, 8, 8, 8))
+    return (255 * inside / inside.amax()).to(torch.uint8).view(count, 32, size, size)
+
+
 def test_a_copy_is_found_though_shifted_brighter_and_at_the_next_z():
-    reference = (255 * blurred(torch.rand(5 * 32, 1, 64, 64), 2)).to(torch.uint8).view(5, 32, 64, 64)
-    brains = (255 * blurred(torch.rand(2 * 32, 1, 64, 64), 2)).to(torch.uint8).view(2, 32, 64, 64)
-    brains[1, 7] = (reference[3, 8].roll((1, -1), (0, 1)) // 2) + 40
-    brains[0] = reference[2]
+    """By any number of pixels up to two of 128, half a pixel of the thumbnail among them."""
+    heads, brains = smooth_brains(5), smooth_brains(2)
+    reference = thumbnails(heads.flatten(0, 1)).view(5, 32, 64, 64)
+    brains[1, 7] = heads[3, 8].roll((1, -2), (0, 1)) // 2 + 40
+    brains[0] = heads[2]
     near = nearest(brains, reference)
-    assert near["distance"][1, 7] < 0.1 and near["distance"][1, 8:].min() > 0.5
+    assert near["relative"][1, 7] < 0.2 and near["relative"][1, 8:].min() > 0.6
     assert (near["brain"][1, 7], near["z"][1, 7]) == (3, 8)
-    assert near["brain_distance"][0] < 1e-3 and near["brain_distance"][1] > 0.5 and near["nearest_brain"][0] == 2
+    assert near["brain_relative"][0] < 1e-2 and near["brain_relative"][1] > 0.6 and near["nearest_brain"][0] == 2
     assert torch.equal(near["z"][0], torch.arange(32)) and (near["brain"][0] == 2).all()
+    direct = 1 - np.corrcoef(thumbnails(brains[1, 9:10]).flatten(), reference[0, 9].flatten())[0, 1]
+    assert near["distance"][1, 9].item() <= math.sqrt(2 * direct) + 1e-5
 
 
 def test_thumbnails_are_means_over_squares():
