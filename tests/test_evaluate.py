@@ -411,7 +411,7 @@ def test_five_per_cent_of_copies_read_five_per_cent(heads, real, scorer):
 
 
 def test_blur_fails_the_spectrum_and_the_noise_level(heads, real, scorer):
-    soft = torch.from_numpy(gaussian_filter(heads[16:].float().numpy(), (0, 0, 0.7, 0.7))).round().to(torch.uint8)
+    soft = torch.from_numpy(gaussian_filter(heads[10:16].float().numpy(), (0, 0, 0.7, 0.7))).round().to(torch.uint8)
     result, _ = score_samples(soft, *real, scorer, "0", 40)
     for name in ("spectrum", "noise", "sliced_wasserstein_finest", "frechet_texture"):
         assert verdict(result["samples"], result["real"], name) == "differs", name
