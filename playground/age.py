@@ -86,7 +86,7 @@ def main() -> None:
         ),
     }
 
-    figure = plt.figure(figsize=(15, 5.2), layout="constrained")
+    figure = plt.figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
     for row, z in zip(left.subplots(len(SHOWN), len(ages)), SHOWN, strict=True):
         for cell, years, slices in zip(row, ages, head, strict=True):
