@@ -259,11 +259,15 @@ class Slices:
         known = read_people(table) if table else {}
         return torch.tensor([[known.get(c, {}).get(name, math.nan) for name in names] for c in self.case.tolist()])
 
-    def whole_brains(self) -> Tensor:
-        """uint8 [n, 32, S, S], on the CPU: the cases that have all their slices, in the order of z."""
+    def whole_cases(self) -> Tensor:
+        """int64 [n, 32]: where the slices of each case lie that has all of them, in the order of z."""
         cases, counts = self.case.unique(return_counts=True)
         whole = torch.isin(self.case, cases[counts == SLICES_PER_CASE])  # slices are sorted by case and z
-        return self.images[whole.to(self.images.device)].cpu().unflatten(0, (-1, SLICES_PER_CASE))
+        return whole.nonzero()[:, 0].view(-1, SLICES_PER_CASE)
+
+    def whole_brains(self) -> Tensor:
+        """uint8 [n, 32, S, S], on the CPU: the cases that have all their slices, in the order of z."""
+        return self.images[self.whole_cases().to(self.images.device)].cpu()
 
     def check_whole_cases(self, flag: str) -> None:
         """Raises UserError naming the flag that needs it unless position i is slice i % 32 of case i // 32."""

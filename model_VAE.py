@@ -553,6 +553,11 @@ class VQVAE2(Autoencoder):
 MODELS = {model.kind: model for model in (VAE, VQVAE, VQVAE2)}
 
 
+def latent_digest(weights: dict[str, Tensor]) -> str:
+    """16 hexadecimal digits of all that latents depend on: first stages that differ in their decoders share them."""
+    return util.digest_of({name: w for name, w in weights.items() if not name.startswith(("decoder.", "perceptual."))})
+
+
 def load_first_stage(run: str | Path, device: torch.device | str = "cpu", decoder: str = "fidelity") -> Autoencoder:
     """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`.
 
@@ -562,7 +567,7 @@ def load_first_stage(run: str | Path, device: torch.device | str = "cpu", decode
     weights, description = util.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
-    description |= {"digest": util.digest_of(weights), "path": str(path)}
+    description |= {"digest": latent_digest(weights), "path": str(path)}
     return build_first_stage(description, weights, path, decoder).to(device)
 
 

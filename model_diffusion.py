@@ -16,6 +16,7 @@ from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAtten
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
 WEIGHTINGS = ("min-snr", "plain")
+SLICE_NOISE = ("matched", "shared", "own")
 # Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
 # rectified flow, mean 0 is u = sigmoid(N(0, 1)).
 TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
@@ -157,16 +158,14 @@ class Level(nn.Module):
 # -------------------------------------------------------------------------------------------------- the diffusion model
 
 
-def share_noise(own: Tensor, slices: int, share: float) -> Tensor:
-    """Noise [n * slices, C, h, w] of unit variance, correlated by `share` between the slices of each brain.
+def slice_correlation(latents: Tensor) -> Tensor:
+    """Correlation [C, Z, Z] between the Z slices of a brain, of latents [n, Z, C, h, w] of n >= 2 brains.
 
-    sqrt(share) common + sqrt(1 - share) own noise; `own` is independent noise of that shape, and what is common to a
-    brain is drawn with the global generator, or is its first slice's own where all is common.
+    It is that of what makes a brain differ from the mean of all at the same place, over brains and places.
     """
-    if slices == 1 or share == 0:
-        return own
-    common = own[::slices] if share == 1 else torch.randn_like(own[::slices])
-    return math.sqrt(share) * common.repeat_interleave(slices, 0) + math.sqrt(1 - share) * own
+    difference = latents - latents.mean(0)
+    difference = difference / difference.square().mean((0, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)
+    return torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
 
 
 class LatentDiffusion(nn.Module):
@@ -184,7 +183,8 @@ class LatentDiffusion(nn.Module):
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
         slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
             itself; with more, neighbours hear of each other, and S may be another one in sampling.
-        shared_noise: share of the noise's variance that is common to the slices of a brain.
+        slice_noise: how the noise of a brain's slices hangs together, one of SLICE_NOISE: "matched" is correlated
+            along z as `slice_correlation` says, "shared" the same in all, "own" independent.
         conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
         T: number of steps of the forward process.
@@ -206,7 +206,8 @@ class LatentDiffusion(nn.Module):
         times: str = "uniform",
         drop_z: float = 0.0,
         slices: int = 1,
-        shared_noise: float = 1.0,
+        slice_noise: str = "matched",
+        slices_per_brain: int = 32,
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
         T: int = 1000,
@@ -216,6 +217,7 @@ class LatentDiffusion(nn.Module):
             ("prediction", prediction, PREDICTIONS),
             ("weighting", weighting, WEIGHTINGS),
             ("times", times, TIMES),
+            ("slice_noise", slice_noise, SLICE_NOISE),
             *(("conditions", name, CONDITIONS) for name in conditions),
         )
         for name, value, possible in choices:
@@ -226,7 +228,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"prediction eps says nothing about x_0 where schedule {schedule} ends, at alpha = 0")
         self.latent_shape, self.schedule, self.T = tuple(latent_shape), schedule, T
         self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
-        self.slices, self.shared_noise = slices, shared_noise
+        self.slices, self.slice_noise = slices, slice_noise
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
         self.unet = UNet(
             latent_shape[0],
@@ -239,6 +241,7 @@ class LatentDiffusion(nn.Module):
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
+        self.register_buffer("slice_correlation", torch.ones(latent_shape[0], slices_per_brain, slices_per_brain))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[t].float().view(-1, 1, 1, 1), self.sigma[t].float().view(-1, 1, 1, 1)
@@ -271,13 +274,13 @@ class LatentDiffusion(nn.Module):
             latent: [B, C, h, w], every `slices` of them contiguous slices of one brain; default: as in training.
             z: int64 [B].
             t: int64 [B], the same for all slices of a brain.
-            noise: [B, C, h, w].
+            noise: [B, C, h, w]; default: as slice_noise says.
             people: [B, conditions], the same for all slices of a brain; see UNet.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
         t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
-        noise = share_noise(torch.randn_like(latent), slices, self.shared_noise) if noise is None else noise
+        noise = self.correlate(torch.randn_like(latent), z, slices) if noise is None else noise
         if self.training:
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
@@ -290,6 +293,21 @@ class LatentDiffusion(nn.Module):
         }[self.prediction]
         loss = (output - target).square().mean((1, 2, 3))
         return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
+
+    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None) -> Tensor:
+        """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
+
+        Every `slices` of the batch are of one brain, at z int64 [B]; `how` is one of SLICE_NOISE, default: slice_noise.
+        """
+        how = how or self.slice_noise
+        if slices == 1 or how == "own":
+            return white
+        K = self.slice_correlation if how == "matched" else torch.ones_like(self.slice_correlation)
+        z = z.view(-1, slices)
+        value, vector = torch.linalg.eigh(K[:, z[:, :, None], z[:, None, :]].double())  # [C, n, slices, slices]
+        root = ((vector * value.clamp(min=0).sqrt()[..., None, :]) @ vector.mT).float()
+        with torch.autocast(white.device.type, enabled=False):
+            return torch.einsum("cnab,nbchw->nachw", root, white.unflatten(0, (-1, slices))).flatten(0, 1)
 
     def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
         """z and people with NaN where training, brain by brain and at random, does without them."""

@@ -3,8 +3,8 @@
     python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
     python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
 
-A brain is 32 slices. With --slices 1 the network sees them one by one, and they share their noise; with more, training
-shows windows of so many neighbouring slices, which hear of each other.
+A brain is 32 slices, whose noise is correlated along z as their latents are. With --slices 1 the network sees them one
+by one; with more, training shows windows of so many neighbouring slices, which hear of each other.
 
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
 NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices
@@ -32,6 +32,7 @@ from model_diffusion import (
     PREDICTIONS,
     RECIPES,
     SCHEDULES,
+    SLICE_NOISE,
     TIMES,
     WEIGHTINGS,
     Denoise,
@@ -42,7 +43,7 @@ from model_diffusion import (
     sample_ddpm,
     sample_dpm,
     sample_heun,
-    share_noise,
+    slice_correlation,
 )
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
@@ -101,11 +102,10 @@ def flags() -> argparse.ArgumentParser:
         help=f"neighbouring slices of a brain that training shows together, up to {SLICES_PER_CASE}; 1 is a 2-D model",
     )
     add(
-        "--shared-noise",
-        type=util.fraction,
-        metavar="R",
-        help="share of the noise's variance that the slices of a brain have in common; with --slices above 1 also in "
-        "training (default: as in training, which has 0, or 1 with --slices 1)",
+        "--slice-noise",
+        choices=SLICE_NOISE,
+        help="noise of a brain's slices: correlated along z as the training latents are, the same in all, or each its "
+        "own; with --slices above 1 also in training (default: as in training, which has matched)",
     )
     add(
         "--conditions",
@@ -150,24 +150,22 @@ def flags() -> argparse.ArgumentParser:
 
 
 class BrainNoise:
-    """Noise [32 n, C, h, w] for n brains, of which the slices of each have the share `shared` in common.
+    """Draws noise [32 n, C, h, w] for n brains, correlated between the slices of each as `how`, or else `model`, says.
 
     Brain i depends on (seed, i) alone, so it is the same picture in any batch.
     """
 
-    def __init__(self, seed: int, brains: range, shape: tuple[int, ...], device: torch.device, shared: float = 1.0):
+    def __init__(self, seed: int, brains: range, model: LatentDiffusion, how: str | None = None):
         self.generators = [torch.Generator().manual_seed(util.mix_seed(seed, i)) for i in brains]
-        self.shape, self.device, self.shared = shape, device, shared
+        self.model, self.how = model, how
 
     def _of_brain(self, generator: torch.Generator) -> Tensor:
-        common = torch.randn(1, *self.shape, generator=generator)
-        if self.shared == 1:
-            return common.repeat(SLICES_PER_CASE, *[1] * len(self.shape))
-        own = torch.randn(SLICES_PER_CASE, *self.shape, generator=generator)
-        return math.sqrt(self.shared) * common + math.sqrt(1 - self.shared) * own
+        white = torch.randn(SLICES_PER_CASE, *self.model.latent_shape, generator=generator)
+        z = torch.arange(SLICES_PER_CASE, device=self.model.alpha.device)
+        return self.model.correlate(white.to(z.device), z, SLICES_PER_CASE, self.how)
 
     def __call__(self) -> Tensor:
-        return torch.cat([self._of_brain(generator) for generator in self.generators]).to(self.device)
+        return torch.cat([self._of_brain(generator) for generator in self.generators])
 
 
 def walk(
@@ -215,8 +213,7 @@ def sample_latents(
         nothing = torch.full(z.shape, torch.nan, device=device)
         poor = denoiser(weak, z, person or {}) if weak else denoiser(model, nothing, {})
         denoise = guide(denoise, poor, args.guidance)
-    shared = model.shared_noise if args.shared_noise is None else args.shared_noise
-    draw = BrainNoise(args.seed, brains, model.latent_shape, device, shared)
+    draw = BrainNoise(args.seed, brains, model, args.slice_noise)
     alpha, sigma = min((m.sampling_levels() for m in (model, weak) if m), key=lambda levels: len(levels[0]))
     steps, total = walk(alpha, sigma, denoise, draw, args)
     every = max(1, total // 16)  # kept for the GIF
@@ -292,7 +289,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
-    how += f", {100 * (model.shared_noise if args.shared_noise is None else args.shared_noise):g} % of the noise shared"
+    how += f", {args.slice_noise or model.slice_noise} noise"
     how += "".join(f", {name} {getattr(args, name)}".removesuffix(".0") for name in person)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
@@ -346,11 +343,12 @@ def validate(
     brains = len(latents) // slices
     rounds = -(-32 // brains)  # few brains are seen at several steps each
     index = torch.arange(len(latents)).repeat(rounds)
-    noise = share_noise(torch.randn(len(index), *latents.shape[1:]), slices, model.shared_noise)
+    white = torch.randn(len(index), *latents.shape[1:])
     t = torch.linspace(0, model.T - 1, rounds * brains).long().repeat_interleave(slices)
     losses = []
     for n in torch.arange(len(index)).split(2 * SLICES_PER_CASE):
-        batch = latents[index[n]], z[index[n]], t[n].to(device), noise[n].to(device)
+        noise = model.correlate(white[n].to(device), z[index[n]], slices)
+        batch = latents[index[n]], z[index[n]], t[n].to(device), noise
         with util.autocast(device, precision):
             losses.append(model(*batch, slices, None if people is None else people[index[n]]))
     return float(torch.cat(losses).mean())
@@ -370,9 +368,8 @@ def window_starts(data: Slices, slices: int) -> Tensor:
 
 
 def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
-    """Settings with what --recipe and --slices imply where nothing was said. Raises UserError if they contradict."""
-    if args.shared_noise is None:
-        args.shared_noise = 0.0 if args.slices > 1 else 1.0
+    """Settings with what --recipe implies where nothing was said. Raises UserError if they contradict."""
+    args.slice_noise = args.slice_noise or "matched"
     recipe = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES[args.recipe], strict=True))
     args = argparse.Namespace(**{**vars(args), **{flag: getattr(args, flag) or recipe[flag] for flag in recipe}})
     if args.prediction == "eps" and noise_levels(args.schedule, 1000)[0][-1] == 0:
@@ -447,6 +444,12 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     if args.slices > 1:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
     people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
+    whole = train_slices.whole_cases().to(device)
+    if len(whole) < 2 and args.slice_noise == "matched":
+        raise UserError(
+            "--slice-noise matched measures how slices hang together on two whole training cases or more, and there "
+            f"are {len(whole)}; python dataset.py {folder} lists what is missing, or choose shared or own"
+        )
     real = held_out_slices.whole_brains()[:8]
     real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
@@ -463,13 +466,15 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "times": args.times,
         "drop_z": args.drop_z,
         "slices": args.slices,
-        "shared_noise": args.shared_noise,
+        "slice_noise": args.slice_noise,
         "conditions": args.conditions,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
+    if args.slice_noise == "matched":
+        model.slice_correlation.copy_(slice_correlation(latents[whole]))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0

@@ -98,7 +98,7 @@ OF_ONE_START = {
     "decoder",
 }
 # What a run has and --sample may change.
-FREE_IN_SAMPLING = {"seed", "precision", "shared_noise"}
+FREE_IN_SAMPLING = {"seed", "precision", "slice_noise"}
 # What may change from start to start without making the run another experiment.
 FREE_ON_RESUME = OF_ONE_START | {"data", "steps", "report_every", "patience"}
 

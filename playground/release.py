@@ -24,10 +24,10 @@ import util
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
 from metrics import slice_scores
-from model_VAE import MODELS, Autoencoder, build_first_stage
+from model_VAE import MODELS, Autoencoder, build_first_stage, latent_digest
 from util import UserError
 
-EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
+EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
 COMPARED_SLICES = 64
 PERCEPTUAL = re.compile(r"^(first_stage\.)?perceptual\.")
 
@@ -118,7 +118,7 @@ def main() -> None:
     after = first_stage_of(released, description, path)
     description = without_folders(description | {"training": record})
     if description["kind"] not in MODELS:  # it must match the first stage's own file, released in the same way
-        description["first_stage"]["digest"] = util.digest_of(after.state_dict())
+        description["first_stage"]["digest"] = latent_digest(after.state_dict())
 
     # its size, what the rounding did, and the file
     megabytes = sum(tensor.nbytes for tensor in released.values()) / 1e6
