@@ -7,7 +7,6 @@ blocks of the training slices, and the network's last convolution starts at zero
 linear block codec ends. What `encode` returns has mean 0 and standard deviation 1 per channel over the training set.
 """
 
-import copy
 import math
 from pathlib import Path
 
@@ -56,7 +55,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, channels_in, h, w] to [B, 1, h f, w f], the encoder's mirror image."""
+    """[B, channels_in, h, w] to [B, 1, h f, w f], the encoder's mirror image.
+
+    With `grain` it can also be given a picture of white noise, [B, 1, h f, w f], and make of it what the latent leaves
+    open. The noise enters at the stem, through a convolution that starts at zero.
+    """
 
     def __init__(
         self,
@@ -66,10 +69,17 @@ class Decoder(nn.Module):
         channel_multipliers: tuple[int, ...],
         blocks: int,
         embedding_dim: int,
+        grain: bool = False,
     ):
         super().__init__()
         width = [channels * m for m in reversed(channel_multipliers)]
         self.stem = nn.Conv2d(channels_in, width[0], 3, padding=1)
+        factor = patch * 2 ** (len(width) - 1)
+        self.grain = (
+            nn.Sequential(nn.PixelUnshuffle(factor), zero(nn.Conv2d(factor**2, width[0], 3, padding=1)))
+            if grain
+            else None
+        )
         self.mid, self.attention = ResBlock(width[0], width[0], embedding_dim), SelfAttention(width[0])
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, w in enumerate(width):
@@ -84,8 +94,11 @@ class Decoder(nn.Module):
         """The weight whose gradients balance the adversarial loss (Esser et al. 2021, eq. 7)."""
         return self.out[2].weight
 
-    def forward(self, latent: Tensor, embedding: Tensor) -> Tensor:
-        h = self.attention(self.mid(self.stem(latent), embedding))
+    def forward(self, latent: Tensor, embedding: Tensor, noise: Tensor | None = None) -> Tensor:
+        h = self.stem(latent)
+        if noise is not None:
+            h = h + self.grain(noise)
+        h = self.attention(self.mid(h, embedding))
         for up, blocks in zip(self.ups, self.levels):
             h = up(h)
             for block in blocks:
@@ -144,6 +157,8 @@ class Autoencoder(nn.Module):
 
     The fidelity decoder is trained with the encoder. The perceptual decoder, if there is one, begins as its copy and is
     then trained against a discriminator alone, so that both read the same latents; `decoder_in_use` says which decodes.
+    With `grain` the perceptual decoder takes white noise too: it then draws from p(x | latent), where the fidelity
+    decoder gives its centre.
 
     Args:
         image_size: S.
@@ -152,6 +167,7 @@ class Autoencoder(nn.Module):
         channels, channel_multipliers, blocks: the first level's width, each level's relative to it, blocks a level.
         latent_channels: C of the latent.
         perceptual: whether there is a second decoder.
+        grain: whether that one takes noise.
     """
 
     def __init__(
@@ -168,6 +184,7 @@ class Autoencoder(nn.Module):
         encoder_outputs: int,
         linear_channels: int,
         perceptual: bool = False,
+        grain: bool = False,
     ):
         super().__init__()
         self.image_size, self.box = image_size, tuple(box)
@@ -184,7 +201,11 @@ class Autoencoder(nn.Module):
         self.embed_z = Embedding(2 * channels)
         self.encoder = Encoder(encoder_inputs, encoder_outputs, *self.sizes)
         self.decoder = Decoder(latent_channels, *self.sizes)
-        self.perceptual = copy.deepcopy(self.decoder) if perceptual else None  # draws no random numbers of its own
+        self.perceptual = None
+        if perceptual:
+            with torch.random.fork_rng(devices=[]):  # what comes after draws as if there were no second decoder
+                self.perceptual = Decoder(latent_channels, *self.sizes, grain=grain)
+            self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)
         self.decoder_in_use = "fidelity"
         self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
@@ -208,10 +229,19 @@ class Autoencoder(nn.Module):
             for parameter in self.perceptual.parameters():
                 parameter.requires_grad_(name == "perceptual")
 
+    @property
+    def draws(self) -> bool:
+        """Whether the decoder in use takes noise."""
+        return self.decoder_in_use == "perceptual" and self.perceptual.grain is not None
+
     def start_perceptual(self) -> None:
         """Makes the perceptual decoder a copy of the fidelity decoder, and uses it."""
         self.use_decoder("perceptual")
-        self.perceptual.load_state_dict(self.decoder.state_dict())
+        self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)  # the grain, if any, starts at zero
+
+    def white_noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """[count, 1, H, W] for the box, N(0, 1), drawn on the CPU: what `decode` takes as noise."""
+        return torch.randn(count, 1, *self.box[2:], generator=generator).to(self.latent_mean.device)
 
     # ---- picture <-> box
 
@@ -234,10 +264,20 @@ class Autoencoder(nn.Module):
     def _linear_decode(self, latent: Tensor) -> Tensor:
         return self.linear.decode(latent)
 
-    def _decode(self, latent: Tensor, z: Tensor) -> Tensor:
+    def _decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """The box, float32; may leave [-1, 1] a little, mostly below -1 where the picture is black."""
+        if noise is not None and not self.draws:
+            raise ValueError("this decoder takes no noise")
         decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
-        return self._linear_decode(latent) - 1 + decoder(latent, self.embed_z(z)).float()
+        return self._linear_decode(latent) - 1 + decoder(latent, self.embed_z(z), noise).float()
+
+    def _decode_for_training(self, latent: Tensor, z: Tensor) -> Tensor:
+        """The box [B, 1, H, W], or with grain, [3 B, 1, H, W], first without noise and then two independent draws."""
+        if not self.draws:
+            return self._decode(latent, z)
+        noise = torch.randn(2 * len(latent), 1, *self.box[2:], device=latent.device)
+        noise = torch.cat([torch.zeros_like(noise[: len(latent)]), noise])
+        return self._decode(latent.repeat(3, 1, 1, 1), z.repeat(3), noise)
 
     @torch.no_grad()
     def set_latent_statistics(self, batches) -> None:
@@ -306,21 +346,24 @@ class VAE(Autoencoder):
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)) / math.log(2)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box of a posterior sample, and {"kl": mean bits per image}."""
+        """The reconstructed box of a posterior sample, with grain three times, and {"kl": mean bits per image}."""
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             mean, log_variance = self.posterior(x, z)
             latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        return self._decode(latent, z), {"kl": self.kl_bits(mean, log_variance).mean()}
+        return self._decode_for_training(latent, z), {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised posterior mean, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
         self._check(x, z)
         return self._normalise(self.posterior(x, z)[0])
 
-    def decode(self, latent: Tensor, z: Tensor) -> Tensor:
-        """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B]."""
+    def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
+
+        noise: where `draws`, of white_noise; None decodes to the same picture every time.
+        """
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self.pad(self._decode(self._denormalise(latent), z).clamp(-1, 1))
+        return self.pad(self._decode(self._denormalise(latent), z, noise).clamp(-1, 1))
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, C, h, w] drawn from the prior N(0, 1) of the training loss."""
@@ -404,29 +447,32 @@ class VQVAE(Autoencoder):
         return (linear + residual).float()
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, and {"codebook": commitment (and codebook) loss}. Training mode moves the codebook."""
+        """The reconstructed box, with grain three times, and {"codebook": commitment (and codebook) loss}.
+
+        Training mode moves the codebook.
+        """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             quantised, _, loss = self.quantizer(self.vectors(x, z))
-        return self._decode(quantised, z), {"codebook": loss}
+        return self._decode_for_training(quantised, z), {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
         """idx int64 [B, h, w] in [0, K) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
         self._check(x, z)
         return quantise(self.quantizer, self.vectors(x, z))
 
-    def decode_indices(self, idx: Tensor, z: Tensor) -> Tensor:
-        """x float32 [B, 1, S, S] in [-1, 1] of int64 idx [B, h, w] and z int64 [B]."""
+    def decode_indices(self, idx: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x float32 [B, 1, S, S] in [-1, 1] of int64 idx [B, h, w] and z int64 [B]; noise as in VAE.decode."""
         self._check_grid("idx", idx, self.latent_shape[1:], z)
-        return self.pad(self._decode(self.quantizer.lookup(idx), z).clamp(-1, 1))
+        return self.pad(self._decode(self.quantizer.lookup(idx), z, noise).clamp(-1, 1))
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised quantised latent, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
         return self._normalise(self.quantizer.lookup(self.encode_indices(x, z)))
 
-    def decode(self, latent: Tensor, z: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of the codes nearest to a normalised latent [B, C, h, w]."""
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self.decode_indices(quantise(self.quantizer, self._denormalise(latent)), z)
+        return self.decode_indices(quantise(self.quantizer, self._denormalise(latent)), z, noise)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, C, h, w] of codes drawn one by one, as draw_codes does."""
@@ -511,11 +557,14 @@ class VQVAE2(Autoencoder):
         return self.linear_top.decode(top) + self.linear.decode(bottom)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, and {"codebook": losses of both quantisers}. Training mode moves the codebooks."""
+        """The reconstructed box, with grain three times, and {"codebook": losses of both quantisers}.
+
+        Training mode moves the codebooks.
+        """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
             bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-        return self._decode(self._join(top, bottom), z), {"codebook": loss_top + loss_bottom}
+        return self._decode_for_training(self._join(top, bottom), z), {"codebook": loss_top + loss_bottom}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(top int64 [B, h / 2, w / 2], bottom int64 [B, h, w]) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -527,21 +576,21 @@ class VQVAE2(Autoencoder):
     def _lookup(self, idx: tuple[Tensor, Tensor]) -> Tensor:
         return self._join(self.quantizer_top.lookup(idx[0]), self.quantizer.lookup(idx[1]))
 
-    def decode_indices(self, idx: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
+    def decode_indices(self, idx: tuple[Tensor, Tensor], z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of (top, bottom) as encode_indices gives them, and z int64 [B]."""
         for name, level, grid in zip(("top idx", "bottom idx"), idx, self.grids, strict=True):
             self._check_grid(name, level, grid, z)
-        return self.pad(self._decode(self._lookup(idx), z).clamp(-1, 1))
+        return self.pad(self._decode(self._lookup(idx), z, noise).clamp(-1, 1))
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised quantised latent, float32 [B, 2 C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
         return self._normalise(self._lookup(self.encode_indices(x, z)))
 
-    def decode(self, latent: Tensor, z: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of the codes nearest to a normalised latent [B, 2 C, h, w]."""
         self._check_grid("latent", latent, self.latent_shape, z)
         top, bottom = self._split(self._denormalise(latent))
-        return self.decode_indices((quantise(self.quantizer_top, top), quantise(self.quantizer, bottom)), z)
+        return self.decode_indices((quantise(self.quantizer_top, top), quantise(self.quantizer, bottom)), z, noise)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, 2 C, h, w] of codes drawn one by one, as draw_codes does."""

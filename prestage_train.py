@@ -1,14 +1,18 @@
 """First stage: trains a VAE, a VQ-VAE or a VQ-VAE-2 on slices, then sharpens its decoder with a z-conditioned PatchGAN.
 
-    python prestage_train.py --model vqvae        # or vae, vqvae2; the same command resumes
+    python prestage_train.py --model vqvae                        # or vae, vqvae2; the same command resumes
+    python prestage_train.py --start-from vqvae --name sharper    # a new perceptual decoder for a finished first stage
 
 Until --gan-start the autoencoder is trained to be faithful. Then encoder, codes and this fidelity decoder are frozen,
-and a copy of the decoder, the perceptual one, goes on against the discriminator: both decode the same latents. Writes
+and a copy of the decoder, the perceptual one, goes on against the discriminator: both decode the same latents. It is
+given noise, and learns by the energy score of two draws to add what the latent leaves open. Writes
 model_ckpt/NAME/model.safetensors (averaged weights, for use), model_ckpt/NAME/last.pt (everything, for resuming),
 log/NAME (python logger.py log/NAME draws it) and NAME_vis/ (real | reconstructed | difference, draws from the prior).
 """
 
+import argparse
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -29,7 +33,7 @@ from model_discriminator import (
     generator_loss,
     lecam_penalty,
 )
-from model_VAE import MODELS, VAE, VQVAE, Autoencoder
+from model_VAE import MODELS, VAE, VQVAE, Autoencoder, load_first_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -50,6 +54,36 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
     x_hat = clamped + 0.1 * (x_hat - clamped)
     ssim = util.ssim_map((x_hat + 1) / 2, (x + 1) / 2).mean()
     return (x_hat - x).abs().mean() + 0.5 * (1 - ssim)
+
+
+def cosine_transform(size: int, like: Tensor) -> Tensor:
+    """[size, size]: the orthonormal discrete cosine transform (type II), frequency by row."""
+    k = torch.arange(size, device=like.device)
+    basis = torch.cos(math.pi * (k[None, :] + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def energy_score(one: Tensor, other: Tensor, x: Tensor, size: int = 8) -> Tensor:
+    """Mean of |one - x| / 2 + |other - x| / 2 - |one - other| / 2 over the coefficients of a block cosine transform.
+
+    A proper scoring rule (Gneiting and Raftery 2007, eq. 21): of two independent draws [B, 1, H, W] it is least when
+    they are distributed as x [B, 1, H, W] in [-1, 1] is, given what the decoder knows, where L1 alone asks for the
+    median, which is blurred. Every frequency counts alike, in units of its mean absolute coefficient in x. Blocks of
+    size x size pixels begin at a random place, so that no border of blocks shows. Two equal draws score as L1.
+    """
+    basis, (top, left) = cosine_transform(size, x), torch.randint(size, (2,)).tolist()
+
+    def coefficients(picture: Tensor) -> Tensor:
+        """[B, h, w, size, size], frequency last."""
+        clamped = picture.clamp(-1, 1)
+        picture = (clamped + 0.1 * (picture - clamped))[:, 0, top:, left:]
+        return basis @ picture.unfold(1, size, size).unfold(2, size, size) @ basis.T
+
+    one, other, x = coefficients(one), coefficients(other), coefficients(x)
+    score = (one - x).abs() + (other - x).abs() - (one - other).abs()
+    unit = x.abs().mean((0, 1, 2)).clamp(min=1e-3)
+    return (score.mean((0, 1, 2)) / unit).mean() / 2
 
 
 def cyclical_weight(step: int, steps: int, cycles: int, ramp: float) -> float:
@@ -128,6 +162,12 @@ def flags():
     parser = util.training_parser(__doc__)
     add = parser.add_argument
     add("--model", choices=sorted(MODELS), default="vqvae", help="default: %(default)s")
+    add(
+        "--start-from",
+        metavar="RUN",
+        help="run or file of a first stage, whose encoder, codes and fidelity decoder are kept as they are: all steps "
+        "train a perceptual decoder for it; its sizes come with it",
+    )
     add("--image-size", type=int, choices=(64, 128, 256), help="pixels a side, by area resampling")
     add("--channels", type=util.positive_int, help="width of the first level")
     add(
@@ -217,6 +257,13 @@ def flags():
         "gradient with the reconstruction's; 0 trains no perceptual decoder (default: %(default)s)",
     )
     add(
+        "--energy-weight",
+        type=util.fraction,
+        default=0.2,
+        help="of the energy score of two draws of the perceptual decoder, which lets it add what the latent leaves "
+        "open; 0 gives it no noise to draw with (default: %(default)s)",
+    )
+    add(
         "--feature-weight",
         type=util.fraction,
         default=0.1,
@@ -235,6 +282,26 @@ def flags():
     return parser
 
 
+def build_on(base: Autoencoder, args) -> tuple[torch.nn.Module, dict]:
+    """A first stage with everything from `base` but the perceptual decoder, and the keywords that rebuild it."""
+    kwargs = base.description["model_kwargs"] | {"perceptual": True, "grain": args.energy_weight > 0}
+    model = MODELS[base.kind](**kwargs)
+    kept = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith("perceptual.")}
+    model.load_state_dict(kept, strict=False)
+    return model, kwargs
+
+
+def follow_base(args, typed: dict, base: Autoencoder):
+    """Settings with the sizes of `base`, of which none may be typed, and no steps of a fidelity decoder."""
+    kwargs = base.description["model_kwargs"]
+    sizes = {"model": base.kind} | {name: value for name, value in kwargs.items() if hasattr(args, name)}
+    for name in sizes.keys() & typed.keys():
+        raise UserError(f"--{name.replace('_', '-')} comes with --start-from {args.start_from}; leave it out")
+    if args.gan_weight == 0:
+        raise UserError("--start-from trains a perceptual decoder, which needs a --gan-weight above 0")
+    return argparse.Namespace(**{**vars(args), **sizes, "discriminator_start": 0, "gan_start": 0})
+
+
 def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
     """The untrained autoencoder and the keywords that rebuild it."""
     fsq = args.model != "vae" and args.quantizer == "fsq"
@@ -247,6 +314,7 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
         "blocks": args.blocks,
         "latent_channels": len(args.levels) if fsq else args.latent_channels,
         "perceptual": args.gan_weight > 0,
+        "grain": args.energy_weight > 0,
     }
     if fsq:
         kwargs |= {"quantizer": "fsq", "levels": tuple(args.levels)}
@@ -295,6 +363,8 @@ def main() -> None:
     rank, world = util.start_processes()
     args.name = args.name or args.model
     args = util.open_run(SCRIPT, args, typed, default_preset)
+    base = load_first_stage(args.start_from) if args.start_from else None
+    args = follow_base(args, typed, base) if base else args
     folder = find_data(args.data)
     if args.gan_weight > 0 and args.gan_start < args.discriminator_start:
         raise UserError(
@@ -303,6 +373,7 @@ def main() -> None:
         )
     device = util.pick_device(args.device)
     faithful = min(args.gan_start, args.steps) if args.gan_weight > 0 else args.steps  # steps of the fidelity decoder
+    watching = args.steps // 10 if base else 0  # perceptual steps before a discriminator that starts with them is heard
     print(
         f"run {args.name}: {args.model}, preset {args.preset}, {args.steps} steps of {args.batch_size} slices at "
         f"{args.image_size} px on {util.describe_device(device)}; the perceptual decoder has the last "
@@ -316,7 +387,7 @@ def main() -> None:
 
     # networks
     torch.manual_seed(args.seed)
-    model, model_kwargs = build(args, train.content_box())
+    model, model_kwargs = build_on(base, args) if base else build(args, train.content_box())
     discriminator = PatchDiscriminator(channels=args.discriminator_channels)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     state = util.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
@@ -326,7 +397,7 @@ def main() -> None:
     if state:
         util.fill_model(model, state["model"], checkpoint)
         util.fill_model(discriminator, state["discriminator"], checkpoint)
-    else:
+    elif not base:
         start_from_data(model, train)
     model.use_decoder("perceptual" if start > faithful else "fidelity")
     model = model.to(device, memory_format=torch.channels_last)  # twice as fast in bf16, on GPU and CPU
@@ -375,7 +446,7 @@ def main() -> None:
             with util.autocast(device, args.precision):
                 ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
             if good is not None:
-                good.load_state_dict(ema.decoder.state_dict())
+                good.load_state_dict(ema.decoder.state_dict(), strict=False)  # a grain is still zero
         util.save_checkpoint(
             checkpoint,
             {
@@ -403,7 +474,8 @@ def main() -> None:
                 "perceptual_steps": max(0, step - faithful),
                 "preset": args.preset,
                 "data": data["train"],
-            },
+            }
+            | ({"started_from": base.description} if base else {}),
         )
         logger.pause()
 
@@ -438,6 +510,7 @@ def main() -> None:
         # the autoencoder: reconstruction, the price of the latent, and what the discriminator says
         with util.autocast(device, args.precision):
             x_hat, losses = forward(x, z)
+        x_hat, *draws = x_hat.chunk(3) if model.draws else (x_hat,)
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
         weights = {"reconstruction": 1.0, "codebook": 1.0}
         if "kl" in losses and not perceptual:
@@ -445,6 +518,9 @@ def main() -> None:
             weights["kl"] = kl_weight / args.image_size**2  # the loss is in bits per image, the weight per pixel
         if perceptual:
             losses = {"reconstruction": losses["reconstruction"]}  # the latent is frozen
+            if draws:
+                losses["energy"], weights["energy"] = energy_score(*draws, target), args.energy_weight
+                x_hat = draws[0]
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
                 fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
@@ -455,7 +531,7 @@ def main() -> None:
             pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
             pull = util.mean_of_processes(pull)
             gan["balance"] = pull if gan["balance"] is None else 0.98 * gan["balance"] + 0.02 * pull
-            ramp = gan["scale"] * ramp_weight(step, faithful, (args.steps - faithful) // 2 + 1)
+            ramp = gan["scale"] * ramp_weight(step, faithful + watching, (args.steps - faithful) // 2 + 1)
             weights["generator"] = args.gan_weight * gan["balance"] * ramp
             weights["feature_matching"] = args.feature_weight * ramp
         total = sum(weights[name] * loss for name, loss in losses.items())
