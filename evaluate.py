@@ -130,11 +130,13 @@ def score_reconstruction(
 
     Args:
         prior: adds "prior_bits", what the codes cost under it.
-        seed: of the permutation of z for the scores "*_shuffled_z": own z to the encoder, another's to the decoder.
+        seed: of the permutation of z for the scores "*_shuffled_z", own z to the encoder, another's to the decoder,
+            and of the grain, for a decoder that takes it: "*_drawn", and power, are those of a draw.
     """
     has_codes = hasattr(model, "encode_indices")
     encode, decode = (model.encode_indices, model.decode_indices) if has_codes else (model.encode, model.decode)
-    wrong_z = data.z[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
+    generator = torch.Generator().manual_seed(seed)
+    wrong_z = data.z[torch.randperm(len(data), generator=generator)]
     scores, codes, brain, moments = [], [], [], {}
     power = torch.zeros(2, RINGS, dtype=torch.float64)  # reconstructed, real
     for index in tqdm(torch.arange(len(data)).split(batch_size), desc="reconstruct", unit="batch", disable=None):
@@ -144,8 +146,11 @@ def score_reconstruction(
         decoded, misled = (to_uint8(decode(latent, at))[:, 0].cpu() for at in (z, wrong_z[index].to(device)))
         score = all_scores(decoded, real, masks)
         told_wrong = slice_scores(misled, real, masks)
+        if model.draws:  # the scores above are those of its centre
+            drawn = to_uint8(decode(latent, z, model.draw_grain(len(z), generator)))[:, 0].cpu()
+            score |= {f"{name}_drawn": value for name, value in slice_scores(drawn, real, masks).items()}
         score |= {f"{name}_shuffled_z": told_wrong[name] for name in ("ssim", "brain_ssim") if name in told_wrong}
-        power += torch.stack([radial_spectrum(pictures).sum(0) for pictures in (decoded, real)])
+        power += torch.stack([radial_spectrum(p).sum(0) for p in (drawn if model.draws else decoded, real)])
         if has_codes:
             grids = [latent] if isinstance(latent, Tensor) else list(latent)
             codes.append([idx.cpu().numpy() for idx in grids])
@@ -488,6 +493,9 @@ def ledger(result: dict) -> str:
     if "brain_ssim" in result:
         wrong = with_interval(result, "brain_ssim_shuffled_z")
         lines[-1] += f"; brain SSIM {wrong}, own z {result['brain_ssim']:.4f}"
+    if "ssim_drawn" in result:
+        brain = f", brain SSIM {with_interval(result, 'brain_ssim_drawn')}" if "brain_ssim_drawn" in result else ""
+        lines.append(f"a draw            SSIM {with_interval(result, 'ssim_drawn')}{brain}")
     frequency, ratio = np.array(result["spectrum"]["frequency"]), result["spectrum"]["power_ratio"]
     shown = [int(np.abs(frequency - f).argmin()) for f in (0.05, 0.1, 0.2, 0.3, 0.4)]
     lines.append("power kept        " + ", ".join(f"{ratio[k]:.2f} at {frequency[k]:.2f}" for k in shown)
@@ -854,7 +862,7 @@ def main() -> None:
     add("--samples", metavar="RUN", help="score new brains instead: a second stage's run, or a folder of slices")
     add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all")
     add("--scorer", metavar="RUN", help="of samples: run or file; default: the run scorer, else the released one")
-    util.add_decoder_flag(parser)
+    util.add_decoder_flag(parser, "fidelity", "fidelity")
     add("--data", metavar="FOLDER", help="as in training")
     add(
         "--split",

@@ -18,6 +18,9 @@ import util
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
 from quantizer import FiniteScalarQuantizer, VectorQuantizer
 
+# Of what codes of 8x8 pixels leave out of real slices: .46 in the brain from one slice to the next, .20 over two.
+GRAIN_CORRELATION = 0.5
+
 
 class Encoder(nn.Module):
     """[B, channels_in, H, W] to [B, channels_out, H / f, W / f], f = patch 2^(levels - 1); z is added in every block.
@@ -76,7 +79,7 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(channels_in, width[0], 3, padding=1)
         factor = patch * 2 ** (len(width) - 1)
         self.grain = (
-            nn.Sequential(nn.PixelUnshuffle(factor), zero(nn.Conv2d(factor**2, width[0], 3, padding=1)))
+            nn.Sequential(nn.PixelUnshuffle(factor), zero(nn.Conv2d(factor**2, width[0], 3, padding=1, bias=False)))
             if grain
             else None
         )
@@ -239,9 +242,17 @@ class Autoencoder(nn.Module):
         self.use_decoder("perceptual")
         self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)  # the grain, if any, starts at zero
 
-    def white_noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """[count, 1, H, W] for the box, N(0, 1), drawn on the CPU: what `decode` takes as noise."""
-        return torch.randn(count, 1, *self.box[2:], generator=generator).to(self.latent_mean.device)
+    def draw_grain(self, slices: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """The noise that `decode` takes for neighbouring slices of one brain, [slices, 1, H, W]; None if it takes none.
+
+        N(0, 1) in every slice, drawn on the CPU, and correlated by GRAIN_CORRELATION with the slice before.
+        """
+        if not self.draws:
+            return None
+        grain = torch.randn(slices, 1, *self.box[2:], generator=generator)
+        for k in range(1, slices):
+            grain[k] = GRAIN_CORRELATION * grain[k - 1] + math.sqrt(1 - GRAIN_CORRELATION**2) * grain[k]
+        return grain.to(self.latent_mean.device)
 
     # ---- picture <-> box
 
@@ -360,7 +371,7 @@ class VAE(Autoencoder):
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
 
-        noise: where `draws`, of white_noise; None decodes to the same picture every time.
+        noise: where `draws`, [B, 1, H, W] of draw_grain; None decodes to the centre of what can be drawn.
         """
         self._check_grid("latent", latent, self.latent_shape, z)
         return self.pad(self._decode(self._denormalise(latent), z, noise).clamp(-1, 1))
@@ -607,10 +618,13 @@ def latent_digest(weights: dict[str, Tensor]) -> str:
     return util.digest_of({name: w for name, w in weights.items() if not name.startswith(("decoder.", "perceptual."))})
 
 
-def load_first_stage(run: str | Path, device: torch.device | str = "cpu", decoder: str = "fidelity") -> Autoencoder:
+def load_first_stage(
+    run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
+) -> Autoencoder:
     """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`.
 
-    `decoder` is "fidelity" or "perceptual". Raises UserError when there is no such file or no such decoder.
+    `decoder` is "fidelity", "perceptual", or None for the perceptual one where it was trained. Raises UserError when
+    there is no such file or no such decoder.
     """
     path = util.find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
     weights, description = util.load_weights(path)
@@ -621,7 +635,7 @@ def load_first_stage(run: str | Path, device: torch.device | str = "cpu", decode
 
 
 def build_first_stage(
-    description: dict, weights: dict[str, Tensor], path: Path, decoder: str = "fidelity"
+    description: dict, weights: dict[str, Tensor], path: Path, decoder: str | None = "fidelity"
 ) -> Autoencoder:
     """The frozen autoencoder of weights and their description {"kind", "model_kwargs", ...}; `path` is for messages.
 
@@ -630,7 +644,9 @@ def build_first_stage(
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
     util.fill_model(model, weights, path)
-    if decoder == "perceptual" and not description.get("perceptual_steps", 1):
+    trained = model.perceptual is not None and description.get("perceptual_steps", 1) > 0
+    decoder = decoder or ("perceptual" if trained else "fidelity")
+    if decoder == "perceptual" and model.perceptual is not None and not trained:
         raise util.UserError(f"--decoder perceptual: the one in {path} is not trained yet; train past --gan-start")
     try:
         model.use_decoder(decoder)
@@ -648,7 +664,7 @@ def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, de
 
 
 def load_second_stage(
-    run: str | Path, model_class: type, device: torch.device | str, decoder: str = "fidelity"
+    run: str | Path, model_class: type, device: torch.device | str, decoder: str | None = "fidelity"
 ) -> tuple[nn.Module, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
     path = util.find_weights(run, f"python {model_class.script} --name {run}")

@@ -339,7 +339,7 @@ PRIORS = {prior.kind: prior for prior in (PixelCNN, PixelCNN2)}
 
 
 def load_prior(
-    run: str | Path, device: torch.device | str = "cpu", decoder: str = "fidelity"
+    run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
 ) -> tuple[PixelCNN | PixelCNN2, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file of this script, frozen. Raises UserError if it is none."""
     kind = util.load_weights(util.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
@@ -368,7 +368,7 @@ def gumbel_noise(model: PixelCNN | PixelCNN2, seed: int, brain: int) -> Codes:
 
     Neighbouring slices have nearly the same logits, so with common noise they mostly choose the same codes.
     """
-    generator = torch.Generator().manual_seed(util.mix_seed(seed, brain))
+    generator = util.brain_generator(seed, brain)
     return each_grid(lambda noise: noise.expand(SLICES_PER_CASE, -1, -1, -1), model.gumbel_noise(generator))
 
 
@@ -383,26 +383,31 @@ def sample_brain(
 
 
 @torch.no_grad()
-def decode_codes(first_stage: VQVAE | VQVAE2, idx: Codes, z: Tensor | None = None) -> np.ndarray:
-    """uint8 [B, S, S] of the codes of B slices at z, which runs 0 .. B - 1 unless given."""
+def decode_codes(
+    first_stage: VQVAE | VQVAE2, idx: Codes, z: Tensor | None = None, grain: Tensor | None = None
+) -> np.ndarray:
+    """uint8 [B, S, S] of the codes of B slices at z, which runs 0 .. B - 1 unless given, and their grain if any."""
     if z is None:
         z = torch.arange(len(grids_of(idx)[0]), device=grids_of(idx)[0].device)
-    return to_uint8(first_stage.decode_indices(idx, z))[:, 0].cpu().numpy()
+    return to_uint8(first_stage.decode_indices(idx, z, grain))[:, 0].cpu().numpy()
 
 
-def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int]) -> list[np.ndarray]:
+def filling_frames(
+    first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int], grain: Tensor | None = None
+) -> list[np.ndarray]:
     """Pictures uint8 [S, 4 S] of some slices after each row of codes, those of the top grid before the bottom's.
 
-    What is missing has the code of its grid's corner: black.
+    What is missing has the code of its grid's corner: black. `grain` is that of all 32 slices.
     """
+    grain = None if grain is None else grain[shown]
     idx = each_grid(lambda grid: grid[shown], idx)
     partial = each_grid(lambda grid: grid[:, :1, :1].expand_as(grid).clone(), idx)
     z = torch.tensor(shown, device=grids_of(idx)[0].device)
-    frames = [np.hstack(decode_codes(first_stage, partial, z))]
+    frames = [np.hstack(decode_codes(first_stage, partial, z, grain))]
     for filled, grid in zip(grids_of(partial), grids_of(idx), strict=True):
         for r in range(grid.shape[1]):
             filled[:, r] = grid[:, r]
-            frames.append(np.hstack(decode_codes(first_stage, partial, z)))
+            frames.append(np.hstack(decode_codes(first_stage, partial, z, grain)))
     return frames
 
 
@@ -413,19 +418,21 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
+    how += f", {first_stage.decoder_in_use} decoder"
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):
         idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
-        slices = decode_codes(first_stage, idx)
+        grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, i, "grain"))
+        slices = decode_codes(first_stage, idx, grain=grain)
         title = f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z"
         files = write_brain(out, i, slices, title)
         print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
-            util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown), seconds=4)
+            util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)
             print(f"codes filling row by row, slices z = {shown}: {out}/process.gif")
 
 
@@ -462,7 +469,7 @@ def flags() -> argparse.ArgumentParser:
         metavar="P",
         help="draw only among the likeliest codes that have probability P together; 1: all (default: %(default)s)",
     )
-    util.add_decoder_flag(parser)
+    util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
 

@@ -521,14 +521,16 @@ def main() -> None:
             if draws:
                 losses["energy"], weights["energy"] = energy_score(*draws, target), args.energy_weight
                 x_hat = draws[0]
+            faithfulness = sum(weights[name] * loss for name, loss in losses.items())
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
-                fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
+                fakes = torch.cat(draws or [x_hat]).clamp(-1, 1)
+                fake_logits, fake_features = discriminator(fakes, z.repeat(len(fakes) // len(z)))
                 _, real_features = discriminator(target, z)
             discriminator.train().requires_grad_(True)
             losses["generator"] = generator_loss(fake_logits)
             losses["feature_matching"] = feature_matching_loss(real_features, fake_features)
-            pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
+            pull = adaptive_weight(faithfulness, losses["generator"], model.perceptual.last_layer)
             pull = util.mean_of_processes(pull)
             gan["balance"] = pull if gan["balance"] is None else 0.98 * gan["balance"] + 0.02 * pull
             ramp = gan["scale"] * ramp_weight(step, faithful + watching, (args.steps - faithful) // 2 + 1)

@@ -141,7 +141,7 @@ def flags() -> argparse.ArgumentParser:
         choices=CONDITIONS["cdr"],
         help="Clinical Dementia Rating of the people to sample; default: not known",
     )
-    util.add_decoder_flag(parser)
+    util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
     return parser
 
@@ -156,7 +156,7 @@ class BrainNoise:
     """
 
     def __init__(self, seed: int, brains: range, model: LatentDiffusion, how: str | None = None):
-        self.generators = [torch.Generator().manual_seed(util.mix_seed(seed, i)) for i in brains]
+        self.generators = [util.brain_generator(seed, i) for i in brains]
         self.model, self.how = model, how
 
     def _of_brain(self, generator: torch.Generator) -> Tensor:
@@ -273,11 +273,11 @@ def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dic
 
 
 @torch.no_grad()
-def decode_brains(first_stage: Autoencoder, latent: Tensor) -> np.ndarray:
-    """uint8 [n, 32, S, S] of latents [32 n, C, h, w] in the order of z."""
+def decode_brain(first_stage: Autoencoder, latent: Tensor, seed: int = 0, brain: int = 0) -> np.ndarray:
+    """uint8 [32, S, S] of latents [32, C, h, w] in the order of z, with the grain of (seed, brain) if it takes any."""
     z = torch.arange(SLICES_PER_CASE, device=latent.device)
-    pictures = [to_uint8(first_stage.decode(brain, z))[:, 0].cpu().numpy() for brain in latent.split(SLICES_PER_CASE)]
-    return np.stack(pictures)
+    grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(seed, brain, "grain"))
+    return to_uint8(first_stage.decode(latent, z, grain))[:, 0].cpu().numpy()
 
 
 def sample(args: argparse.Namespace, weights: Path) -> None:
@@ -289,7 +289,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
-    how += f", {args.slice_noise or model.slice_noise} noise"
+    how += f", {args.slice_noise or model.slice_noise} noise, {first_stage.decoder_in_use} decoder"
     how += "".join(f", {name} {getattr(args, name)}".removesuffix(".0") for name in person)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
@@ -299,13 +299,13 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
         path = sample_latents(model, range(i, i + 1), args, device, weak, person)
-        slices = decode_brains(first_stage, path[-1])[0]
+        slices = decode_brain(first_stage, path[-1], args.seed, i)
         title = f"sampled brain {i}: seed {args.seed}, {how}"
         files = write_brain(out, i, slices, title)
         print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
-            frames = [np.hstack(decode_brains(first_stage, latent)[0][shown]) for latent in path]
+            frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in path]
             util.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slices z = {shown}: {out}/process.gif")
 
@@ -369,7 +369,6 @@ def window_starts(data: Slices, slices: int) -> Tensor:
 
 def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
     """Settings with what --recipe implies where nothing was said. Raises UserError if they contradict."""
-    args.slice_noise = args.slice_noise or "matched"
     recipe = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES[args.recipe], strict=True))
     args = argparse.Namespace(**{**vars(args), **{flag: getattr(args, flag) or recipe[flag] for flag in recipe}})
     if args.prediction == "eps" and noise_levels(args.schedule, 1000)[0][-1] == 0:
@@ -389,6 +388,16 @@ def choose_conditions(wanted: list[str] | None, folder: Path) -> list[str]:
         print(f"no {PEOPLE_TABLE} with these data: nothing is learned of age, sex and CDR")
         return []
     return list(CONDITIONS) if wanted is None else wanted
+
+
+def choose_slice_noise(wanted: str | None, whole_cases: int, folder: Path) -> str:
+    """What is wanted, else matched where that can be measured, else shared."""
+    if wanted == "matched" and whole_cases < 2:
+        raise UserError(
+            "--slice-noise matched measures how slices hang together on two whole training cases or more, and there "
+            f"are {whole_cases}; python dataset.py {folder} lists what is missing, or choose shared or own"
+        )
+    return wanted or ("matched" if whole_cases > 1 else "shared")
 
 
 def check_slices(args: argparse.Namespace) -> None:
@@ -445,11 +454,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
     people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
     whole = train_slices.whole_cases().to(device)
-    if len(whole) < 2 and args.slice_noise == "matched":
-        raise UserError(
-            "--slice-noise matched measures how slices hang together on two whole training cases or more, and there "
-            f"are {len(whole)}; python dataset.py {folder} lists what is missing, or choose shared or own"
-        )
+    args.slice_noise = choose_slice_noise(args.slice_noise, len(whole), folder)
     real = held_out_slices.whole_brains()[:8]
     real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
@@ -520,7 +525,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     def report(step: int) -> None:
         quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
-        slices = decode_brains(first_stage, sample_latents(ema, range(1), quick, device)[-1])[0]
+        slices = decode_brain(first_stage, sample_latents(ema, range(1), quick, device)[-1])
         scores = {"validate/loss": validate(ema, held_out, held_out_z, device, args.precision, held_out_people)}
         scores["sample/adjacent_ssim"] = float(adjacent_ssim(torch.from_numpy(slices)[None]).mean())
         logger.report(step, scores | real_neighbours)

@@ -150,13 +150,14 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_decoder_flag(parser: argparse.ArgumentParser) -> None:
-    """--decoder, for every script that decodes with a first stage."""
+def add_decoder_flag(parser: argparse.ArgumentParser, default: str | None, usual: str) -> None:
+    """--decoder, for every script that decodes with a first stage; `usual` says what the default means."""
     parser.add_argument(
         "--decoder",
         choices=("fidelity", "perceptual"),
-        default="fidelity",
-        help="of the first stage; perceptual is sharper, if it was trained (default: %(default)s)",
+        default=default,
+        help="of the first stage: fidelity is nearest to the encoded slice, perceptual has its texture, if it was "
+        f"trained (default: {usual})",
     )
 
 
@@ -300,10 +301,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 # -------------------------------------------------------------------------------------------------- seeds and steps
 
 
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as (seed, step, rank); no two tuples collide in practice."""
+def mix_seed(*numbers: int | str) -> int:
+    """One 63-bit seed from several numbers or words, such as (seed, step, rank); no two tuples collide in practice."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def brain_generator(seed: int, brain: int, *purpose: str) -> torch.Generator:
+    """A generator on the CPU that is a function of (seed, brain), and of what it is for."""
+    return torch.Generator().manual_seed(mix_seed(seed, brain, *purpose))
 
 
 def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0, world: int = 1) -> Tensor:

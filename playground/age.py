@@ -24,7 +24,7 @@ from dataset import SLICES_PER_CASE, find_data, load_slices, people_table, read_
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
 from scorer import csf_area, find_scorer
-from stable_diffusion import decode_brains, sample_latents
+from stable_diffusion import decode_brain, sample_latents
 from util import UserError
 
 AGES = range(20, 91, 10)
@@ -47,7 +47,7 @@ def main() -> None:
     add("--seed", type=util.seed, default=0, help="of the noise (default: %(default)s)")
     add("--sample-steps", type=util.positive_int, default=20, help="of the sampler dpm (default: %(default)s)")
     add("--guidance", type=float, default=1.0, help="as in stable_diffusion.py (default: %(default)s, off)")
-    add("--decoder", choices=("fidelity", "perceptual"), default="fidelity", help="default: %(default)s")
+    util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--out", type=Path, default=Path("playground_vis/age.png"), help="picture (default: %(default)s)")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
     def sample(number: int, person: dict[str, float]) -> torch.Tensor:
         """uint8 [32, S, S]: head `number` of a person."""
         latent = sample_latents(model, range(number, number + 1), settings, device, person=person)[-1]
-        return torch.from_numpy(decode_brains(first_stage, latent)[0])
+        return torch.from_numpy(decode_brain(first_stage, latent, args.seed, number))
 
     def area(slices: torch.Tensor) -> float:
         return float(csf_area(scorer, slices).mean())

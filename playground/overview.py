@@ -42,7 +42,7 @@ def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed:
         (fake, "reconstruction"),
         ((128 + 5 * (fake - real)).clamp(0, 255), "difference x5, grey is none"),
     ]
-    noise = BrainNoise(seed, range(1), prior.latent_shape, torch.device("cpu"))()[15:16]
+    noise = BrainNoise(seed, range(1), prior)()[15:16]
     path = [noise, *sample_ddim(lambda x, t: prior.denoise(x, t, z), noise, prior.alpha, prior.sigma, None, steps=50)]
     shown = [0, 20, 32, 40, 50]
     stage_two = []

@@ -1,11 +1,11 @@
-"""What does the discriminator buy, and what does it cost? Fidelity and perceptual decoder against real slices.
+"""What does the perceptual decoder buy, and what does it cost? Both decoders against real slices.
 
     python playground/power_spectrum.py --first-stage vqvae        # trained with --gan-weight above 0
 
-Both decoders read the same latents of the first eight validation cases. Left: power of their pictures over that of the
-real ones, per spatial frequency; below 1 is blur, above 1 is invented texture; the legend gives the price, SSIM over
-the slices and over the brain. Right: the middle of four real slices and of both reconstructions, enlarged. Anterior is
-right.
+Both decoders read the same latents of the first eight validation cases; a perceptual decoder that takes noise is shown
+without it (its centre) and with (a draw). Left: power of their pictures over that of the real ones, per spatial
+frequency; below 1 is blur, above 1 is too much texture; the legend gives the price, SSIM over the slices and over the
+brain. Right: the middle of four real slices and of the reconstructions, enlarged. Anterior is right.
 """
 
 import sys
@@ -39,25 +39,28 @@ def main() -> None:
     index = torch.isin(data.case, data.case.unique()[: args.cases]).nonzero()[:, 0]
     real, masks = data.images[index].cpu(), data.masks[index] if data.masks is not None else None
 
-    decoded = {"fidelity": [], "perceptual": []}
+    centre = "perceptual, centre" if model.draws else "perceptual"
+    decoded = {"fidelity": [], centre: []} | ({"perceptual, a draw": []} if model.draws else {})
+    generator = torch.Generator().manual_seed(0)
     for part in index.split(32):
         x, z, _ = data.batch(part, device)
         latent = model.encode(x, z)
         for name, pictures in decoded.items():
-            model.use_decoder(name)
-            pictures.append(to_uint8(model.decode(latent, z))[:, 0].cpu())
+            model.use_decoder(name.split(",")[0])
+            grain = model.draw_grain(len(part), generator) if name.endswith("draw") else None
+            pictures.append(to_uint8(model.decode(latent, z, grain))[:, 0].cpu())
     decoded = {name: torch.cat(pictures) for name, pictures in decoded.items()}
 
     figure = plt.figure(figsize=(13, 5.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     axis, power = left.subplots(), radial_spectrum(real).mean(0)
     frequency = (torch.arange(RINGS) + 0.5) / (2 * RINGS)
-    for (name, pictures), colour in zip(decoded.items(), ("C0", "C3"), strict=True):
+    for (name, pictures), colour in zip(decoded.items(), ("C0", "C3", "C2"), strict=False):
         scores = mean_scores([slice_scores(pictures, real, masks)])
         ratio = radial_spectrum(pictures).mean(0) / power
         brain = f", brain {scores['brain_ssim']:.4f}" if "brain_ssim" in scores else ""
         axis.plot(frequency, ratio, color=colour, marker=".", label=f"{name}: SSIM {scores['ssim']:.4f}{brain}")
-        print(f"{name:10s}  SSIM {scores['ssim']:.4f}{brain}  power ratio by frequency " +
+        print(f"{name:18s}  SSIM {scores['ssim']:.4f}{brain}  power ratio by frequency " +
               " ".join(f"{r:.3f}" for r in ratio.tolist()))  # fmt: skip
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(
@@ -72,7 +75,7 @@ def main() -> None:
     side = model.image_size
     shown = [int((data.z[index] == z).nonzero()[0]) for z in (6, 12, 18, 24)]
     rows = {"real": real, **decoded}
-    axes = right.subplots(3, len(shown))
+    axes = right.subplots(len(rows), len(shown))
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
         for cell, i in zip(row, shown, strict=True):
             middle = slice(3 * side // 8, 5 * side // 8)
@@ -80,7 +83,7 @@ def main() -> None:
             cell.set(xticks=[], yticks=[])
             if name == "real":
                 cell.set_title(f"z = {int(data.z[index[i]])}", fontsize=9)
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
     right.suptitle(f"the middle {side // 4} x {side // 4} pixels, grey 0..255", fontsize=10)
     util.save_picture(args.out, figure)
     print(f"picture: {args.out}")

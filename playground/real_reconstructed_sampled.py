@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import util
-from dataset import find_data, load_slices, to_uint8
+from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
 from pixelCNN import PixelCNN, decode_codes, sample_brain
-from stable_diffusion import decode_brains, sample_latents
+from stable_diffusion import decode_brain, sample_latents
 from stable_diffusion import flags as diffusion_flags
 
 SHOWN = [2, 7, 12, 17, 22, 27]
@@ -40,11 +40,13 @@ def main() -> None:
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
     x, z, case = data.batch((data.case == data.case[0]).nonzero()[:, 0][SHOWN])
     rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.decode(first_stage.encode(x, z), z))[:, 0].numpy()]
-    diffusion, decoder, _ = load_second_stage(args.diffusion, LatentDiffusion, device)
+    diffusion, decoder, _ = load_second_stage(args.diffusion, LatentDiffusion, device, decoder=None)
     settings, _ = util.parse_flags(diffusion_flags(), ["--seed", str(args.seed)])
-    rows.append(decode_brains(decoder, sample_latents(diffusion, range(1), settings, device)[-1])[0][SHOWN])
-    pixelcnn, decoder, _ = load_second_stage(args.pixelcnn, PixelCNN, device)
-    rows.append(decode_codes(decoder, sample_brain(pixelcnn, args.seed, 0, 1.0, device))[SHOWN])
+    latent = sample_latents(diffusion, range(1), settings, device)[-1]
+    rows.append(decode_brain(decoder, latent, args.seed)[SHOWN])
+    pixelcnn, decoder, _ = load_second_stage(args.pixelcnn, PixelCNN, device, decoder=None)
+    grain = decoder.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, 0, "grain"))
+    rows.append(decode_codes(decoder, sample_brain(pixelcnn, args.seed, 0, 1.0, device), grain=grain)[SHOWN])
     names = [f"real, case {int(case[0])}", "reconstructed", "new, diffusion", "new, PixelCNN"]
     captions = [f"z = {n}" for _ in rows for n in SHOWN]
     title = f"real, reconstructed and new slices; seed {args.seed}; grey 0..255, anterior is right"

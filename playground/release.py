@@ -1,6 +1,7 @@
 """How does a finished run become a weights file small enough to give away?
 
     python playground/release.py vqvae pretrained/vqvae.safetensors           # a run, first or second stage, and a file
+    python playground/release.py OLD.safetensors NEW.safetensors --first-stage vqvae   # another decoder, same latents
 
 Weights are rounded to fp16, which halves the file. What fixes the codes stays in float32, since there a rounding can
 choose another code and costs few bytes to avoid: linear path, scale of the latents, quantiser. The metadata keep the
@@ -24,7 +25,7 @@ import util
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
 from metrics import slice_scores
-from model_VAE import MODELS, Autoencoder, build_first_stage, latent_digest
+from model_VAE import MODELS, Autoencoder, build_first_stage, latent_digest, load_first_stage
 from util import UserError
 
 EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
@@ -68,6 +69,17 @@ def first_stage_of(weights: dict[str, Tensor], description: dict, path: Path) ->
     return build_first_stage(dict(description), {name: tensor.float() for name, tensor in weights.items()}, path)
 
 
+def with_first_stage(weights: dict[str, Tensor], description: dict, run: str) -> tuple[dict[str, Tensor], dict]:
+    """A second stage that carries the first stage `run` instead of its own. Raises UserError where latents differ."""
+    other = load_first_stage(run)
+    own = latent_digest(util.part_of(weights, "first_stage."))
+    if other.description["digest"] != own:
+        raise UserError(f"--first-stage {run} has other latents than the one that this prior was trained on")
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("first_stage.")}
+    weights |= {f"first_stage.{name}": tensor for name, tensor in other.state_dict().items()}
+    return weights, description | {"first_stage": other.description}
+
+
 @torch.no_grad()
 def print_change(before: Autoencoder, after: Autoencoder, data: Slices) -> None:
     """Prints what two versions of one autoencoder do differently to validation slices, each by itself."""
@@ -96,17 +108,24 @@ def print_change(before: Autoencoder, after: Autoencoder, data: Slices) -> None:
 def main() -> None:
     parser = util.plain_parser(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="name of a finished run: model_ckpt/RUN and log/RUN")
+    add("run", metavar="RUN", help="name of a finished run, model_ckpt/RUN and log/RUN, or a released file")
     add("file", metavar="FILE", type=Path, help="the .safetensors file to write")
     add("--limit", type=util.positive_float, default=16, metavar="MB", help="largest size in MB (default: %(default)s)")
+    add(
+        "--first-stage",
+        metavar="RUN",
+        help="of a second stage: carry this run or file instead, which has equal latents",
+    )
     add("--without-perceptual", action="store_true", help="leave the first stage's perceptual decoder out")
     add("--data", metavar="FOLDER", help="as in training; its validation slices are compared")
     args = parser.parse_args()
     if args.file.suffix != ".safetensors":
         raise UserError(f"{args.file} must end in .safetensors")
-    path = Path("model_ckpt") / args.run / "model.safetensors"
+    path = Path(args.run) if Path(args.run).is_file() else Path("model_ckpt") / args.run / "model.safetensors"
     weights, description = util.load_weights(path)
-    record = training_record(args.run)
+    record = description.get("training") or training_record(args.run)
+    if args.first_stage:
+        weights, description = with_first_stage(weights, description, args.first_stage)
 
     # the description, and which weights go
     own = description if description["kind"] in MODELS else description["first_stage"]  # of the first stage

@@ -12,7 +12,7 @@ import dataset
 import model_VAE
 import prestage_train
 import util
-from model_VAE import MODELS, VAE, VQVAE, VQVAE2, load_first_stage
+from model_VAE import MODELS, VAE, VQVAE, VQVAE2, latent_digest, load_first_stage
 from quantizer import FiniteScalarQuantizer
 
 
@@ -403,7 +403,7 @@ def test_every_preset_builds_its_model(preset, kind):
 @pytest.fixture
 def double(kwargs, awaken):
     """A tiny autoencoder of each kind with two decoders, as if trained until the perceptual one begins."""
-    kwargs["model_kwargs"] |= {"perceptual": True}
+    kwargs["model_kwargs"] |= {"perceptual": True, "grain": True}
     model, (x, z) = awaken(MODELS[kwargs["kind"]](**kwargs["model_kwargs"])), slices(8)
     model.start(x, z)
     model.set_latent_statistics([(x, z)])
@@ -417,7 +417,7 @@ def train_perceptual(model, steps: int = 3) -> None:
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(steps):
         x, z = slices(3)
-        loss = (model(x, z)[0] - model.crop(x)).abs().mean()
+        loss = (model(x, z)[0] - model.crop(x).repeat(3, 1, 1, 1)).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -431,8 +431,8 @@ def test_the_perceptual_decoder_begins_as_the_fidelity_decoder(double):
     assert not torch.equal(double.decode(latent, z), faithful)
     double.start_perceptual()
     assert torch.equal(double.decode(latent, z), faithful) and double.decoder_in_use == "perceptual"
-    kept = {name: tensor for name, tensor in double.decoder.state_dict().items()}
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in double.perceptual.state_dict().items())
+    copied = double.perceptual.state_dict()
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in double.decoder.state_dict().items())
     assert all(a is not b for a, b in zip(double.perceptual.parameters(), double.decoder.parameters()))
 
 
@@ -468,6 +468,49 @@ def test_only_the_decoder_in_use_and_what_belongs_to_it_can_be_trained(double):
         assert reached and reached <= free and {"linear.analysis.weight"} & reached == {"linear.analysis.weight"} & free
 
 
+def test_the_grain_is_what_the_perceptual_decoder_adds_to_its_centre(double):
+    """Nothing before it has learned to; then another picture for every noise, and without noise always the same."""
+    x, z = slices(3)
+    latent, one, other = double.eval().encode(x, z), *torch.randn(2, 3, 1, *double.box[2:])
+    with pytest.raises(ValueError, match="takes no noise"):
+        double.decode(latent, z, one)
+    assert double.draw_grain(3) is None
+    double.perceptual.grain[1].weight.data.zero_()
+    double.use_decoder("perceptual")
+    centre = double.decode(latent, z)
+    assert torch.equal(double.decode(latent, z, one), centre)
+    train_perceptual(double)
+    centre, drawn, again = (double.decode(latent, z, noise) for noise in (None, one, other))
+    assert torch.equal(double.decode(latent, z), centre) and torch.equal(double.decode(latent, z, one), drawn)
+    assert (drawn - centre).abs().max() > 1e-3 < (drawn - again).abs().max()
+    assert torch.allclose(double.decode(latent, z, 0 * one), centre, atol=1e-5)
+    if hasattr(double, "decode_indices"):
+        assert torch.equal(double.decode_indices(double.encode_indices(x, z), z, one), drawn)
+    first, *draws = double(x, z)[0].chunk(3)
+    if double.kind != "vae":  # a VAE trains on a sample of the posterior
+        assert torch.allclose(double.pad(first.clamp(-1, 1)), centre, atol=1e-5)
+    assert (draws[0] - draws[1]).abs().max() > 1e-3
+
+
+def test_the_grain_of_a_brain_is_correlated_along_z_and_follows_its_generator(double):
+    double.use_decoder("perceptual")
+    grain, again = (double.draw_grain(32, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(grain, again) and grain.shape == (32, 1, *double.box[2:])
+    z = torch.arange(32)
+    expected = 0.5 ** (z[:, None] - z).abs().float()
+    assert torch.allclose(torch.cov(grain.flatten(1)), expected, atol=0.1)
+
+
+def test_the_digest_of_latents_ignores_decoders(double):
+    """Whoever learned the latents of one first stage can decode with another that differs in its decoders only."""
+    before = latent_digest(double.state_dict())
+    train_perceptual(double)
+    double.decoder.stem.weight.data += 1
+    assert latent_digest(double.state_dict()) == before
+    double.encoder.stem[1].weight.data += 1
+    assert latent_digest(double.state_dict()) != before
+
+
 def test_a_decoder_that_does_not_exist_is_refused(model, double):
     for decoder in ("sharp", ""):
         with pytest.raises(ValueError, match="neither fidelity nor perceptual"):
@@ -486,6 +529,10 @@ def test_a_file_gives_either_of_its_decoders(double, model, kwargs, tmp_path):
     util.save_weights(path, double.state_dict(), described(kwargs))
     faithful, sharp = (load_first_stage(path, decoder=decoder) for decoder in ("fidelity", "perceptual"))
     assert load_first_stage(path).decoder_in_use == "fidelity"
+    assert load_first_stage(path, decoder=None).decoder_in_use == "perceptual"
+    untrained = tmp_path / "untrained.safetensors"
+    util.save_weights(untrained, double.state_dict(), described(kwargs) | {"perceptual_steps": 0})
+    assert load_first_stage(untrained, decoder=None).decoder_in_use == "fidelity"
     latent = faithful.encode(x, z)
     assert torch.equal(sharp.encode(x, z), latent)
     assert not torch.allclose(sharp.decode(latent, z), faithful.decode(latent, z), atol=1e-3)
@@ -494,7 +541,7 @@ def test_a_file_gives_either_of_its_decoders(double, model, kwargs, tmp_path):
 
     single = described(kwargs) | {"model_kwargs": kwargs["model_kwargs"] | {"perceptual": False}}
     util.save_weights(path, MODELS[kwargs["kind"]](**single["model_kwargs"]).state_dict(), single)
-    assert load_first_stage(path).perceptual is None
+    assert load_first_stage(path, decoder=None).perceptual is None
     with pytest.raises(util.UserError, match="no perceptual decoder"):
         load_first_stage(path, decoder="perceptual")
 
@@ -509,7 +556,7 @@ def described(kwargs: dict) -> dict:
 def test_a_saved_model_gives_identical_outputs(trained, kwargs, tmp_path):
     """To the last bit in the memory format of training; frozen, in evaluation mode, its scale included."""
     x, z = slices(3)
-    digest = util.digest_of(trained.state_dict())
+    digest = latent_digest(trained.state_dict())
     trained.to(memory_format=torch.channels_last)  # another format sums in another order
     latent = trained.encode(x, z)
     path = tmp_path / "model.safetensors"

@@ -9,6 +9,7 @@ from model_diffusion import (
     PREDICTIONS,
     RECIPES,
     SCHEDULES,
+    SLICE_NOISE,
     TIMES,
     LatentDiffusion,
     UNet,
@@ -19,7 +20,7 @@ from model_diffusion import (
     sample_dpm,
     sample_heun,
     sampling_times,
-    share_noise,
+    slice_correlation,
 )
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
@@ -444,8 +445,9 @@ def test_mixing_starts_as_the_2d_model_and_then_mixes(awaken):
 
 
 def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
-    """Windows are the unit of everything random; the noise is each slice's own, as far as it is not shared."""
-    model, seen = awaken(tiny_model(slices=4, drop_z=0.5, shared_noise=0.25, T=20)).train(), []
+    """Windows are the unit of everything random; their noise is correlated as that of slices at their z."""
+    model, seen = awaken(tiny_model(slices=4, drop_z=0.5, T=20)).train(), []
+    model.slice_correlation.copy_(torch.full((32, 32), 0.25).fill_diagonal_(1))
     forward = model.unet.forward
     model.unet.forward = lambda x, t, z, slices, people: (seen.append((x, t, z, slices)), forward(x, t, z, slices))[1]
     loss = model(torch.zeros(240, 4, 6, 7), torch.arange(240) % 32)
@@ -487,11 +489,39 @@ def test_conditions_are_hidden_by_the_brain_and_unknown_is_nan(awaken):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ValueError, match="conditions.*age.*height"):
         tiny_model(conditions=("height",))
+    with pytest.raises(ValueError, match="slice_noise.*matched.*loud"):
+        tiny_model(slice_noise="loud")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_shared_noise_has_unit_variance_and_the_share_as_correlation(share):
-    """Within a brain; between brains there is none."""
-    noise = share_noise(torch.randn(6, 40_000), 3, share)
-    expected = torch.block_diag(*[torch.full((3, 3), share)] * 2).fill_diagonal_(1)
-    assert torch.allclose(torch.cov(noise), expected, atol=0.03)
+def fading(*rho: float) -> torch.Tensor:
+    """Correlation [C, 32, 32] that is rho^|z - z'| in each channel."""
+    z = torch.arange(32)
+    return torch.stack([r ** (z[:, None] - z).abs().float() for r in rho])
+
+
+@pytest.mark.parametrize("how", SLICE_NOISE)
+def test_noise_of_a_brain_has_unit_variance_and_the_correlation_asked_for(how):
+    """Channel by channel, for any slices of two brains; between brains and channels there is none."""
+    model, z = tiny_model(latent_shape=(2, 100, 200)), torch.tensor([3, 4, 9, 29, 30, 31])
+    K = fading(0.9, 0.5)
+    model.slice_correlation.copy_(K)
+    white = torch.randn(6, 2, 100, 200, generator=torch.Generator().manual_seed(0))
+    noise = model.correlate(white, z, 3, how)
+    within = {"own": torch.eye(32).expand(2, -1, -1), "shared": torch.ones(2, 32, 32), "matched": K}[how]
+    for channel in range(2):
+        blocks = [within[channel][at[:, None], at] for at in z.split(3)]
+        assert torch.allclose(torch.cov(noise[:, channel].flatten(1)), torch.block_diag(*blocks), atol=0.03)
+    assert torch.cov(noise.movedim(1, 0).flatten(1))[0, 1].abs() < 0.03
+    assert torch.equal(model.correlate(white, z, 1, how), white)  # a slice by itself has nobody to agree with
+
+
+def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():
+    """Whatever the anatomy that all share, and whatever the spread at each z and in each channel."""
+    K, generator = fading(0.8, 0.3), torch.Generator().manual_seed(0)
+    root = torch.linalg.cholesky(K)
+    own = torch.einsum("cab,nbchw->nachw", root, torch.randn(200, 32, 2, 6, 7, generator=generator))
+    common = 5 * torch.randn(32, 2, 6, 7, generator=generator)
+    spread = 0.1 + torch.rand(32, 2, 1, 1, generator=generator)
+    measured = slice_correlation(common + spread * own)
+    assert torch.allclose(measured, K, atol=0.06) and torch.allclose(measured[:, range(32), range(32)], torch.ones(()))
+    assert torch.isfinite(slice_correlation(torch.zeros(2, 32, 1, 2, 2))).all()  # two black brains

@@ -15,7 +15,14 @@ import prestage_train
 import util
 from logger import read_log
 from model_VAE import load_first_stage
-from prestage_train import cyclical_weight, kl_factor, ramp_weight, reconstruction_loss
+from prestage_train import (
+    cosine_transform,
+    cyclical_weight,
+    energy_score,
+    kl_factor,
+    ramp_weight,
+    reconstruction_loss,
+)
 
 TINY = ["--preset", "demo", "--channels", 8, "--batch-size", 4, "--codebook-size", 32, "--latent-channels", 4]
 TINY += ["--steps", 5]
@@ -56,8 +63,9 @@ def faithful(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def decoders(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights of the fidelity decoder and of the perceptual one."""
-    return util.part_of(tensors, "decoder."), util.part_of(tensors, "perceptual.")
+    """Weights of the fidelity decoder, and of the perceptual one without its grain."""
+    perceptual = util.part_of(tensors, "perceptual.")
+    return util.part_of(tensors, "decoder."), {n: w for n, w in perceptual.items() if not n.startswith("grain.")}
 
 
 def settings(name: str) -> dict:
@@ -111,6 +119,31 @@ def test_black_that_is_too_black_costs_a_tenth_and_is_still_pulled_back():
     x_hat = (black - 0.05).requires_grad_()
     reconstruction_loss(x_hat, black).backward()
     assert (x_hat.grad < 0).all()
+
+
+def test_the_cosine_transform_is_orthonormal_and_sorts_by_frequency():
+    basis = cosine_transform(8, torch.zeros(()))
+    assert torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-6)
+    changes = (basis.sign().diff(dim=1) != 0).sum(1)
+    assert torch.equal(changes, torch.arange(8))
+
+
+def test_the_energy_score_is_least_for_draws_from_the_truth():
+    """Of textures of several strengths the right one; L1 prefers none at all. Equal draws score as L1."""
+    torch.manual_seed(0)
+    x = 0.2 * torch.randn(8, 1, 64, 64)
+    score = {sd: energy_score(*(sd * torch.randn(2, *x.shape)), x).item() for sd in (0.0, 0.1, 0.2, 0.3, 0.4)}
+    assert min(score, key=score.get) == 0.2
+    l1 = {sd: (sd * torch.randn(x.shape) - x).abs().mean().item() for sd in (0.0, 0.1, 0.2)}
+    assert min(l1, key=l1.get) == 0.0
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(2, *x.shape).flatten(0, 1), 3, 1, 1).view(2, *x.shape)
+    blurred = energy_score(*(smooth * 0.2 / smooth.std()), x)  # of the right strength, of the wrong spectrum
+    assert blurred > score[0.2] + 0.02
+    a = x + 0.1 * torch.randn_like(x)
+    torch.manual_seed(1)
+    at_once = energy_score(a, a, x)
+    assert at_once == pytest.approx(energy_score(a, a + 1e-7, x).item(), rel=0.05)
+    assert energy_score(x, x, x) == 0 < at_once
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
@@ -177,7 +210,7 @@ def test_the_two_phases_do_not_touch_each_other(train):
     assert differing(*critics) != []
     logged = {name: {key for line in read_log(Path("log") / name) for key in line} for name in ("alone", "seen")}
     adversarial = {"train/discriminator", "train/generator", "train/feature_matching", "weight/generator"}
-    adversarial |= {"train/lecam", "weight/guard"}
+    adversarial |= {"train/lecam", "train/energy", "weight/guard"}
     assert adversarial <= logged["seen"] and not adversarial & logged["alone"]
 
 
@@ -195,6 +228,26 @@ def test_the_perceptual_phase_leaves_everything_else_as_it_was(train):
     latents = [model.encode(x, z) for model in models]
     assert torch.equal(*latents)
     assert not torch.equal(*(model.decode(latent, z) for model, latent in zip(models, latents, strict=True)))
+
+
+def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main, phantom_folder):
+    """--start-from: the latents are those of before to the last bit, the sizes come with it, and it resumes."""
+    train("--gan-weight", 0)
+    sharpen = ["--data", phantom_folder, "--start-from", "vqvae", "--preset", "demo", "--steps", 3]
+    for name, more in (("straight", []), ("stopped", ONE_STEP), ("stopped", ONE_STEP), ("stopped", [])):
+        status, out, errors = run_main(prestage_train, *sharpen, "--name", name, *more)
+        assert status == 0, errors
+    assert "resumed at step 2" in out and differing(weights("straight"), weights("stopped")) == []
+    assert differing(weights("vqvae"), faithful(weights("straight"))) == []
+    assert differing(*decoders(weights("straight"))) != [] and weights("straight")["perceptual.grain.1.weight"].any()
+    digests = {load_first_stage(name).description["digest"] for name in ("vqvae", "straight")}
+    assert len(digests) == 1 and settings("straight")["channels"] == 8
+    assert load_first_stage("straight", decoder=None).draws
+    for flags, words in ((["--channels", 16], "--channels comes with"), (["--gan-weight", 0], "--gan-weight above 0")):
+        status, _, errors = run_main(prestage_train, *sharpen, "--name", "new", *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and words in errors, errors
+    train("--name", "smooth", "--energy-weight", 0, *GAN)
+    assert not load_first_stage("smooth", decoder="perceptual").draws
 
 
 def test_the_guard_keeps_the_perceptual_decoder_close_to_the_fidelity_decoder(train, phantom_folder):

@@ -66,7 +66,7 @@ def test_every_preset_flag_is_declared(name):
     for preset in util.PRESET_NAMES:
         settings = util.preset_settings(f"{name}.py", preset)
         assert set(settings) <= set(declared)
-        optional = {"data", "name", "preset", "minutes", "out", "discriminator_learning_rate", "weak", "shared_noise"}
+        optional = {"data", "name", "preset", "minutes", "out", "discriminator_learning_rate", "weak", "slice_noise"}
         optional |= {"conditions", "age", "sex", "cdr", "start_from"}
         optional |= {"schedule", "prediction", "weighting", "times"}  # --recipe has them
         assert {flag for flag, value in {**declared, **settings}.items() if value is None} <= optional

@@ -20,7 +20,7 @@ from logger import read_log
 from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from stable_diffusion import BrainNoise, decode_brains, sample_latents, window_starts
+from stable_diffusion import BrainNoise, decode_brain, sample_latents, window_starts
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
@@ -103,8 +103,10 @@ def tiny_prior(**changes) -> LatentDiffusion:
 
 def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
     """Draw after draw, in any batch; its slices share what is asked, and other brains and seeds have others."""
-    for shared in (1.0, 0.5, 0.0):
-        together, alone = (BrainNoise(5, brains, (4, 6, 7), CPU, shared) for brains in (range(3), range(2, 3)))
+    model = tiny_prior()
+    model.slice_correlation.copy_(torch.full((32, 32), 0.5).fill_diagonal_(1))
+    for how, shared in (("shared", 1.0), ("matched", 0.5), (None, 0.5), ("own", 0.0)):
+        together, alone = (BrainNoise(5, brains, model, how) for brains in (range(3), range(2, 3)))
         draws = []
         for _ in range(3):
             noise = together()
@@ -112,7 +114,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
             assert noise.shape == (96, 4, 6, 7) and torch.equal(noise[64:], alone())
             assert torch.corrcoef(noise[:32].flatten(1)).mean().item() == pytest.approx(shared, abs=0.12)
             draws += [noise[0], noise[32], noise[64]]
-        draws.append(BrainNoise(6, range(1), (4, 6, 7), CPU, shared)()[0])
+        draws.append(BrainNoise(6, range(1), model, how)()[0])
         assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
         assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
 
@@ -125,7 +127,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
         ["--sampler", "ddim", "--eta", 0.7],
         ["--sampler", "ddpm"],
         ["--guidance", 2],
-        ["--shared-noise", 0.5],
+        ["--slice-noise", "own"],
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "dpm",
 )
@@ -197,6 +199,7 @@ def test_the_path_for_the_gif_is_short_and_ends_with_the_sample(awaken, steps):
 def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     """Weights that carry their first stage, a description, a log that reads, pictures."""
     model, inside, description = load_second_stage("diffusion", LatentDiffusion, "cpu")
+    assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)  # it was measured
     assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
@@ -221,7 +224,7 @@ def test_sampling_writes_sheet_volume_and_32_slices_per_brain_and_the_gif(traine
     model, first_stage, _ = load_second_stage("diffusion", LatentDiffusion, CPU)
     args = settings(*flags)
     alone = sample_latents(model, range(1, 2), args, CPU)
-    assert np.array_equal(slices[1], decode_brains(first_stage, alone[-1])[0])
+    assert np.array_equal(slices[1], decode_brain(first_stage, alone[-1], 5, 1))
     both = sample_latents(model, range(2), args, CPU)
     assert torch.allclose(both[-1][32:], alone[-1], atol=1e-4)
     assert not np.array_equal(slices[0], slices[1])
@@ -278,7 +281,7 @@ def test_few_brains_are_validated_at_many_steps(awaken):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--recipe", "ddpm", "--slices", 1], ["--recipe", "edm", "--drop-z", 0, "--shared-noise", 0.5]]
+    "flags", [[], ["--recipe", "ddpm", "--slices", 1], ["--recipe", "edm", "--drop-z", 0, "--slice-noise", "own"]]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     """Stopped after every single step, with everything else that happens at a stop in between."""
@@ -413,7 +416,10 @@ def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folde
     run = ["--data", noise_folder, "--first-stage", first_stage, *TINY, *ONE_STEP]
     status, _, errors = run_main(stable_diffusion, *run, "--slices", 4)
     assert status == 2 and len(errors.splitlines()) == 1 and "--slices 4" in errors and "train" in errors, errors
+    status, _, errors = run_main(stable_diffusion, *run, "--slices", 1, "--slice-noise", "matched")
+    assert status == 2 and len(errors.splitlines()) == 1 and "--slice-noise matched" in errors, errors
     assert run_main(stable_diffusion, *run, "--slices", 1)[0] == 0
+    assert load_second_stage("diffusion", LatentDiffusion, CPU)[0].slice_noise == "shared"
 
 
 def test_reports_compare_neighbouring_slices_with_real_ones(trained, phantom_folder):

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -192,13 +193,14 @@ def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypat
     """stable_diffusion.py and pixelCNN.py, each with its model replaced by one that draws this head."""
     slices = small(head, 64)
     prior = LatentDiffusion(latent_shape=(1, 1, 1), channels=8, channel_multipliers=(1,), blocks=1)
-    described = (prior, None, {"step": 7})
+    first_stage = SimpleNamespace(decoder_in_use="fidelity", draw_grain=lambda *args: None)
+    described = (prior, first_stage, {"step": 7})
     monkeypatch.setattr(stable_diffusion, "load_second_stage", lambda *args: described)
     monkeypatch.setattr(stable_diffusion, "sample_latents", lambda *args: [None, None])
-    monkeypatch.setattr(stable_diffusion, "decode_brains", lambda *args: slices[None])
+    monkeypatch.setattr(stable_diffusion, "decode_brain", lambda *args: slices)
     monkeypatch.setattr(pixelCNN, "load_prior", lambda *args: described)
     monkeypatch.setattr(pixelCNN, "sample_brain", lambda *args: None)
-    monkeypatch.setattr(pixelCNN, "decode_codes", lambda *args: slices)
+    monkeypatch.setattr(pixelCNN, "decode_codes", lambda *args, **more: slices)
     monkeypatch.setattr(pixelCNN, "filling_frames", lambda *args: list(slices))
     written = []
     for module, name in ((stable_diffusion, "diffusion"), (pixelCNN, "pixelcnn")):
