@@ -310,7 +310,15 @@ class Autoencoder(nn.Module):
     def _denormalise(self, latent: Tensor) -> Tensor:
         return latent.float() * self.latent_sd + self.latent_mean
 
+    def keep_decoders(self) -> None:
+        """Drops the encoder: a second stage that was trained needs it no more, and its file is smaller without."""
+        self.encoder = None
+
     def _check(self, x: Tensor, z: Tensor) -> None:
+        if self.encoder is None:
+            raise ValueError(
+                "this first stage only decodes: its encoder was left out; load the file of the first stage"
+            )
         if x.shape[1:] != (1, self.image_size, self.image_size) or z.shape != x.shape[:1]:
             raise ValueError(
                 f"x must be [B, 1, {self.image_size}, {self.image_size}] and z [B], "
@@ -525,6 +533,11 @@ class VQVAE2(Autoencoder):
         )
         self.codebook_size, self.grids = self.quantizer.codebook_size, ((h // 2, w // 2), (h, w))
 
+    def keep_decoders(self) -> None:
+        """Drops both encoders."""
+        super().keep_decoders()
+        self.encoder_top = None
+
     @property
     def fixed_bits(self) -> float:
         """Bits per image at a fixed length per code, of both levels."""
@@ -639,10 +652,14 @@ def build_first_stage(
 ) -> Autoencoder:
     """The frozen autoencoder of weights and their description {"kind", "model_kwargs", ...}; `path` is for messages.
 
+    Weights without an encoder, as a released second stage has them, make a first stage that only decodes.
+
     The description stays on the model as `description`, for those who store it beside their own weights.
     """
     model = MODELS[description["kind"]](**description["model_kwargs"])
     model.description = description
+    if not any(name.startswith("encoder.") for name in weights):
+        model.keep_decoders()
     util.fill_model(model, weights, path)
     trained = model.perceptual is not None and description.get("perceptual_steps", 1) > 0
     decoder = decoder or ("perceptual" if trained else "fidelity")

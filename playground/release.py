@@ -30,6 +30,7 @@ from util import UserError
 
 EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
 COMPARED_SLICES = 64
+ENCODER = re.compile(r"^first_stage\.encoder(_top)?\.")
 PERCEPTUAL = re.compile(r"^(first_stage\.)?perceptual\.")
 
 
@@ -72,8 +73,7 @@ def first_stage_of(weights: dict[str, Tensor], description: dict, path: Path) ->
 def with_first_stage(weights: dict[str, Tensor], description: dict, run: str) -> tuple[dict[str, Tensor], dict]:
     """A second stage that carries the first stage `run` instead of its own. Raises UserError where latents differ."""
     other = load_first_stage(run)
-    own = latent_digest(util.part_of(weights, "first_stage."))
-    if other.description["digest"] != own:
+    if other.description["digest"] != description["first_stage"]["digest"]:
         raise UserError(f"--first-stage {run} has other latents than the one that this prior was trained on")
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("first_stage.")}
     weights |= {f"first_stage.{name}": tensor for name, tensor in other.state_dict().items()}
@@ -116,6 +116,7 @@ def main() -> None:
         metavar="RUN",
         help="of a second stage: carry this run or file instead, which has equal latents",
     )
+    add("--without-encoder", action="store_true", help="of a second stage: leave out what decoding does not need")
     add("--without-perceptual", action="store_true", help="leave the first stage's perceptual decoder out")
     add("--data", metavar="FOLDER", help="as in training; its validation slices are compared")
     args = parser.parse_args()
@@ -135,6 +136,8 @@ def main() -> None:
     before = first_stage_of(weights, description, path)
     released = rounded(weights)
     after = first_stage_of(released, description, path)
+    if args.without_encoder:
+        released = {name: tensor for name, tensor in released.items() if not ENCODER.match(name)}
     description = without_folders(description | {"training": record})
     if description["kind"] not in MODELS:  # it must match the first stage's own file, released in the same way
         description["first_stage"]["digest"] = latent_digest(after.state_dict())

@@ -511,6 +511,20 @@ def test_the_digest_of_latents_ignores_decoders(double):
     assert latent_digest(double.state_dict()) != before
 
 
+def test_weights_without_an_encoder_make_a_first_stage_that_only_decodes(trained, kwargs, tmp_path):
+    """It decodes as before; asked to encode, it says what is missing."""
+    x, z = slices(3)
+    latent = trained.encode(x, z)
+    trained.to(memory_format=torch.channels_last)
+    weights = {name: w for name, w in trained.state_dict().items() if not name.startswith(("encoder.", "encoder_top."))}
+    path = tmp_path / "model.safetensors"
+    util.save_weights(path, weights, described(kwargs))
+    half = load_first_stage(path)
+    assert torch.equal(half.decode(latent, z), trained.decode(latent, z))
+    with pytest.raises(ValueError, match="only decodes"):
+        half.encode(x, z)
+
+
 def test_a_decoder_that_does_not_exist_is_refused(model, double):
     for decoder in ("sharp", ""):
         with pytest.raises(ValueError, match="neither fidelity nor perceptual"):
