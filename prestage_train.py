@@ -64,13 +64,14 @@ def cosine_transform(size: int, like: Tensor) -> Tensor:
     return basis
 
 
-def energy_score(one: Tensor, other: Tensor, x: Tensor, size: int = 8) -> Tensor:
+def energy_score(one: Tensor, other: Tensor, x: Tensor, centre: Tensor, size: int = 8) -> Tensor:
     """Mean of |one - x| / 2 + |other - x| / 2 - |one - other| / 2 over the coefficients of a block cosine transform.
 
     A proper scoring rule (Gneiting and Raftery 2007, eq. 21): of two independent draws [B, 1, H, W] it is least when
     they are distributed as x [B, 1, H, W] in [-1, 1] is, given what the decoder knows, where L1 alone asks for the
-    median, which is blurred. Every frequency counts alike, in units of its mean absolute coefficient in x. Blocks of
-    size x size pixels begin at a random place, so that no border of blocks shows. Two equal draws score as L1.
+    median, which is blurred. Every frequency counts alike, in units of what `centre`, the picture decoded without
+    noise, misses of it, so that draws of that picture score 1. Blocks of size x size pixels begin at a random place, so
+    that no border of blocks shows.
     """
     basis, (top, left) = cosine_transform(size, x), torch.randint(size, (2,)).tolist()
 
@@ -80,9 +81,9 @@ def energy_score(one: Tensor, other: Tensor, x: Tensor, size: int = 8) -> Tensor
         picture = (clamped + 0.1 * (picture - clamped))[:, 0, top:, left:]
         return basis @ picture.unfold(1, size, size).unfold(2, size, size) @ basis.T
 
-    one, other, x = coefficients(one), coefficients(other), coefficients(x)
+    one, other, x, centre = (coefficients(picture) for picture in (one, other, x, centre.detach()))
     score = (one - x).abs() + (other - x).abs() - (one - other).abs()
-    unit = x.abs().mean((0, 1, 2)).clamp(min=1e-3)
+    unit = (centre - x).abs().mean((0, 1, 2)).clamp(min=1e-4)
     return (score.mean((0, 1, 2)) / unit).mean() / 2
 
 
@@ -519,7 +520,7 @@ def main() -> None:
         if perceptual:
             losses = {"reconstruction": losses["reconstruction"]}  # the latent is frozen
             if draws:
-                losses["energy"], weights["energy"] = energy_score(*draws, target), args.energy_weight
+                losses["energy"], weights["energy"] = energy_score(*draws, target, x_hat), args.energy_weight
                 x_hat = draws[0]
             faithfulness = sum(weights[name] * loss for name, loss in losses.items())
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations

@@ -129,21 +129,24 @@ def test_the_cosine_transform_is_orthonormal_and_sorts_by_frequency():
 
 
 def test_the_energy_score_is_least_for_draws_from_the_truth():
-    """Of textures of several strengths the right one; L1 prefers none at all. Equal draws score as L1."""
+    """Of textures of several strengths the right one; L1 prefers none at all. Draws of the centre score 1."""
     torch.manual_seed(0)
     x = 0.2 * torch.randn(8, 1, 64, 64)
-    score = {sd: energy_score(*(sd * torch.randn(2, *x.shape)), x).item() for sd in (0.0, 0.1, 0.2, 0.3, 0.4)}
-    assert min(score, key=score.get) == 0.2
+    centre = torch.zeros_like(x)
+
+    def score_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return energy_score(one, other, x, centre)
+
+    score = {sd: score_of(*(sd * torch.randn(2, *x.shape))).item() for sd in (0.0, 0.1, 0.2, 0.3, 0.4)}
+    assert min(score, key=score.get) == 0.2 and score[0.0] == pytest.approx(1)
     l1 = {sd: (sd * torch.randn(x.shape) - x).abs().mean().item() for sd in (0.0, 0.1, 0.2)}
     assert min(l1, key=l1.get) == 0.0
     smooth = torch.nn.functional.avg_pool2d(torch.randn(2, *x.shape).flatten(0, 1), 3, 1, 1).view(2, *x.shape)
-    blurred = energy_score(*(smooth * 0.2 / smooth.std()), x)  # of the right strength, of the wrong spectrum
+    blurred = score_of(*(smooth * 0.2 / smooth.std()))  # of the right strength, of the wrong spectrum
     assert blurred > score[0.2] + 0.02
-    a = x + 0.1 * torch.randn_like(x)
-    torch.manual_seed(1)
-    at_once = energy_score(a, a, x)
-    assert at_once == pytest.approx(energy_score(a, a + 1e-7, x).item(), rel=0.05)
-    assert energy_score(x, x, x) == 0 < at_once
+    shifted = score_of(*(0.1 + 0.2 * torch.randn(2, *x.shape)))  # a wrong brightness is one frequency of 64
+    assert shifted > score[0.2] + 0.02 and score_of(x, x) == 0
+    assert energy_score(*(0.2 * torch.randn(2, *x.shape)), x, centre + 0.3) < score[0.2]  # unit: what the centre misses
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
