@@ -476,6 +476,14 @@ def bootstrap_interval(values: Tensor, case: Tensor, resamples: int = 1000, seed
     return np.percentile(total[drawn].sum(1) / count[drawn].sum(1), [2.5, 97.5]).tolist()
 
 
+def with_interval(row: dict, name: str, form: str = ".4f") -> str:
+    """A mean and, where it is known, its interval, such as 0.9513 [0.9490, 0.9534]; a dash for what is missing."""
+    if name not in row:
+        return "-"
+    interval = row.get(f"{name}_interval")
+    return f"{row[name]:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
 def centred_interval(
     statistic: Callable[[Tensor], float], count: int, resamples: int = 200, seed: int = 0, least: float = 0.0
 ) -> list[float] | None:

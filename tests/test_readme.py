@@ -67,7 +67,7 @@ def test_every_preset_flag_is_declared(name):
         settings = util.preset_settings(f"{name}.py", preset)
         assert set(settings) <= set(declared)
         optional = {"data", "name", "preset", "minutes", "out", "discriminator_learning_rate", "weak", "slice_noise"}
-        optional |= {"conditions", "age", "sex", "cdr", "start_from"}
+        optional |= {"conditions", "age", "sex", "cdr", "start_from", "decoder"}
         optional |= {"schedule", "prediction", "weighting", "times"}  # --recipe has them
         assert {flag for flag, value in {**declared, **settings}.items() if value is None} <= optional
 
@@ -93,6 +93,7 @@ def test_imports_go_one_way():
     assert imports["quantizer"] == set()
     assert imports["volume"] <= {"util", "dataset"}
     assert imports["metrics"] <= {"util"}
+    assert imports["realism"] <= {"util", "dataset", "metrics", "scorer"}
     assert imports["scorer"] <= {"util", "dataset", "logger", "module"}
     for model in ("model_VAE", "model_discriminator", "model_diffusion"):
         assert imports[model] <= {"util", "module", "quantizer"}
