@@ -265,7 +265,8 @@ def ledger(result: dict) -> str:
         lines.append(f"a draw            SSIM {with_interval(result, 'ssim_drawn')}{brain}")
     frequency, ratio = np.array(result["spectrum"]["frequency"]), result["spectrum"]["power_ratio"]
     shown = [int(np.abs(frequency - f).argmin()) for f in (0.05, 0.1, 0.2, 0.3, 0.4)]
-    lines.append("power kept        " + ", ".join(f"{ratio[k]:.2f} at {frequency[k]:.2f}" for k in shown)
+    whose = "of a draw " if "ssim_drawn" in result else ""
+    lines.append("power kept        " + whose + ", ".join(f"{ratio[k]:.2f} at {frequency[k]:.2f}" for k in shown)
                  + " cycles per pixel")  # fmt: skip
     return "\n".join(lines)
 

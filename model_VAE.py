@@ -159,9 +159,8 @@ class Autoencoder(nn.Module):
     """What the three models share: box, encoder, decoders, linear path, scale of the latents.
 
     The fidelity decoder is trained with the encoder. The perceptual decoder, if there is one, begins as its copy and is
-    then trained against a discriminator alone, so that both read the same latents; `decoder_in_use` says which decodes.
-    With `grain` the perceptual decoder takes white noise too: it then draws from p(x | latent), where the fidelity
-    decoder gives its centre.
+    then trained by itself, also against a discriminator, so that both read the same latents; `decoder_in_use` says
+    which decodes. With `grain` the perceptual decoder takes white noise too: it then draws from p(x | latent).
 
     Args:
         image_size: S.
@@ -277,8 +276,10 @@ class Autoencoder(nn.Module):
 
     def _decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """The box, float32; may leave [-1, 1] a little, mostly below -1 where the picture is black."""
-        if noise is not None and not self.draws:
-            raise ValueError("this decoder takes no noise")
+        if noise is not None:
+            if not self.draws:
+                raise ValueError("this decoder takes no noise")
+            self._check_grid("noise", noise, (1, *self.box[2:]), z)
         decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
         return self._linear_decode(latent) - 1 + decoder(latent, self.embed_z(z), noise).float()
 
@@ -379,7 +380,7 @@ class VAE(Autoencoder):
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
 
-        noise: where `draws`, [B, 1, H, W] of draw_grain; None decodes to the centre of what can be drawn.
+        noise: where `draws`, [B, 1, H, W] of draw_grain; with None, the same picture every time.
         """
         self._check_grid("latent", latent, self.latent_shape, z)
         return self.pad(self._decode(self._denormalise(latent), z, noise).clamp(-1, 1))
@@ -688,7 +689,10 @@ def load_second_stage(
     weights, description = util.load_weights(path)
     if description["kind"] != model_class.kind:
         raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")
-    prior = model_class(**description["model_kwargs"]).eval().requires_grad_(False)
+    try:
+        prior = model_class(**description["model_kwargs"]).eval().requires_grad_(False)
+    except TypeError:
+        raise util.UserError(f"{path} has settings that this version does not know; train it anew") from None
     util.fill_model(prior, util.part_of(weights, "prior."), path)
     first_stage = build_first_stage(description["first_stage"], util.part_of(weights, "first_stage."), path, decoder)
     return prior.to(device), first_stage.to(device), description

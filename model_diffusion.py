@@ -165,7 +165,9 @@ def slice_correlation(latents: Tensor) -> Tensor:
     """
     difference = latents - latents.mean(0)
     difference = difference / difference.square().mean((0, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)
-    return torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
+    correlation = torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
+    correlation.diagonal(dim1=1, dim2=2).fill_(1)  # also where nothing differs
+    return correlation
 
 
 class LatentDiffusion(nn.Module):
@@ -185,6 +187,7 @@ class LatentDiffusion(nn.Module):
             itself; with more, neighbours hear of each other, and S may be another one in sampling.
         slice_noise: how the noise of a brain's slices hangs together, one of SLICE_NOISE: "matched" is correlated
             along z as `slice_correlation` says, "shared" the same in all, "own" independent.
+        slices_per_brain: Z, how many slices there are of a brain.
         conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
         T: number of steps of the forward process.
@@ -241,6 +244,7 @@ class LatentDiffusion(nn.Module):
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
+        # until it is measured, all are one
         self.register_buffer("slice_correlation", torch.ones(latent_shape[0], slices_per_brain, slices_per_brain))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,10 @@ from util import UserError
 SCRIPT = Path(__file__).name
 WATCHED_SLICES = 128  # of validation, at every report
 STATISTICS_SLICES = 2048  # give the scale of the latents: its error is then far below a per cent
+# Flags of the autoencoder and of its fidelity phase, which a run with --start-from has behind it.
+COMES_WITH_BASE = {"model", "image_size", "patch", "channels", "channel_multipliers", "blocks", "latent_channels"}
+COMES_WITH_BASE |= {"quantizer", "codebook_size", "levels", "codebook", "code_space", "code_gradient"}
+COMES_WITH_BASE |= {"kl_weight", "kl_schedule", "kl_cycles", "kl_ramp", "discriminator_start", "gan_start"}
 GUARDED = 8  # times in the perceptual phase, besides reports, that the guard looks
 
 
@@ -67,11 +71,11 @@ def cosine_transform(size: int, like: Tensor) -> Tensor:
 def energy_score(one: Tensor, other: Tensor, x: Tensor, centre: Tensor, size: int = 8) -> Tensor:
     """Mean of |one - x| / 2 + |other - x| / 2 - |one - other| / 2 over the coefficients of a block cosine transform.
 
-    A proper scoring rule (Gneiting and Raftery 2007, eq. 21): of two independent draws [B, 1, H, W] it is least when
-    they are distributed as x [B, 1, H, W] in [-1, 1] is, given what the decoder knows, where L1 alone asks for the
-    median, which is blurred. Every frequency counts alike, in units of what `centre`, the picture decoded without
-    noise, misses of it, so that draws of that picture score 1. Blocks of size x size pixels begin at a random place, so
-    that no border of blocks shows.
+    A proper scoring rule of each coefficient (Gneiting and Raftery 2007, eq. 21): of two independent draws [B, 1, H, W]
+    it is least when they are distributed as x [B, 1, H, W] in [-1, 1] is, given what the decoder knows, where L1 alone
+    asks for the median, which is blurred. Every frequency counts alike, in units of what `centre`, the picture decoded
+    without noise, misses of it, so that draws of that picture score 1. Blocks of size x size pixels begin at a random
+    place, so that no border of blocks shows.
     """
     basis, (top, left) = cosine_transform(size, x), torch.randint(size, (2,)).tolist()
 
@@ -276,8 +280,8 @@ def flags():
         "--guard",
         type=util.fraction,
         default=0.01,
-        help="validation SSIM that the perceptual decoder may lose against "
-        "the fidelity decoder; beyond it, the last good one returns and the adversarial weight is halved "
+        help="validation SSIM that the perceptual decoder, without noise, may lose against the fidelity decoder; "
+        "beyond it, the last good one returns and the weights of energy score and discriminator are halved "
         "(default: %(default)s)",
     )
     return parser
@@ -293,14 +297,13 @@ def build_on(base: Autoencoder, args) -> tuple[torch.nn.Module, dict]:
 
 
 def follow_base(args, typed: dict, base: Autoencoder):
-    """Settings with the sizes of `base`, of which none may be typed, and no steps of a fidelity decoder."""
-    kwargs = base.description["model_kwargs"]
-    sizes = {"model": base.kind} | {name: value for name, value in kwargs.items() if hasattr(args, name)}
-    for name in sizes.keys() & typed.keys():
+    """Settings with what comes with `base`, None where it has no such thing, and no steps of a fidelity decoder."""
+    for name in typed.keys() & COMES_WITH_BASE:
         raise UserError(f"--{name.replace('_', '-')} comes with --start-from {args.start_from}; leave it out")
     if args.gan_weight == 0:
         raise UserError("--start-from trains a perceptual decoder, which needs a --gan-weight above 0")
-    return argparse.Namespace(**{**vars(args), **sizes, "discriminator_start": 0, "gan_start": 0})
+    known = base.description["model_kwargs"] | {"model": base.kind, "discriminator_start": 0, "gan_start": 0}
+    return argparse.Namespace(**vars(args) | {name: known.get(name) for name in COMES_WITH_BASE})
 
 
 def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
@@ -362,6 +365,8 @@ def set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
 def main() -> None:
     args, typed = util.parse_flags(flags())
     rank, world = util.start_processes()
+    if args.start_from and not args.name:
+        raise UserError(f"--start-from {args.start_from} makes a first stage of its own: give it a --name")
     args.name = args.name or args.model
     args = util.open_run(SCRIPT, args, typed, default_preset)
     base = load_first_stage(args.start_from) if args.start_from else None
@@ -520,7 +525,8 @@ def main() -> None:
         if perceptual:
             losses = {"reconstruction": losses["reconstruction"]}  # the latent is frozen
             if draws:
-                losses["energy"], weights["energy"] = energy_score(*draws, target, x_hat), args.energy_weight
+                losses["energy"] = energy_score(*draws, target, x_hat)
+                weights["energy"] = args.energy_weight * gan["scale"]
                 x_hat = draws[0]
             faithfulness = sum(weights[name] * loss for name, loss in losses.items())
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
@@ -582,7 +588,7 @@ def main() -> None:
                 scores = validate(ema, held_out, watched, device, args.precision)
                 tqdm.write(
                     f"step {step + 1}: the perceptual decoder lost {lost:.4f} SSIM; the last good one is back, "
-                    f"the adversarial weight is {gan['scale']:g} of what it was"
+                    f"energy score and discriminator weigh {gan['scale']:g} of what they did"
                 )
             else:
                 good.load_state_dict(ema.perceptual.state_dict())

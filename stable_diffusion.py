@@ -284,6 +284,10 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage, description = load_second_stage(weights, LatentDiffusion, device, args.decoder)
+    if args.slice_noise == "matched" and (model.slice_correlation == 1).all():
+        raise UserError(
+            f"--slice-noise matched: {weights} was trained on too few whole cases to know it; choose another"
+        )
     weak = load_weak(args, model, description)
     person = person_of(args, description)
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
@@ -397,6 +401,8 @@ def choose_slice_noise(wanted: str | None, whole_cases: int, folder: Path) -> st
             "--slice-noise matched measures how slices hang together on two whole training cases or more, and there "
             f"are {whole_cases}; python dataset.py {folder} lists what is missing, or choose shared or own"
         )
+    if not wanted and whole_cases < 2:
+        print("fewer than two whole training cases: the slices of a brain share their noise (--slice-noise shared)")
     return wanted or ("matched" if whole_cases > 1 else "shared")
 
 
@@ -472,13 +478,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "drop_z": args.drop_z,
         "slices": args.slices,
         "slice_noise": args.slice_noise,
+        "slices_per_brain": SLICES_PER_CASE,
         "conditions": args.conditions,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
-    if args.slice_noise == "matched":
+    if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -36,10 +36,12 @@ def main() -> None:
                         help="default: %(default)s")  # fmt: skip
     args = parser.parse_args()
     device = torch.device("cpu")
-    first_stage = load_first_stage(args.first_stage)
+    first_stage = load_first_stage(args.first_stage, decoder=None)
+    grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, 0, "grain"))
+    grain = grain if grain is None else grain[SHOWN]
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
     x, z, case = data.batch((data.case == data.case[0]).nonzero()[:, 0][SHOWN])
-    rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.decode(first_stage.encode(x, z), z))[:, 0].numpy()]
+    rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.decode(first_stage.encode(x, z), z, grain))[:, 0].numpy()]
     diffusion, decoder, _ = load_second_stage(args.diffusion, LatentDiffusion, device, decoder=None)
     settings, _ = util.parse_flags(diffusion_flags(), ["--seed", str(args.seed)])
     latent = sample_latents(diffusion, range(1), settings, device)[-1]

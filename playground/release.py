@@ -1,7 +1,7 @@
 """How does a finished run become a weights file small enough to give away?
 
     python playground/release.py vqvae pretrained/vqvae.safetensors           # a run, first or second stage, and a file
-    python playground/release.py OLD.safetensors NEW.safetensors --first-stage vqvae   # another decoder, same latents
+    python playground/release.py diffusion NEW.safetensors --first-stage FILE          # with this released first stage
 
 Weights are rounded to fp16, which halves the file. What fixes the codes stays in float32, since there a rounding can
 choose another code and costs few bytes to avoid: linear path, scale of the latents, quantiser. The metadata keep the
@@ -72,6 +72,8 @@ def first_stage_of(weights: dict[str, Tensor], description: dict, path: Path) ->
 
 def with_first_stage(weights: dict[str, Tensor], description: dict, run: str) -> tuple[dict[str, Tensor], dict]:
     """A second stage that carries the first stage `run` instead of its own. Raises UserError where latents differ."""
+    if description["kind"] in MODELS:
+        raise UserError("--first-stage is for second stages: this is a first stage itself")
     other = load_first_stage(run)
     if other.description["digest"] != description["first_stage"]["digest"]:
         raise UserError(f"--first-stage {run} has other latents than the one that this prior was trained on")
@@ -133,7 +135,11 @@ def main() -> None:
     if args.without_perceptual:
         weights = {name: tensor for name, tensor in weights.items() if not PERCEPTUAL.match(name)}
         own["model_kwargs"]["perceptual"] = False
+    if args.without_encoder and description["kind"] in MODELS:
+        raise UserError("--without-encoder is for second stages: a first stage has to encode")
     before = first_stage_of(weights, description, path)
+    if before.encoder is None:
+        raise UserError(f"{path} has no encoder to compare with; name its first stage with --first-stage")
     released = rounded(weights)
     after = first_stage_of(released, description, path)
     if args.without_encoder:

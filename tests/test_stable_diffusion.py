@@ -25,6 +25,8 @@ from stable_diffusion import BrainNoise, decode_brain, sample_latents, window_st
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
 FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
+# with a perceptual decoder whose grain shows, whatever it does to SSIM
+FIRST += ["--discriminator-start", "1", "--gan-start", "1", "--guard", "1", "--learning-rate", "0.05"]
 TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--blocks", "1", "--batch-size", "4", "--slices", "2"]
 ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is done
 
@@ -221,10 +223,13 @@ def test_sampling_writes_sheet_volume_and_32_slices_per_brain_and_the_gif(traine
     samples = Path("diffusion_vis/samples")
     assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(32)]
     slices = load_slices(samples, "test", 64).images.numpy().reshape(2, 32, 64, 64)
-    model, first_stage, _ = load_second_stage("diffusion", LatentDiffusion, CPU)
+    model, first_stage, _ = load_second_stage("diffusion", LatentDiffusion, CPU, decoder=None)
+    assert first_stage.draws  # the decoder that draws is the default
     args = settings(*flags)
     alone = sample_latents(model, range(1, 2), args, CPU)
     assert np.array_equal(slices[1], decode_brain(first_stage, alone[-1], 5, 1))
+    for seed, number in ((5, 0), (6, 1)):  # the grain, too, is that of seed and number
+        assert not np.array_equal(slices[1], decode_brain(first_stage, alone[-1], seed, number))
     both = sample_latents(model, range(2), args, CPU)
     assert torch.allclose(both[-1][32:], alone[-1], atol=1e-4)
     assert not np.array_equal(slices[0], slices[1])
