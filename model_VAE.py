@@ -57,12 +57,65 @@ class Encoder(nn.Module):
         return self.out(self.mid(self.attention(h), embedding))
 
 
-class Decoder(nn.Module):
-    """[B, channels_in, h, w] to [B, 1, h f, w f], the encoder's mirror image.
+def cosine_transform(size: int) -> Tensor:
+    """[size^2, size^2]: the orthonormal cosine transform of type II of size x size pixels, both in reading order."""
+    k = torch.arange(size)
+    rows = torch.cos(math.pi * (k + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return torch.kron(rows, rows)
 
-    With `grain` it can also be given a picture of white noise, [B, 1, h f, w f], and make of it what the latent leaves
-    open. The noise enters at the stem, through a convolution that starts at zero.
+
+class Grain(nn.Module):
+    """What a decoder leaves out, as a random field: N(0, sd^2) in every cosine coefficient of patch x patch pixels.
+
+    The sd of each block and frequency is read from the decoder's last features, but teaches the decoder nothing. It is
+    such that draws are as far from the faithful picture as real slices are, neither nearer nor farther. Where that is
+    sure, as where all is black, sd is next to zero.
     """
+
+    ROUNDING = (2 / 255) ** 2 / 12  # variance that rounding x to 8 bits adds to a pixel, and so to a coefficient
+
+    def __init__(self, channels: int, patch: int):
+        super().__init__()
+        self.patch = patch
+        self.head = nn.Sequential(
+            norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.SiLU(),
+            zero(nn.Conv2d(channels, patch**2, 3, padding=1)),
+        )
+        self.register_buffer("basis", cosine_transform(patch), persistent=False)
+
+    def log_sd(self, features: Tensor) -> Tensor:
+        """float32 [B, patch^2, h, w] of features [B, channels, h, w]; e^-2, a quarter of all grey, before training."""
+        return (self.head(features.detach()).float() - 2).clamp(-10, 1)
+
+    def loss(self, missed: Tensor, added: Tensor, log_sd: Tensor) -> Tensor:
+        """-log N(missed; 0, added^2 + sd^2 + rounding) in nats a coefficient, less a constant.
+
+        Args:
+            missed: [B, 1, H, W], real slices less their faithful pictures.
+            added: [B, 1, H, W], the decoder's pictures less the faithful ones: what it makes up without noise.
+        """
+
+        def power(picture: Tensor) -> Tensor:
+            blocks = F.pixel_unshuffle(picture.detach().float(), self.patch)
+            return torch.einsum("kj,bjhw->bkhw", self.basis, blocks).square()
+
+        with torch.autocast(missed.device.type, enabled=False):
+            variance = power(added) + (2 * log_sd).exp() + self.ROUNDING
+            return 0.5 * (variance.log() + power(missed) / variance).mean()
+
+    def draw(self, noise: Tensor, log_sd: Tensor) -> Tensor:
+        """The field [B, 1, H, W] of white noise [B, 1, H, W]."""
+        with torch.autocast(noise.device.type, enabled=False):
+            coefficients = log_sd.exp() * F.pixel_unshuffle(noise, self.patch)
+            return F.pixel_shuffle(torch.einsum("kj,bkhw->bjhw", self.basis, coefficients), self.patch)
+
+
+class Decoder(nn.Module):
+    """[B, channels_in, h, w] to [B, 1, h f, w f], the encoder's mirror image; with `grain`, one that can draw."""
 
     def __init__(
         self,
@@ -77,12 +130,6 @@ class Decoder(nn.Module):
         super().__init__()
         width = [channels * m for m in reversed(channel_multipliers)]
         self.stem = nn.Conv2d(channels_in, width[0], 3, padding=1)
-        factor = patch * 2 ** (len(width) - 1)
-        self.grain = (
-            nn.Sequential(nn.PixelUnshuffle(factor), zero(nn.Conv2d(factor**2, width[0], 3, padding=1, bias=False)))
-            if grain
-            else None
-        )
         self.mid, self.attention = ResBlock(width[0], width[0], embedding_dim), SelfAttention(width[0])
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, w in enumerate(width):
@@ -91,22 +138,24 @@ class Decoder(nn.Module):
         self.out = nn.Sequential(
             norm(width[-1]), nn.SiLU(), zero(nn.Conv2d(width[-1], patch**2, 3, padding=1)), nn.PixelShuffle(patch)
         )
+        self.grain = Grain(width[-1], patch) if grain else None
 
     @property
     def last_layer(self) -> Tensor:
         """The weight whose gradients balance the adversarial loss (Esser et al. 2021, eq. 7)."""
         return self.out[2].weight
 
-    def forward(self, latent: Tensor, embedding: Tensor, noise: Tensor | None = None) -> Tensor:
-        h = self.stem(latent)
-        if noise is not None:
-            h = h + self.grain(noise)
-        h = self.attention(self.mid(h, embedding))
+    def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
+        """[B, channels, H / patch, W / patch]: what picture and grain are read from."""
+        h = self.attention(self.mid(self.stem(latent), embedding))
         for up, blocks in zip(self.ups, self.levels):
             h = up(h)
             for block in blocks:
                 h = block(h, embedding)
-        return self.out(h)
+        return h
+
+    def forward(self, latent: Tensor, embedding: Tensor) -> Tensor:
+        return self.out(self.features(latent, embedding))
 
 
 def karhunen_loeve(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +209,7 @@ class Autoencoder(nn.Module):
 
     The fidelity decoder is trained with the encoder. The perceptual decoder, if there is one, begins as its copy and is
     then trained by itself, also against a discriminator, so that both read the same latents; `decoder_in_use` says
-    which decodes. With `grain` the perceptual decoder takes white noise too: it then draws from p(x | latent).
+    which decodes. With `grain` the perceptual decoder takes noise too, and then draws from p(x | latent).
 
     Args:
         image_size: S.
@@ -239,7 +288,7 @@ class Autoencoder(nn.Module):
     def start_perceptual(self) -> None:
         """Makes the perceptual decoder a copy of the fidelity decoder, and uses it."""
         self.use_decoder("perceptual")
-        self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)  # the grain, if any, starts at zero
+        self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)  # a grain is its own
 
     def draw_grain(self, slices: int, generator: torch.Generator | None = None) -> Tensor | None:
         """The noise that `decode` takes for neighbouring slices of one brain, [slices, 1, H, W]; None if it takes none.
@@ -274,22 +323,36 @@ class Autoencoder(nn.Module):
     def _linear_decode(self, latent: Tensor) -> Tensor:
         return self.linear.decode(latent)
 
-    def _decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The box, float32; may leave [-1, 1] a little, mostly below -1 where the picture is black."""
-        if noise is not None:
-            if not self.draws:
-                raise ValueError("this decoder takes no noise")
-            self._check_grid("noise", noise, (1, *self.box[2:]), z)
-        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
-        return self._linear_decode(latent) - 1 + decoder(latent, self.embed_z(z), noise).float()
+    def _picture(self, decoder: Decoder, latent: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(the box, float32, features for the grain); may leave [-1, 1] a little, mostly below -1 where it is black."""
+        features = decoder.features(latent, self.embed_z(z))
+        return self._linear_decode(latent) - 1 + decoder.out(features).float(), features
 
-    def _decode_for_training(self, latent: Tensor, z: Tensor) -> Tensor:
-        """The box [B, 1, H, W], or with grain, [3 B, 1, H, W], first without noise and then two independent draws."""
+    def _decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The box by the decoder in use, with grain made of the noise if there is any."""
+        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
+        box, features = self._picture(decoder, latent, z)
+        if noise is None:
+            return box
         if not self.draws:
-            return self._decode(latent, z)
-        noise = torch.randn(2 * len(latent), 1, *self.box[2:], device=latent.device)
-        noise = torch.cat([torch.zeros_like(noise[: len(latent)]), noise])
-        return self._decode(latent.repeat(3, 1, 1, 1), z.repeat(3), noise)
+            raise ValueError("this decoder takes no noise")
+        self._check_grid("noise", noise, (1, *self.box[2:]), z)
+        return box + decoder.grain.draw(noise, decoder.grain.log_sd(features))
+
+    def _reconstruct(self, latent: Tensor, z: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The box [B, 1, H, W] for training, and {}; or, with grain, [2 B, 1, H, W], and {"grain": its loss}.
+
+        The second half is then the first with grain drawn over it.
+        """
+        if not self.draws:
+            return self._decode(latent, z), {}
+        grain = self.perceptual.grain
+        box, features = self._picture(self.perceptual, latent, z)
+        log_sd = grain.log_sd(features)
+        drawn = box + grain.draw(torch.randn_like(box), log_sd.detach())
+        with torch.no_grad():
+            faithful, _ = self._picture(self.decoder, latent, z)
+        return torch.cat([box, drawn]), {"grain": grain.loss(target - faithful, box - faithful, log_sd)}
 
     @torch.no_grad()
     def set_latent_statistics(self, batches) -> None:
@@ -366,11 +429,12 @@ class VAE(Autoencoder):
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)) / math.log(2)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box of a posterior sample, with grain three times, and {"kl": mean bits per image}."""
+        """The reconstructed box of a posterior sample, as _reconstruct, and {"kl": mean bits per image, ...}."""
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             mean, log_variance = self.posterior(x, z)
             latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        return self._decode_for_training(latent, z), {"kl": self.kl_bits(mean, log_variance).mean()}
+        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
+        return x_hat, losses | {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised posterior mean, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -467,13 +531,14 @@ class VQVAE(Autoencoder):
         return (linear + residual).float()
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, with grain three times, and {"codebook": commitment (and codebook) loss}.
+        """The reconstructed box, as _reconstruct, and {"codebook": commitment (and codebook) loss, ...}.
 
         Training mode moves the codebook.
         """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             quantised, _, loss = self.quantizer(self.vectors(x, z))
-        return self._decode_for_training(quantised, z), {"codebook": loss}
+        x_hat, losses = self._reconstruct(quantised, z, self.crop(x))
+        return x_hat, losses | {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
         """idx int64 [B, h, w] in [0, K) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -582,14 +647,15 @@ class VQVAE2(Autoencoder):
         return self.linear_top.decode(top) + self.linear.decode(bottom)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, with grain three times, and {"codebook": losses of both quantisers}.
+        """The reconstructed box, as _reconstruct, and {"codebook": losses of both quantisers, ...}.
 
         Training mode moves the codebooks.
         """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
             bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-        return self._decode_for_training(self._join(top, bottom), z), {"codebook": loss_top + loss_bottom}
+        x_hat, losses = self._reconstruct(self._join(top, bottom), z, self.crop(x))
+        return x_hat, losses | {"codebook": loss_top + loss_bottom}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(top int64 [B, h / 2, w / 2], bottom int64 [B, h, w]) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""

@@ -4,15 +4,14 @@
     python prestage_train.py --start-from vqvae --name sharper    # a new perceptual decoder for a finished first stage
 
 Until --gan-start the autoencoder is trained to be faithful. Then encoder, codes and this fidelity decoder are frozen,
-and a copy of the decoder, the perceptual one, goes on against the discriminator: both decode the same latents. It is
-given noise, and learns by the energy score of two draws to add what the latent leaves open. Writes
+and a copy of the decoder, the perceptual one, goes on against the discriminator: both decode the same latents. It also
+learns how strong the grain is that it leaves out, frequency by frequency, and can draw it over its pictures. Writes
 model_ckpt/NAME/model.safetensors (averaged weights, for use), model_ckpt/NAME/last.pt (everything, for resuming),
 log/NAME (python logger.py log/NAME draws it) and NAME_vis/ (real | reconstructed | difference, draws from the prior).
 """
 
 import argparse
 import copy
-import math
 from pathlib import Path
 
 import torch
@@ -58,37 +57,6 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
     x_hat = clamped + 0.1 * (x_hat - clamped)
     ssim = util.ssim_map((x_hat + 1) / 2, (x + 1) / 2).mean()
     return (x_hat - x).abs().mean() + 0.5 * (1 - ssim)
-
-
-def cosine_transform(size: int, like: Tensor) -> Tensor:
-    """[size, size]: the orthonormal discrete cosine transform (type II), frequency by row."""
-    k = torch.arange(size, device=like.device)
-    basis = torch.cos(math.pi * (k[None, :] + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
-    basis[0] /= math.sqrt(2)
-    return basis
-
-
-def energy_score(one: Tensor, other: Tensor, x: Tensor, centre: Tensor, size: int = 8) -> Tensor:
-    """Mean of |one - x| / 2 + |other - x| / 2 - |one - other| / 2 over the coefficients of a block cosine transform.
-
-    A proper scoring rule of each coefficient (Gneiting and Raftery 2007, eq. 21): of two independent draws [B, 1, H, W]
-    it is least when they are distributed as x [B, 1, H, W] in [-1, 1] is, given what the decoder knows, where L1 alone
-    asks for the median, which is blurred. Every frequency counts alike, in units of what `centre`, the picture decoded
-    without noise, misses of it, so that draws of that picture score 1. Blocks of size x size pixels begin at a random
-    place, so that no border of blocks shows.
-    """
-    basis, (top, left) = cosine_transform(size, x), torch.randint(size, (2,)).tolist()
-
-    def coefficients(picture: Tensor) -> Tensor:
-        """[B, h, w, size, size], frequency last."""
-        clamped = picture.clamp(-1, 1)
-        picture = (clamped + 0.1 * (picture - clamped))[:, 0, top:, left:]
-        return basis @ picture.unfold(1, size, size).unfold(2, size, size) @ basis.T
-
-    one, other, x, centre = (coefficients(picture) for picture in (one, other, x, centre.detach()))
-    score = (one - x).abs() + (other - x).abs() - (one - other).abs()
-    unit = (centre - x).abs().mean((0, 1, 2)).clamp(min=1e-4)
-    return (score.mean((0, 1, 2)) / unit).mean() / 2
 
 
 def cyclical_weight(step: int, steps: int, cycles: int, ramp: float) -> float:
@@ -262,11 +230,9 @@ def flags():
         "gradient with the reconstruction's; 0 trains no perceptual decoder (default: %(default)s)",
     )
     add(
-        "--energy-weight",
-        type=util.fraction,
-        default=0.2,
-        help="of the energy score of two draws of the perceptual decoder, which lets it add what the latent leaves "
-        "open; 0 gives it no noise to draw with (default: %(default)s)",
+        "--no-grain",
+        action="store_true",
+        help="the perceptual decoder learns no grain, the texture that it can draw over its pictures",
     )
     add(
         "--feature-weight",
@@ -281,7 +247,7 @@ def flags():
         type=util.fraction,
         default=0.01,
         help="validation SSIM that the perceptual decoder, without noise, may lose against the fidelity decoder; "
-        "beyond it, the last good one returns and the weights of energy score and discriminator are halved "
+        "beyond it, the last good one returns and the adversarial weight is halved "
         "(default: %(default)s)",
     )
     return parser
@@ -289,7 +255,7 @@ def flags():
 
 def build_on(base: Autoencoder, args) -> tuple[torch.nn.Module, dict]:
     """A first stage with everything from `base` but the perceptual decoder, and the keywords that rebuild it."""
-    kwargs = base.description["model_kwargs"] | {"perceptual": True, "grain": args.energy_weight > 0}
+    kwargs = base.description["model_kwargs"] | {"perceptual": True, "grain": not args.no_grain}
     model = MODELS[base.kind](**kwargs)
     kept = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith("perceptual.")}
     model.load_state_dict(kept, strict=False)
@@ -318,7 +284,7 @@ def build(args, box: tuple[int, int, int, int]) -> tuple[torch.nn.Module, dict]:
         "blocks": args.blocks,
         "latent_channels": len(args.levels) if fsq else args.latent_channels,
         "perceptual": args.gan_weight > 0,
-        "grain": args.energy_weight > 0,
+        "grain": not args.no_grain,
     }
     if fsq:
         kwargs |= {"quantizer": "fsq", "levels": tuple(args.levels)}
@@ -452,7 +418,7 @@ def main() -> None:
             with util.autocast(device, args.precision):
                 ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
             if good is not None:
-                good.load_state_dict(ema.decoder.state_dict(), strict=False)  # a grain is still zero
+                good.load_state_dict(ema.decoder.state_dict(), strict=False)
         util.save_checkpoint(
             checkpoint,
             {
@@ -516,28 +482,24 @@ def main() -> None:
         # the autoencoder: reconstruction, the price of the latent, and what the discriminator says
         with util.autocast(device, args.precision):
             x_hat, losses = forward(x, z)
-        x_hat, *draws = x_hat.chunk(3) if model.draws else (x_hat,)
+        x_hat, drawn = x_hat.chunk(2) if model.draws else (x_hat, x_hat)
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
-        weights = {"reconstruction": 1.0, "codebook": 1.0}
+        weights = {"reconstruction": 1.0, "codebook": 1.0, "grain": 1.0}
         if "kl" in losses and not perceptual:
             kl_weight = args.kl_weight * kl_factor(args.kl_schedule, step, faithful, args.kl_cycles, args.kl_ramp)
             weights["kl"] = kl_weight / args.image_size**2  # the loss is in bits per image, the weight per pixel
         if perceptual:
-            losses = {"reconstruction": losses["reconstruction"]}  # the latent is frozen
-            if draws:
-                losses["energy"] = energy_score(*draws, target, x_hat)
-                weights["energy"] = args.energy_weight * gan["scale"]
-                x_hat = draws[0]
-            faithfulness = sum(weights[name] * loss for name, loss in losses.items())
+            losses = {
+                name: losses[name] for name in ("reconstruction", "grain") if name in losses
+            }  # the latent is frozen
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
-                fakes = torch.cat(draws or [x_hat]).clamp(-1, 1)
-                fake_logits, fake_features = discriminator(fakes, z.repeat(len(fakes) // len(z)))
+                fake_logits, fake_features = discriminator(drawn.clamp(-1, 1), z)
                 _, real_features = discriminator(target, z)
             discriminator.train().requires_grad_(True)
             losses["generator"] = generator_loss(fake_logits)
             losses["feature_matching"] = feature_matching_loss(real_features, fake_features)
-            pull = adaptive_weight(faithfulness, losses["generator"], model.perceptual.last_layer)
+            pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
             pull = util.mean_of_processes(pull)
             gan["balance"] = pull if gan["balance"] is None else 0.98 * gan["balance"] + 0.02 * pull
             ramp = gan["scale"] * ramp_weight(step, faithful + watching, (args.steps - faithful) // 2 + 1)
@@ -553,7 +515,7 @@ def main() -> None:
 
         # the discriminator, on real and reconstructed slices in one batch
         if args.gan_weight > 0 and step >= args.discriminator_start:
-            both, both_z = torch.cat([target, x_hat.detach().clamp(-1, 1)]), torch.cat([z, z])
+            both, both_z = torch.cat([target, drawn.detach().clamp(-1, 1)]), torch.cat([z, z])
             with util.autocast(device, args.precision):
                 real_logits, fake_logits = judge(both, both_z)[0].chunk(2)
             losses["discriminator"] = discriminator_loss(real_logits, fake_logits)
@@ -588,7 +550,7 @@ def main() -> None:
                 scores = validate(ema, held_out, watched, device, args.precision)
                 tqdm.write(
                     f"step {step + 1}: the perceptual decoder lost {lost:.4f} SSIM; the last good one is back, "
-                    f"energy score and discriminator weigh {gan['scale']:g} of what they did"
+                    f"the adversarial weight is {gan['scale']:g} of what it was"
                 )
             else:
                 good.load_state_dict(ema.perceptual.state_dict())
