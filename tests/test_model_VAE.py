@@ -12,7 +12,7 @@ import dataset
 import model_VAE
 import prestage_train
 import util
-from model_VAE import MODELS, VAE, VQVAE, VQVAE2, latent_digest, load_first_stage
+from model_VAE import MODELS, VAE, VQVAE, VQVAE2, Grain, cosine_transform, latent_digest, load_first_stage
 from quantizer import FiniteScalarQuantizer
 
 
@@ -417,7 +417,8 @@ def train_perceptual(model, steps: int = 3) -> None:
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(steps):
         x, z = slices(3)
-        loss = (model(x, z)[0] - model.crop(x).repeat(3, 1, 1, 1)).abs().mean()
+        x_hat, losses = model(x, z)
+        loss = (x_hat.chunk(2)[0] - model.crop(x)).abs().mean() + losses["grain"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -468,28 +469,65 @@ def test_only_the_decoder_in_use_and_what_belongs_to_it_can_be_trained(double):
         assert reached and reached <= free and {"linear.analysis.weight"} & reached == {"linear.analysis.weight"} & free
 
 
-def test_the_grain_is_what_the_perceptual_decoder_adds_to_its_centre(double):
-    """Nothing before it has learned to; then another picture for every noise, and without noise always the same."""
+def test_the_cosine_transform_is_orthonormal_and_sorts_by_frequency():
+    basis = cosine_transform(8)
+    assert torch.allclose(basis @ basis.T, torch.eye(64), atol=1e-5)
+    rows = basis[:8].view(8, 8, 8)  # no change from row to row, more and more along them
+    assert torch.allclose(rows, rows[:, :1], atol=1e-6)
+    assert torch.equal((rows[:, 0].sign().diff(dim=1) != 0).sum(1), torch.arange(8))
+    down, along = torch.arange(8.0).repeat_interleave(8), torch.arange(8.0).repeat(8)  # blocks are in reading order
+    assert (basis @ down)[1:8].abs().max() < 1e-4 < (basis @ along)[1].abs()
+
+
+def test_grain_learns_what_is_missing_block_by_block_and_frequency_by_frequency():
+    """Of what the faithful picture misses, less what the decoder adds by itself; nothing where nothing is missed."""
+    torch.manual_seed(0)
+    grain, sd = Grain(4, 4), torch.zeros(16, 2, 3)
+    sd[3, 0], sd[7, 1], sd[9, :, 2] = 0.2, 0.05, 0.1
+    features = torch.randn(1, 4, 2, 3).expand(64, -1, -1, -1)
+
+    def field(sd: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        noise = torch.randn(64, 1, 8, 12) if noise is None else noise
+        return grain.draw(noise, sd.clamp(min=1e-9).log().expand(64, -1, -1, -1))
+
+    measured = torch.einsum("kj,bjhw->bkhw", grain.basis, torch.nn.functional.pixel_unshuffle(field(sd), 4)).std(0)
+    assert torch.allclose(measured, sd, atol=0.05) and (measured[sd == 0] < 1e-6).all()  # what is drawn has this sd
+    log_sd = torch.full((1, 16, 2, 3), -2.0, requires_grad=True)
+    optimizer, added = torch.optim.Adam([log_sd], lr=0.05), field(0.6 * sd, torch.ones(64, 1, 8, 12))
+    for _ in range(400):
+        loss = grain.loss(field(sd), added, log_sd)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned = log_sd.detach().exp()[0]
+    assert torch.allclose(learned[sd > 0], 0.8 * sd[sd > 0], rtol=0.2)  # 0.6^2 + 0.8^2 = 1
+    assert learned[sd == 0].max() < 0.01
+    features = features.clone().requires_grad_()
+    grain.loss(field(sd), added, grain.log_sd(features)).backward()
+    assert features.grad is None and grain.head[4].bias.grad.any()  # it teaches the decoder nothing
+
+
+def test_grain_is_drawn_over_the_picture_of_the_perceptual_decoder(double):
+    """Another for every noise; without noise always the same picture, and the fidelity decoder has none."""
     x, z = slices(3)
     latent, one, other = double.eval().encode(x, z), *torch.randn(2, 3, 1, *double.box[2:])
     with pytest.raises(ValueError, match="takes no noise"):
         double.decode(latent, z, one)
-    assert double.draw_grain(3) is None
-    double.perceptual.grain[1].weight.data.zero_()
-    double.use_decoder("perceptual")
-    centre = double.decode(latent, z)
-    assert torch.equal(double.decode(latent, z, one), centre)
+    assert double.draw_grain(3) is None and double(x, z)[0].shape[0] == 3
     train_perceptual(double)
-    centre, drawn, again = (double.decode(latent, z, noise) for noise in (None, one, other))
-    assert torch.equal(double.decode(latent, z), centre) and torch.equal(double.decode(latent, z, one), drawn)
-    assert (drawn - centre).abs().max() > 1e-3 < (drawn - again).abs().max()
-    assert torch.allclose(double.decode(latent, z, 0 * one), centre, atol=1e-5)
+    picture, drawn, again = (double.decode(latent, z, noise) for noise in (None, one, other))
+    assert torch.equal(double.decode(latent, z), picture) and torch.equal(double.decode(latent, z, one), drawn)
+    assert (drawn - picture).abs().max() > 1e-3 < (drawn - again).abs().max()
+    assert torch.allclose(double.decode(latent, z, 0 * one), picture, atol=1e-6)
+    with pytest.raises(ValueError, match="noise must be"):
+        double.decode(latent, z, one[:1])
     if hasattr(double, "decode_indices"):
         assert torch.equal(double.decode_indices(double.encode_indices(x, z), z, one), drawn)
-    first, *draws = double(x, z)[0].chunk(3)
+    x_hat, losses = double(x, z)
+    plain, grainy = x_hat.chunk(2)
     if double.kind != "vae":  # a VAE trains on a sample of the posterior
-        assert torch.allclose(double.pad(first.clamp(-1, 1)), centre, atol=1e-5)
-    assert (draws[0] - draws[1]).abs().max() > 1e-3
+        assert torch.allclose(double.pad(plain.clamp(-1, 1)), picture, atol=1e-5)
+    assert (grainy - plain).abs().max() > 1e-3 and losses["grain"].isfinite()
 
 
 def test_the_grain_of_a_brain_is_correlated_along_z_and_follows_its_generator(double):

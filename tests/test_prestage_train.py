@@ -15,14 +15,7 @@ import prestage_train
 import util
 from logger import read_log
 from model_VAE import load_first_stage
-from prestage_train import (
-    cosine_transform,
-    cyclical_weight,
-    energy_score,
-    kl_factor,
-    ramp_weight,
-    reconstruction_loss,
-)
+from prestage_train import cyclical_weight, kl_factor, ramp_weight, reconstruction_loss
 
 TINY = ["--preset", "demo", "--channels", 8, "--batch-size", 4, "--codebook-size", 32, "--latent-channels", 4]
 TINY += ["--steps", 5]
@@ -121,34 +114,6 @@ def test_black_that_is_too_black_costs_a_tenth_and_is_still_pulled_back():
     assert (x_hat.grad < 0).all()
 
 
-def test_the_cosine_transform_is_orthonormal_and_sorts_by_frequency():
-    basis = cosine_transform(8, torch.zeros(()))
-    assert torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-6)
-    changes = (basis.sign().diff(dim=1) != 0).sum(1)
-    assert torch.equal(changes, torch.arange(8))
-
-
-def test_the_energy_score_is_least_for_draws_from_the_truth():
-    """Of textures of several strengths the right one; L1 prefers none at all. Draws of the centre score 1."""
-    torch.manual_seed(0)
-    x = 0.2 * torch.randn(8, 1, 64, 64)
-    centre = torch.zeros_like(x)
-
-    def score_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return energy_score(one, other, x, centre)
-
-    score = {sd: score_of(*(sd * torch.randn(2, *x.shape))).item() for sd in (0.0, 0.1, 0.2, 0.3, 0.4)}
-    assert min(score, key=score.get) == 0.2 and score[0.0] == pytest.approx(1)
-    l1 = {sd: (sd * torch.randn(x.shape) - x).abs().mean().item() for sd in (0.0, 0.1, 0.2)}
-    assert min(l1, key=l1.get) == 0.0
-    smooth = torch.nn.functional.avg_pool2d(torch.randn(2, *x.shape).flatten(0, 1), 3, 1, 1).view(2, *x.shape)
-    blurred = score_of(*(smooth * 0.2 / smooth.std()))  # of the right strength, of the wrong spectrum
-    assert blurred > score[0.2] + 0.02
-    shifted = score_of(*(0.1 + 0.2 * torch.randn(2, *x.shape)))  # a wrong brightness is one frequency of 64
-    assert shifted > score[0.2] + 0.02 and score_of(x, x) == 0
-    assert energy_score(*(0.2 * torch.randn(2, *x.shape)), x, centre + 0.3) < score[0.2]  # unit: what the centre misses
-
-
 # ------------------------------------------------------------------------------------------------------ what a run does
 
 
@@ -213,7 +178,7 @@ def test_the_two_phases_do_not_touch_each_other(train):
     assert differing(*critics) != []
     logged = {name: {key for line in read_log(Path("log") / name) for key in line} for name in ("alone", "seen")}
     adversarial = {"train/discriminator", "train/generator", "train/feature_matching", "weight/generator"}
-    adversarial |= {"train/lecam", "train/energy", "weight/guard"}
+    adversarial |= {"train/lecam", "train/grain", "weight/guard"}
     assert adversarial <= logged["seen"] and not adversarial & logged["alone"]
 
 
@@ -242,14 +207,16 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
         assert status == 0, errors
     assert "resumed at step 2" in out and differing(weights("straight"), weights("stopped")) == []
     assert differing(weights("vqvae"), faithful(weights("straight"))) == []
-    assert differing(*decoders(weights("straight"))) != [] and weights("straight")["perceptual.grain.1.weight"].any()
+    assert (
+        differing(*decoders(weights("straight"))) != [] and weights("straight")["perceptual.grain.head.4.weight"].any()
+    )
     digests = {load_first_stage(name).description["digest"] for name in ("vqvae", "straight")}
     assert len(digests) == 1 and settings("straight")["channels"] == 8
     assert load_first_stage("straight", decoder=None).draws
     for flags, words in ((["--channels", 16], "--channels comes with"), (["--gan-weight", 0], "--gan-weight above 0")):
         status, _, errors = run_main(prestage_train, *sharpen, "--name", "new", *flags)
         assert status == 2 and len(errors.splitlines()) == 1 and words in errors, errors
-    train("--name", "smooth", "--energy-weight", 0, *GAN)
+    train("--name", "smooth", "--no-grain", *GAN)
     assert not load_first_stage("smooth", decoder="perceptual").draws
 
 
