@@ -85,11 +85,12 @@ class Grain(nn.Module):
             nn.SiLU(),
             zero(nn.Conv2d(channels, patch**2, 3, padding=1)),
         )
+        nn.init.constant_(self.head[-1].bias, -4)  # two grey levels
         self.register_buffer("basis", cosine_transform(patch), persistent=False)
 
     def log_sd(self, features: Tensor) -> Tensor:
-        """float32 [B, patch^2, h, w] of features [B, channels, h, w]; e^-2, a quarter of all grey, before training."""
-        return (self.head(features.detach()).float() - 2).clamp(-10, 1)
+        """float32 [B, patch^2, h, w] of features [B, channels, h, w]."""
+        return self.head(features.detach()).float().clamp(-10, 1)
 
     def loss(self, missed: Tensor, added: Tensor, log_sd: Tensor) -> Tensor:
         """-log N(missed; 0, added^2 + sd^2 + rounding) in nats a coefficient, less a constant.
