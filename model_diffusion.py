@@ -170,6 +170,17 @@ def slice_correlation(latents: Tensor) -> Tensor:
     return correlation
 
 
+def smoothed(correlation: Tensor, width: float) -> Tensor:
+    """[C, Z, Z]: of slices of that correlation after a gaussian of sd `width` slices has run over z, 0 for none."""
+    if width == 0:
+        return correlation
+    z = torch.arange(correlation.shape[-1], device=correlation.device)
+    window = torch.exp(-((z[:, None] - z) ** 2) / (2 * width**2)).to(correlation)
+    covariance = window @ correlation @ window.T
+    sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    return covariance / (sd[:, :, None] * sd[:, None, :])
+
+
 class LatentDiffusion(nn.Module):
     """p(latent | z): the UNet together with what it predicts and how its loss is weighted.
 
@@ -298,17 +309,18 @@ class LatentDiffusion(nn.Module):
         loss = (output - target).square().mean((1, 2, 3))
         return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
 
-    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None) -> Tensor:
+    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None, smooth: float = 0.0) -> Tensor:
         """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
 
         Every `slices` of the batch are of one brain, at z int64 [B]; `how` is one of SLICE_NOISE, default: slice_noise.
+        `smooth` slices of gaussian smoothing along z take from matched noise what changes from slice to slice.
         """
         how = how or self.slice_noise
         if slices == 1 or how == "own":
             return white
         K = self.slice_correlation if how == "matched" else torch.ones_like(self.slice_correlation)
-        z = z.view(-1, slices)
-        value, vector = torch.linalg.eigh(K[:, z[:, :, None], z[:, None, :]].double())  # [C, n, slices, slices]
+        K, z = smoothed(K.double(), smooth), z.view(-1, slices)
+        value, vector = torch.linalg.eigh(K[:, z[:, :, None], z[:, None, :]])  # [C, n, slices, slices]
         root = ((vector * value.clamp(min=0).sqrt()[..., None, :]) @ vector.mT).float()
         with torch.autocast(white.device.type, enabled=False):
             return torch.einsum("cnab,nbchw->nachw", root, white.unflatten(0, (-1, slices))).flatten(0, 1)

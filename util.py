@@ -87,6 +87,7 @@ OF_ONE_START = {
     "brains",
     "sampler",
     "sample_steps",
+    "smooth_noise",
     "eta",
     "guidance",
     "weak",

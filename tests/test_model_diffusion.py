@@ -21,6 +21,7 @@ from model_diffusion import (
     sample_heun,
     sampling_times,
     slice_correlation,
+    smoothed,
 )
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
@@ -513,6 +514,21 @@ def test_noise_of_a_brain_has_unit_variance_and_the_correlation_asked_for(how):
         assert torch.allclose(torch.cov(noise[:, channel].flatten(1)), torch.block_diag(*blocks), atol=0.03)
     assert torch.cov(noise.movedim(1, 0).flatten(1))[0, 1].abs() < 0.03
     assert torch.equal(model.correlate(white, z, 1, how), white)  # a slice by itself has nobody to agree with
+
+
+def test_smoothed_noise_has_unit_variance_and_changes_less_from_slice_to_slice():
+    """The more the wider; what is the same in all slices stays the same."""
+    K = fading(0.8, 0.3)
+    near = [smoothed(K, width)[:, range(31), range(1, 32)] for width in (0, 0.5, 1, 2)]
+    assert all((wide > narrow).all() for narrow, wide in pairwise(near))
+    assert torch.allclose(smoothed(K, 1.5).diagonal(dim1=1, dim2=2), torch.ones(2, 32))
+    assert torch.allclose(smoothed(torch.ones(1, 32, 32), 1.5), torch.ones(1, 32, 32))
+    assert torch.allclose(smoothed(K, 1e-3), K)
+    model = tiny_model(latent_shape=(2, 100, 200))
+    model.slice_correlation.copy_(K)
+    noise = model.correlate(torch.randn(3, 2, 100, 200), torch.tensor([3, 4, 9]), 3, smooth=1.5)
+    expected = smoothed(K, 1.5)[1][[3, 4, 9]][:, [3, 4, 9]]
+    assert torch.allclose(torch.cov(noise[:, 1].flatten(1)), expected, atol=0.03)
 
 
 def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():

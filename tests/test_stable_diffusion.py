@@ -108,7 +108,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
     model = tiny_prior()
     model.slice_correlation.copy_(torch.full((32, 32), 0.5).fill_diagonal_(1))
     for how, shared in (("shared", 1.0), ("matched", 0.5), (None, 0.5), ("own", 0.0)):
-        together, alone = (BrainNoise(5, brains, model, how) for brains in (range(3), range(2, 3)))
+        together, alone = (BrainNoise(5, brains, model, how, 0) for brains in (range(3), range(2, 3)))
         draws = []
         for _ in range(3):
             noise = together()
@@ -116,7 +116,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
             assert noise.shape == (96, 4, 6, 7) and torch.equal(noise[64:], alone())
             assert torch.corrcoef(noise[:32].flatten(1)).mean().item() == pytest.approx(shared, abs=0.12)
             draws += [noise[0], noise[32], noise[64]]
-        draws.append(BrainNoise(6, range(1), model, how)()[0])
+        draws.append(BrainNoise(6, range(1), model, how, 0)()[0])
         assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
         assert torch.stack(draws).std().item() == pytest.approx(1, abs=0.05)
 
@@ -130,6 +130,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
         ["--sampler", "ddpm"],
         ["--guidance", 2],
         ["--slice-noise", "own"],
+        ["--smooth-noise", 0],
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "dpm",
 )
