@@ -341,19 +341,14 @@ class Autoencoder(nn.Module):
         return box + decoder.grain.draw(noise, decoder.grain.log_sd(features))
 
     def _reconstruct(self, latent: Tensor, z: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The box [B, 1, H, W] for training, and {}; or, with grain, [2 B, 1, H, W], and {"grain": its loss}.
-
-        The second half is then the first with grain drawn over it.
-        """
+        """The box [B, 1, H, W] for training, and with grain {"grain": its loss}, else {}."""
         if not self.draws:
             return self._decode(latent, z), {}
-        grain = self.perceptual.grain
         box, features = self._picture(self.perceptual, latent, z)
-        log_sd = grain.log_sd(features)
-        drawn = box + grain.draw(torch.randn_like(box), log_sd.detach())
         with torch.no_grad():
             faithful, _ = self._picture(self.decoder, latent, z)
-        return torch.cat([box, drawn]), {"grain": grain.loss(target - faithful, box - faithful, log_sd)}
+        grain = self.perceptual.grain
+        return box, {"grain": grain.loss(target - faithful, box - faithful, grain.log_sd(features))}
 
     @torch.no_grad()
     def set_latent_statistics(self, batches) -> None:

@@ -482,7 +482,6 @@ def main() -> None:
         # the autoencoder: reconstruction, the price of the latent, and what the discriminator says
         with util.autocast(device, args.precision):
             x_hat, losses = forward(x, z)
-        x_hat, drawn = x_hat.chunk(2) if model.draws else (x_hat, x_hat)
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
         weights = {"reconstruction": 1.0, "codebook": 1.0, "grain": 1.0}
         if "kl" in losses and not perceptual:
@@ -494,7 +493,7 @@ def main() -> None:
             }  # the latent is frozen
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
-                fake_logits, fake_features = discriminator(drawn.clamp(-1, 1), z)
+                fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
                 _, real_features = discriminator(target, z)
             discriminator.train().requires_grad_(True)
             losses["generator"] = generator_loss(fake_logits)
@@ -515,7 +514,7 @@ def main() -> None:
 
         # the discriminator, on real and reconstructed slices in one batch
         if args.gan_weight > 0 and step >= args.discriminator_start:
-            both, both_z = torch.cat([target, drawn.detach().clamp(-1, 1)]), torch.cat([z, z])
+            both, both_z = torch.cat([target, x_hat.detach().clamp(-1, 1)]), torch.cat([z, z])
             with util.autocast(device, args.precision):
                 real_logits, fake_logits = judge(both, both_z)[0].chunk(2)
             losses["discriminator"] = discriminator_loss(real_logits, fake_logits)
