@@ -382,7 +382,7 @@ def test_a_default_lives_in_one_place(preset):
     settings = util.preset_settings("prestage_train.py", preset)
     assert settings and all(plain.get(flag, "no such flag") is None for flag in settings)
     undecided = {flag for flag, value in plain.items() if value is None} - settings.keys()
-    assert undecided == {"data", "name", "preset", "minutes", "discriminator_learning_rate"}
+    assert undecided == {"data", "name", "preset", "minutes", "discriminator_learning_rate", "start_from"}
 
 
 @pytest.mark.parametrize("typed", [("--batch-size", "0"), ("--image-size", "100"), ("--no-such-flag",)])
