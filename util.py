@@ -394,9 +394,13 @@ def check_finite(losses: dict[str, Tensor], step: int) -> None:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float = 0.999) -> None:
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)); buffers are copied, not averaged."""
+    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)); buffers are copied, not averaged.
+
+    Frozen parameters stay as they are, to the last bit: averaging would turn -0 into 0, and change a digest.
+    """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    moving = [(kept, p.detach()) for kept, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*(list(part) for part in zip(*moving)), 1 - decay)
     for kept, current in zip(ema.buffers(), model.buffers()):
         kept.copy_(current)
 
