@@ -2,8 +2,8 @@
 
     python playground/power_spectrum.py --first-stage vqvae        # trained with --gan-weight above 0
 
-Both decoders read the same latents of the first eight validation cases; a perceptual decoder that takes noise is shown
-without it (its centre) and with (a draw). Left: power of their pictures over that of the real ones, per spatial
+Both decoders read the same latents of the first eight validation cases; a perceptual decoder that draws grain is shown
+without and with grain. Left: power of their pictures over that of the real ones, per spatial
 frequency; below 1 is blur, above 1 is too much texture; the legend gives the price, SSIM over the slices and over the
 brain. Right: the middle of four real slices and of the reconstructions, enlarged. Anterior is right.
 """
@@ -39,15 +39,14 @@ def main() -> None:
     index = torch.isin(data.case, data.case.unique()[: args.cases]).nonzero()[:, 0]
     real, masks = data.images[index].cpu(), data.masks[index] if data.masks is not None else None
 
-    centre = "perceptual, centre" if model.draws else "perceptual"
-    decoded = {"fidelity": [], centre: []} | ({"perceptual, a draw": []} if model.draws else {})
+    decoded = {"fidelity": [], "perceptual": []} | ({"perceptual, with grain": []} if model.draws else {})
     generator = torch.Generator().manual_seed(0)
     for part in index.split(32):
         x, z, _ = data.batch(part, device)
         latent = model.encode(x, z)
         for name, pictures in decoded.items():
             model.use_decoder(name.split(",")[0])
-            grain = model.draw_grain(len(part), generator) if name.endswith("draw") else None
+            grain = model.draw_grain(len(part), generator) if name.endswith("grain") else None
             pictures.append(to_uint8(model.decode(latent, z, grain))[:, 0].cpu())
     decoded = {name: torch.cat(pictures) for name, pictures in decoded.items()}
 
@@ -60,7 +59,7 @@ def main() -> None:
         ratio = radial_spectrum(pictures).mean(0) / power
         brain = f", brain {scores['brain_ssim']:.4f}" if "brain_ssim" in scores else ""
         axis.plot(frequency, ratio, color=colour, marker=".", label=f"{name}: SSIM {scores['ssim']:.4f}{brain}")
-        print(f"{name:18s}  SSIM {scores['ssim']:.4f}{brain}  power ratio by frequency " +
+        print(f"{name:22s}  SSIM {scores['ssim']:.4f}{brain}  power ratio by frequency " +
               " ".join(f"{r:.3f}" for r in ratio.tolist()))  # fmt: skip
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(
