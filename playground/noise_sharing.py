@@ -66,7 +66,7 @@ def main() -> None:
         print(f"{name:8s} SSIM of neighbours {mean:.4f}, sd {sd:.4f} over {len(group)} brains")
         rows.append(group[0][SHOWN].numpy())
         captions += [f"z = {n}, SSIM to z = {n - 1}: {scores[0, n - 1]:.3f}" for n in SHOWN]
-    title = f"neighbouring slices, {args.run} after {description['step']} steps, seed {args.seed}, "
+    title = f"neighbouring slices after {description['step']:,} training steps, seed {args.seed}, "
     title += f"dpm in {args.sample_steps} steps; anterior right"
     zoom = max(1, 192 // first_stage.image_size)
     util.save_picture(args.out, util.sheet(rows, title=title, row_names=list(groups), captions=captions, zoom=zoom))
