@@ -341,7 +341,8 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
     result = score_reconstruction(model, data, device, prior=prior)
 
-    name = f"{model.kind} ({args.reconstruction})" + (", perceptual decoder" if args.decoder == "perceptual" else "")
+    name = f"{model.kind} ({Path(args.reconstruction).stem})"
+    name += ", perceptual decoder" if args.decoder == "perceptual" else ""
     ours = [key for key in result if key.removesuffix("_interval") in (*COLUMNS, "numbers", "kl_bits")]
     rows = [{"codec": name, **{key: result[key] for key in ours}}]
     if "fixed_bits" in result:  # a VAE's mean is real-valued: its KL is the price of a sample, not of what is scored
