@@ -488,9 +488,8 @@ def main() -> None:
             kl_weight = args.kl_weight * kl_factor(args.kl_schedule, step, faithful, args.kl_cycles, args.kl_ramp)
             weights["kl"] = kl_weight / args.image_size**2  # the loss is in bits per image, the weight per pixel
         if perceptual:
-            losses = {
-                name: losses[name] for name in ("reconstruction", "grain") if name in losses
-            }  # the latent is frozen
+            # the latent is frozen, and costs nothing more
+            losses = {name: losses[name] for name in ("reconstruction", "grain") if name in losses}
             discriminator.eval().requires_grad_(False)  # frozen, also its power iterations
             with util.autocast(device, args.precision):
                 fake_logits, fake_features = discriminator(x_hat.clamp(-1, 1), z)
