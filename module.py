@@ -85,7 +85,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H * W, C / heads]
+        if x.device.type == "cpu":  # in bfloat16 its fused kernel takes several times longer backwards
+            h = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H * W, C / heads]
         return x + self.project(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
