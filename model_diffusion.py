@@ -22,6 +22,7 @@ SLICE_NOISE = ("matched", "shared", "own")
 TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
 # What published methods chose, as (schedule, prediction, weighting, times).
 RECIPES = {
+    "v": ("cosine", "v", "plain", "uniform"),  # Salimans and Ho 2022
     "min-snr": ("cosine", "v", "min-snr", "uniform"),  # Hang et al. 2023, with v
     "ddpm": ("linear", "eps", "plain", "uniform"),  # Ho et al. 2020
     "flow": ("flow", "flow", "plain", "logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
