@@ -2,7 +2,7 @@
 
     python playground/recipes.py --first-stage vqvae          # trains the runs recipe-*; again: scores only
 
-A recipe is a noise schedule, what the network predicts, how the squared error is weighted, and where the steps are drawn
+A recipe is a noise schedule, what the network predicts, how the squared error is weighted, and where steps are drawn
 (model_diffusion.py). Every step costs the same, so equal steps are equal time. The networks are those of --preset demo
 that see slices one by one; a name that begins with "--" is passed on to stable_diffusion.py, which resumes.
 
@@ -41,7 +41,7 @@ SHOWN = [name for name in SAMPLE_SCORES if name.startswith("frechet") or name.en
 
 
 def train(recipe: str, args: argparse.Namespace, more: list[str]) -> tuple[LatentDiffusion, Autoencoder]:
-    """The model of one recipe and its first stage, by the command line of stable_diffusion.py, which leaves finished runs alone.
+    """The model of one recipe and its first stage, trained by stable_diffusion.py, which leaves finished runs alone.
 
     Raises UserError when the run failed or has not come to its end.
     """
