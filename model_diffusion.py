@@ -79,26 +79,32 @@ def embed_condition(dim: int, name: str) -> nn.Module:
 class UNet(nn.Module):
     """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block.
 
+    The first layer also sees the mean training latent at z, `atlas` [slices_per_brain, C, h, w]: heads are registered
+    to one space, and where all is noise it is the best guess, which convolutions alone would draw from nothing.
     `conditions` names what else is known, and embedded, of the person.
     With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
     """
 
     def __init__(
         self,
-        latent_channels: int,
+        latent_shape: tuple[int, int, int],
         channels: int,
         channel_multipliers: tuple[int, ...],
         blocks: int,
         unknown_z: bool = False,
         mixing: bool = False,
         conditions: tuple[str, ...] = (),
+        slices_per_brain: int = 32,
     ):
         super().__init__()
+        latent_channels = latent_shape[0]
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
         self.embed_people = nn.ModuleDict({name: embed_condition(embedding_dim, name) for name in conditions})
         self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
+        self.stem_atlas = zero(nn.Conv2d(latent_channels, width[0], 3, padding=1, bias=False))
+        self.register_buffer("atlas", torch.zeros(slices_per_brain, *latent_shape))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, current = [width[0]], width[0]
         for level, w in enumerate(width):
@@ -128,7 +134,7 @@ class UNet(nn.Module):
             value = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
             # in decades: the sines of single years would tell every person of a small data set from all others
             embedding = embedding + embed(value / 10 if name == "age" else value)
-        h = self.stem(x)
+        h = self.stem(x) + self.stem_atlas(self.atlas_at(z))
         skips = [h]
         for part in self.down:
             h = part(h, embedding, slices) if isinstance(part, Level) else part(h)
@@ -140,6 +146,11 @@ class UNet(nn.Module):
             else:
                 h = part(h, skips[-1].shape[-2:])  # odd sides lost half a pixel on the way down
         return self.out(h)
+
+    def atlas_at(self, z: Tensor) -> Tensor:
+        """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
+        atlas = torch.cat([self.atlas, self.atlas.mean(0, keepdim=True)])
+        return atlas[z.nan_to_num(nan=len(self.atlas)).long()]
 
 
 class Level(nn.Module):
@@ -169,6 +180,12 @@ def slice_correlation(latents: Tensor) -> Tensor:
     correlation = torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
     correlation.diagonal(dim1=1, dim2=2).fill_(1)  # also where nothing differs
     return correlation
+
+
+def mean_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> Tensor:
+    """Mean [slices_per_brain, C, h, w] of the latents [N, C, h, w] at every z int64 [N], 0 where there is none."""
+    total = latents.new_zeros(slices_per_brain, *latents.shape[1:]).index_add_(0, z, latents)
+    return total / z.bincount(minlength=slices_per_brain).clamp(min=1).view(-1, 1, 1, 1)
 
 
 def smoothed(correlation: Tensor, width: float) -> Tensor:
@@ -246,13 +263,14 @@ class LatentDiffusion(nn.Module):
         self.slices, self.slice_noise = slices, slice_noise
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
         self.unet = UNet(
-            latent_shape[0],
+            self.latent_shape,
             channels,
             tuple(channel_multipliers),
             blocks,
             unknown_z=drop_z > 0,
             mixing=slices > 1,
             conditions=self.conditions,
+            slices_per_brain=slices_per_brain,
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)

@@ -38,6 +38,7 @@ from model_diffusion import (
     Denoise,
     LatentDiffusion,
     guide,
+    mean_at_each_z,
     noise_levels,
     sample_ddim,
     sample_ddpm,
@@ -500,6 +501,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
+    model.unet.atlas.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
     if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)

@@ -396,7 +396,7 @@ def test_samplers_yield_once_per_step_on_the_way_from_noise_to_data():
 @pytest.mark.parametrize("size", [(6, 7), (3, 7), (1, 1), (8, 8)])
 def test_the_unet_takes_any_size(awaken, size):
     """Odd sides lose half a pixel on the way down and get it back on the way up; every output sees every level."""
-    unet = awaken(UNet(4, 8, (1, 2, 3), 1))
+    unet = awaken(UNet((4, 6, 7), 8, (1, 2, 3), 1))
     x = torch.randn(2, 4, *size)
     out = unet(x, torch.tensor([0, 999]), torch.tensor([0, 31]))
     assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
@@ -406,12 +406,12 @@ def test_the_unet_takes_any_size(awaken, size):
 
 def test_the_unet_starts_at_zero():
     """The last convolution is zero, so the first loss is that of the mean prediction."""
-    assert (UNet(4, 8, (1, 2), 1)(torch.randn(2, 4, 6, 7), torch.zeros(2), torch.zeros(2)) == 0).all()
+    assert (UNet((4, 6, 7), 8, (1, 2), 1)(torch.randn(2, 4, 6, 7), torch.zeros(2), torch.zeros(2)) == 0).all()
 
 
 def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
     """Each of x, t and z changes the own output and no other element's of the batch."""
-    unet = awaken(UNet(4, 8, (1, 2), 2).eval())
+    unet = awaken(UNet((4, 6, 7), 8, (1, 2), 2).eval())
     x, t, z = torch.randn(3, 4, 6, 7), torch.tensor([10, 500, 900]), torch.tensor([3, 16, 30])
     out = unet(x, t, z)
     changed = x.clone(), t.clone(), z.clone()
@@ -432,8 +432,8 @@ def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
 def test_mixing_starts_as_the_2d_model_and_then_mixes(awaken):
     """Also after other layers have learned: what is new is zero. Any number of slices goes, and brains stay apart."""
     torch.manual_seed(1)
-    flat = awaken(UNet(4, 8, (1, 2), 1).eval())
-    mixed = UNet(4, 8, (1, 2), 1, mixing=True).eval()
+    flat = awaken(UNet((4, 6, 7), 8, (1, 2), 1).eval())
+    mixed = UNet((4, 6, 7), 8, (1, 2), 1, mixing=True).eval()
     assert not mixed.load_state_dict(flat.state_dict(), strict=False).unexpected_keys
     x, t, z = torch.randn(6, 4, 6, 7), torch.full((6,), 300), torch.arange(6)
     for slices in (1, 2, 3, 6):
