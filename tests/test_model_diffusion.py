@@ -234,6 +234,7 @@ def test_eps_starts_where_the_latent_can_be_told_from_the_noise():
 def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     """A share drop_z of the latents is denoised without z; evaluation always knows z."""
     model, seen = awaken(tiny_model(prediction, drop_z=0.25)), []
+    model.unet.atlas.normal_()
     forward = model.unet.forward
     model.unet.forward = lambda x, t, z, slices, people: (seen.append(z), forward(x, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
@@ -396,7 +397,7 @@ def test_samplers_yield_once_per_step_on_the_way_from_noise_to_data():
 @pytest.mark.parametrize("size", [(6, 7), (3, 7), (1, 1), (8, 8)])
 def test_the_unet_takes_any_size(awaken, size):
     """Odd sides lose half a pixel on the way down and get it back on the way up; every output sees every level."""
-    unet = awaken(UNet((4, 6, 7), 8, (1, 2, 3), 1))
+    unet = awaken(UNet((4, *size), 8, (1, 2, 3), 1))
     x = torch.randn(2, 4, *size)
     out = unet(x, torch.tensor([0, 999]), torch.tensor([0, 31]))
     assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
@@ -412,7 +413,8 @@ def test_the_unet_starts_at_zero():
 def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
     """Each of x, t and z changes the own output and no other element's of the batch."""
     unet = awaken(UNet((4, 6, 7), 8, (1, 2), 2).eval())
-    x, t, z = torch.randn(3, 4, 6, 7), torch.tensor([10, 500, 900]), torch.tensor([3, 16, 30])
+    unet.atlas.normal_()
+    x, t, z = torch.randn(3, 4, 6, 7), torch.tensor([10, 20, 31]), torch.tensor([3, 16, 30])
     out = unet(x, t, z)
     changed = x.clone(), t.clone(), z.clone()
     changed[0][1] += 1
