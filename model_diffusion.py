@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample, norm, zero
+from module import (
+    CategoryEmbedding,
+    Downsample,
+    Embedding,
+    ResBlock,
+    SelfAttention,
+    SliceMixing,
+    Upsample,
+    gaussian_window,
+    norm,
+    zero,
+)
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
@@ -192,8 +203,7 @@ def smoothed(correlation: Tensor, width: float) -> Tensor:
     """[C, Z, Z]: of slices of that correlation after a gaussian of sd `width` slices has run over z, 0 for none."""
     if width == 0:
         return correlation
-    z = torch.arange(correlation.shape[-1], device=correlation.device)
-    window = torch.exp(-((z[:, None] - z) ** 2) / (2 * width**2)).to(correlation)
+    window = gaussian_window(correlation.shape[-1], width).to(correlation)
     covariance = window @ correlation @ window.T
     sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
     return covariance / (sd[:, :, None] * sd[:, None, :])

@@ -1,4 +1,4 @@
-"""Blocks that several networks are built of: residual block, self-attention, resampling, embeddings of z and time."""
+"""What several networks are built of: residual block, self-attention, resampling, embeddings of z and time."""
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,12 @@ def norm(channels: int) -> nn.GroupNorm:
     """Group normalisation (Wu and He 2018) with groups of 16 channels, as far as that divides."""
     groups = max(1, channels // 16)
     return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
+
+
+def gaussian_window(slices: int, width: float) -> Tensor:
+    """float32 [slices, slices]: exp(-(i - j)^2 / (2 width^2)), whose rows smooth along z by an sd of `width` slices."""
+    z = torch.arange(slices)
+    return torch.exp(-((z[:, None] - z) ** 2) / (2 * width**2))
 
 
 def zero(layer: nn.Module) -> nn.Module:

@@ -6,8 +6,7 @@
 The picture: x_t = alpha_t x_0 + sigma_t noise at growing t (columns), for the cosine and the linear schedule (rows),
 first on pixels as an illustration, then on the latent that stable_diffusion.py really noises. SNR is alpha^2 / sigma^2
 in dB, that of a signal of unit variance, as every latent channel has over the training set. Noise is the same all along
-a row. A VQ-VAE decodes the codes nearest to the noised latent, so a little noise leaves no trace. Pixels beyond [-1, 1]
-are clipped to black and white; anterior is right.
+a row. Pixels beyond [-1, 1] are clipped to black and white; anterior is right.
 """
 
 import sys
