@@ -14,6 +14,7 @@ from model_diffusion import (
     LatentDiffusion,
     UNet,
     guide,
+    mean_at_each_z,
     noise_levels,
     sample_ddim,
     sample_ddpm,
@@ -426,6 +427,28 @@ def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
     alone = torch.cat([unet(x[i : i + 1], t[i : i + 1], z[i : i + 1]) for i in range(3)])
     assert torch.allclose(alone, out, atol=1e-5)
     assert not torch.allclose(unet(x, z, t), out, atol=1e-3)  # t and z are told apart
+
+
+def test_the_atlas_is_the_mean_latent_at_each_z():
+    """Of all slices there are, whole brains or not; nothing is known, so nothing added, where there is no slice."""
+    latents, z = torch.randn(50, 2, 3, 4), torch.randint(0, 7, (50,))
+    atlas = mean_at_each_z(latents, z, 8)
+    assert all(torch.allclose(atlas[k], latents[z == k].mean(0), atol=1e-6) for k in range(7))
+    assert (atlas[7] == 0).all()
+
+
+def test_the_unet_reads_the_atlas_at_its_own_z(awaken):
+    """Another atlas at one z changes slices there and, since their mean moves, slices whose z is not known."""
+    unet = awaken(UNet((4, 6, 7), 8, (1, 2), 1, unknown_z=True).eval())
+    x, t, z = torch.randn(3, 4, 6, 7), torch.full((3,), 500), torch.tensor([4.0, 5.0, torch.nan])
+    before = unet(x, t, z)
+    unet.atlas[5] += torch.randn(4, 6, 7)
+    moved = (unet(x, t, z) - before).abs().amax((1, 2, 3))
+    assert moved[0] == 0 and 0 < moved[2] < moved[1]
+    torch.nn.init.zeros_(unet.stem_atlas.weight)  # as it starts
+    unheard = unet(x, t, z)
+    unet.atlas.zero_()
+    assert torch.equal(unet(x, t, z), unheard)
 
 
 # ------------------------------------------------------------------------------------------------------- whole brains

@@ -203,6 +203,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     """Weights that carry their first stage, a description, a log that reads, pictures."""
     model, inside, description = load_second_stage("diffusion", LatentDiffusion, "cpu")
     assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)  # it was measured
+    assert (model.unet.atlas.flatten(1).abs().amax(1) > 0).all()  # and so was this
     assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
