@@ -26,7 +26,7 @@ from module import (
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
-WEIGHTINGS = ("min-snr", "plain")
+WEIGHTINGS = ("plain", "min-snr")
 SLICE_NOISE = ("matched", "shared", "own")
 # Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
 # rectified flow, mean 0 is u = sigmoid(N(0, 1)).
@@ -218,8 +218,8 @@ class LatentDiffusion(nn.Module):
         schedule: of the noise, one of SCHEDULES.
         prediction: what the UNet's output means: "v" = alpha noise - sigma x_0 (Salimans and Ho 2022), "eps" the noise
             (Ho et al. 2020), "x0" the clean latent, "flow" = noise - x_0 (Liu et al. 2023).
-        weighting: "min-snr" counts the squared error of x_0 min(SNR, 5) times, SNR = alpha^2 / sigma^2 (Hang et al.
-            2023), whatever the prediction; "plain" counts the squared error of the output once.
+        weighting: "plain" counts the squared error of the output once; "min-snr" that of x_0 min(SNR, 5) times, with
+            SNR = alpha^2 / sigma^2 (Hang et al. 2023), whatever the prediction.
         times: where training draws t, a key of TIMES.
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
         slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
@@ -244,7 +244,7 @@ class LatentDiffusion(nn.Module):
         blocks: int,
         schedule: str = "cosine",
         prediction: str = "v",
-        weighting: str = "min-snr",
+        weighting: str = "plain",
         times: str = "uniform",
         drop_z: float = 0.0,
         slices: int = 1,
