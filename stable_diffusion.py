@@ -14,6 +14,7 @@ NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices,
 import argparse
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,16 +75,16 @@ def flags() -> argparse.ArgumentParser:
     add(
         "--recipe",
         choices=RECIPES,
-        default="min-snr",
-        help="the next four flags as min-snr (cosine, v), ddpm (linear, eps, all plain), flow (rectified flow) or edm "
-        "have them; each can be given apart (default: %(default)s)",
+        default="v",
+        help="the next four flags as v (cosine, plain), min-snr (cosine, v), ddpm (linear, eps), flow (rectified flow) "
+        "or edm have them; each can be given apart (default: %(default)s)",
     )
     add("--schedule", choices=SCHEDULES, help="of the noise; with -zero the last step is nothing but noise")
     add("--prediction", choices=PREDICTIONS, help="what the UNet predicts")
     add(
         "--weighting",
         choices=WEIGHTINGS,
-        help="min-snr counts the squared error of x0 min(SNR, 5) times, plain that of the prediction once",
+        help="plain counts the squared error of the prediction once, min-snr that of x0 min(SNR, 5) times",
     )
     add("--times", choices=TIMES, help="distribution of the steps that training draws")
     add(
@@ -145,13 +146,19 @@ def flags() -> argparse.ArgumentParser:
         help="above 1: away from the model without z, or from --weak; 2 evaluations a step (default: %(default)s, off)",
     )
     add("--weak", metavar="RUN", help="a smaller or less trained run on the same first stage, for --guidance")
-    add("--age", type=util.positive_float, metavar="YEARS", help="of the people to sample; default: not known")
-    add("--sex", choices=SEXES, help="of the people to sample; default: not known")
+    add("--age", type=util.positive_float, metavar="YEARS", help="of the people to sample; default: as in training")
+    add("--sex", choices=SEXES, help="of the people to sample; default: as in training")
     add(
         "--cdr",
         type=float,
         choices=CONDITIONS["cdr"],
-        help="Clinical Dementia Rating of the people to sample; default: not known",
+        help="Clinical Dementia Rating of the people to sample; default: as in training",
+    )
+    add(
+        "--unknown-person",
+        action="store_true",
+        help="ask for nobody in particular: what none of these three says stays unknown, instead of being drawn among "
+        "the people of the training set",
     )
     util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
@@ -265,6 +272,49 @@ def person_of(args: argparse.Namespace, description: dict) -> dict[str, float]:
     return asked
 
 
+def decade(age: float) -> float:
+    """In years, where its ten years begin."""
+    return age // 10 * 10
+
+
+def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]]:
+    """How many there are of each kind among people [n, K]: [{condition: value, ..., "count": how many}, ...].
+
+    Of ages only the decade counts, so that weights tell of no single person. What is not known is left out.
+    """
+    kinds = Counter()
+    for person in people.tolist():
+        known = {name: value for name, value in zip(conditions, person, strict=True) if not math.isnan(value)}
+        kinds[tuple((name, decade(value) if name == "age" else value) for name, value in known.items())] += 1
+    return [{**dict(kind), "count": count} for kind, count in sorted(kinds.items())]
+
+
+def draw_person(asked: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
+    """What is asked for and, beside it, what people of the training set have who are like that, drawn by their number.
+
+    A function of (seed, brain). Where there is nobody like that, only what is asked for.
+    """
+    wanted = {name: decade(value) if name == "age" else value for name, value in asked.items()}
+    kinds = [kind for kind in description.get("people_counts", []) if wanted.items() <= kind.items()]
+    if not kinds:
+        return asked
+    generator = util.brain_generator(seed, brain, "person")
+    counts = torch.tensor([float(kind["count"]) for kind in kinds])
+    kind = kinds[int(counts.multinomial(1, generator=generator))]
+    person = {name: value for name, value in kind.items() if name != "count"}
+    if "age" in person:
+        youngest, oldest = description["people"]["age"]
+        age = person["age"] + int(torch.randint(10, (), generator=generator))
+        person["age"] = min(max(age, youngest), oldest)
+    return person | asked
+
+
+def words_for(person: dict[str, float]) -> list[str]:
+    """Such as ["age 64", "sex F", "cdr 0.5"]."""
+    letter = {value: name for name, value in SEXES.items()}
+    return [f"{name} {letter[value] if name == 'sex' else f'{value:g}'}" for name, value in person.items()]
+
+
 def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dict) -> LatentDiffusion | None:
     """The run of --weak, if there is one, to guide `model` away from. Raises UserError where the two do not fit."""
     if args.guidance == 1:
@@ -303,14 +353,13 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
             f"--slice-noise matched: {weights} was trained on too few whole cases to know it; choose another"
         )
     weak = load_weak(args, model, description)
-    person = person_of(args, description)
+    asked = person_of(args, description)
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
     noise = args.slice_noise or model.slice_noise
     how += f", {noise} noise" + (f" smoothed by {args.smooth_noise:g}" if noise == "matched" else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    how += "".join(f", {name} {getattr(args, name)}".removesuffix(".0") for name in person)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
     print(
@@ -318,11 +367,12 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):  # one at a time: memory stays small, and each depends on (seed, i) alone
+        person = asked if args.unknown_person else draw_person(asked, description, args.seed, i)
         path = sample_latents(model, range(i, i + 1), args, device, weak, person)
         slices = decode_brain(first_stage, path[-1], args.seed, i)
-        title = f"sampled brain {i}: seed {args.seed}, {how}"
-        files = write_brain(out, i, slices, title)
-        print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
+        name = ", ".join([f"brain {i}", *words_for(person)])
+        files = write_brain(out, i, slices, f"sampled {name}: seed {args.seed}, {how}")
+        print(f"{name}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
         if i == 0:
             shown = [4, 12, 20, 28]
             frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in path]
@@ -475,6 +525,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     if args.slices > 1:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
     people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
+    first_slices = torch.from_numpy(np.unique(train_slices.case.numpy(), return_index=True)[1])
     whole = train_slices.whole_cases().to(device)
     args.slice_noise = choose_slice_noise(args.slice_noise, len(whole), folder)
     real = held_out_slices.whole_brains()[:8]
@@ -545,6 +596,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         )
         description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
         description["people"] = describe_people(people, args.conditions)
+        description["people_counts"] = count_people(people[first_slices], args.conditions)
         save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
 
     def report(step: int) -> None:

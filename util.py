@@ -94,6 +94,7 @@ OF_ONE_START = {
     "age",
     "sex",
     "cdr",
+    "unknown_person",
     "temperature",
     "top_p",
     "decoder",

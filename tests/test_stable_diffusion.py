@@ -374,7 +374,7 @@ def test_recipes_are_recorded_and_single_flags_beat_them(trained, train):
     train("--name", "other", "--recipe", "edm", "--schedule", "cosine-zero", *ONE_STEP)
     train("--name", "other", "--recipe", "edm")
     for name, expected in {
-        "diffusion": ["min-snr", "cosine", "v", "min-snr", "uniform"],
+        "diffusion": ["v", "cosine", "v", "plain", "uniform"],
         "other": ["edm", "cosine-zero", "v", "plain", "log-normal"],
     }.items():
         recorded = json.loads(Path(f"log/{name}/run.json").read_text())["settings"]
@@ -472,6 +472,35 @@ def test_a_model_learns_of_people_what_the_table_tells(run_main, people_folder, 
     status, _, errors = run_main(stable_diffusion, *run, "--name", "new", "--conditions", "age")
     assert status == 2 and len(errors.splitlines()) == 1 and "oasis_cross-sectional.csv" in errors
     assert "nothing is learned of age" in run_main(stable_diffusion, *run, "--name", "new", *ONE_STEP)[1]
+
+
+PEOPLE_COUNTS = [{"age": 20.0, "sex": 0.0, "count": 6}, {"age": 70.0, "sex": 1.0, "cdr": 0.5, "count": 2}]
+
+
+def test_people_are_counted_by_kind_and_decade():
+    """What is not known is left out, so that drawing among kinds draws what is unknown as often as in training."""
+    people = torch.tensor([[24, 0, torch.nan]] * 4 + [[29, 0, torch.nan]] * 2 + [[71, 1, 0.5], [79, 1, 0.5]])
+    assert stable_diffusion.count_people(people, ["age", "sex", "cdr"]) == PEOPLE_COUNTS
+    assert stable_diffusion.count_people(torch.zeros(3, 0), []) == [{"count": 3}]
+
+
+def test_people_are_drawn_as_often_as_they_are_in_training():
+    """What is asked for stays, the rest is that of people who are like that; all of it follows from seed and brain."""
+    description = {"people_counts": PEOPLE_COUNTS, "people": {"age": [22.0, 75.0]}}
+
+    def drawn(**asked):
+        return [stable_diffusion.draw_person(asked, description, 0, brain) for brain in range(400)]
+
+    people = drawn()
+    young = [person for person in people if person["sex"] == 0]
+    assert 270 < len(young) < 330 and all("cdr" not in person and "count" not in person for person in young)
+    assert {person["age"] for person in young} == set(range(22, 30))
+    assert {person["age"] for person in people if person["sex"] == 1} == set(range(70, 76))
+    assert people == drawn()
+    assert all(person["age"] == 72 and person["cdr"] == 0.5 for person in drawn(age=72))
+    assert drawn(age=72, sex=0)[0] == {"age": 72, "sex": 0}  # there is nobody like that
+    assert stable_diffusion.draw_person({}, {}, 0, 0) == {}  # a model without people
+    assert stable_diffusion.words_for({"age": 72.0, "sex": 1, "cdr": 0.5}) == ["age 72", "sex M", "cdr 0.5"]
 
 
 def test_a_person_changes_the_brain(awaken):
