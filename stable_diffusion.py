@@ -52,6 +52,7 @@ from util import UserError
 from volume import write_brain
 
 SCRIPT = Path(__file__).name
+GOLDEN = (math.sqrt(5) - 1) / 2
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
 # Codes flicker along z where pictures do not, so noise matched to them changes a little too much from slice to slice.
 # Chosen on validation brains: the spectrum along z comes nearest to that of real heads (playground/EXPERIMENTS.md).
@@ -292,15 +293,17 @@ def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]
 def draw_person(asked: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
     """What is asked for and, beside it, what people of the training set have who are like that, drawn by their number.
 
-    A function of (seed, brain). Where there is nobody like that, only what is asked for.
+    A function of (seed, brain). The kinds lie in a row in the order of age, and brain after brain steps on by the golden
+    ratio of its length, so that few brains too are of all ages. Where nobody is like that, only what is asked for.
     """
     wanted = {name: decade(value) if name == "age" else value for name, value in asked.items()}
     kinds = [kind for kind in description.get("people_counts", []) if wanted.items() <= kind.items()]
     if not kinds:
         return asked
-    generator = util.brain_generator(seed, brain, "person")
-    counts = torch.tensor([float(kind["count"]) for kind in kinds])
-    kind = kinds[int(counts.multinomial(1, generator=generator))]
+    generator, start = util.brain_generator(seed, brain, "person"), util.brain_generator(seed, 0, "people")
+    share = (float(torch.rand((), generator=start, dtype=torch.float64)) + brain * GOLDEN) % 1
+    below = torch.tensor([float(kind["count"]) for kind in kinds], dtype=torch.float64).cumsum(0)
+    kind = kinds[int((below <= share * below[-1]).sum())]
     person = {name: value for name, value in kind.items() if name != "count"}
     if "age" in person:
         youngest, oldest = description["people"]["age"]
