@@ -293,8 +293,8 @@ def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]
 def draw_person(asked: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
     """What is asked for and, beside it, what people of the training set have who are like that, drawn by their number.
 
-    A function of (seed, brain). The kinds lie in a row in the order of age, and brain after brain steps on by the golden
-    ratio of its length, so that few brains too are of all ages. Where nobody is like that, only what is asked for.
+    A function of (seed, brain). The kinds lie in a row in the order of age, and each brain is a golden ratio of the row
+    beyond the one before, so that few brains too are of all ages. Where nobody is like that, only what is asked for.
     """
     wanted = {name: decade(value) if name == "age" else value for name, value in asked.items()}
     kinds = [kind for kind in description.get("people_counts", []) if wanted.items() <= kind.items()]
