@@ -199,14 +199,14 @@ def test_min_snr_counts_the_error_of_x0_alike_in_all_predictions(prediction, sch
     """The same error of x_0 costs min(SNR, 5) times its square; plain counts the output's once."""
     latent, noise, z = torch.randn(6, 4, 6, 7), torch.randn(6, 4, 6, 7), torch.arange(6)
     t, error = torch.tensor([5, 50, 150, 400, 600, 900]), torch.randn(6, 4, 6, 7)
-    model = tiny_model(prediction, schedule=schedule)
+    model = tiny_model(prediction, schedule=schedule, weighting="min-snr")
     alpha, sigma = model.alpha[t].float(), model.sigma[t].float()
     snr = (alpha / sigma) ** 2
     assert 0 < (snr > 5).sum() < 6  # both sides of the minimum are tried
     squared = error.square().mean((1, 2, 3))
     loss = perfect(model, latent, noise, error)(latent, z, t, noise)
     assert torch.allclose(loss, snr.clamp(max=5) * squared, rtol=1e-3)
-    plain = perfect(tiny_model(prediction, schedule=schedule, weighting="plain"), latent, noise, error)
+    plain = perfect(tiny_model(prediction, schedule=schedule), latent, noise, error)  # the default
     ratio = {"v": 1 / sigma**2, "eps": snr, "x0": 1, "flow": (1 + alpha / sigma) ** 2}[prediction]
     assert torch.allclose(plain(latent, z, t, noise), ratio * squared, rtol=1e-3)
 
