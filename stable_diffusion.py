@@ -52,7 +52,7 @@ from util import UserError
 from volume import write_brain
 
 SCRIPT = Path(__file__).name
-GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, lie evenly however many there are
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
 # Codes flicker along z where pictures do not, so noise matched to them changes a little too much from slice to slice.
 # Chosen on validation brains: the spectrum along z comes nearest to that of real heads (playground/EXPERIMENTS.md).

@@ -233,6 +233,17 @@ def command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def run_script(script: str, flags: list) -> None:
+    """Runs another script of the project and shows its command line. Raises UserError when it fails."""
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, flags)]
+    print("run:", *command[1:], flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise UserError(f"{script} failed, see above; change what it says, or remove the run it was to train")
+
+
 def _complain(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2

@@ -16,7 +16,6 @@ variances, and heads drawn from the prior: one latent from N(0, 1), decoded at s
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
@@ -49,13 +47,7 @@ def train(schedule: str, args: argparse.Namespace) -> VAE:
     flags += ["--steps", args.steps, "--report-every", max(1, args.steps // 10), "--device", args.device]
     flags += ["--data", args.data] if args.data else []
     flags += ["--minutes", args.minutes] if args.minutes else []
-    command = [sys.executable, str(ROOT / "prestage_train.py"), *SMALL, *map(str, flags)]
-    print("run:", *command[1:], flush=True)
-    status = subprocess.run(command, check=False).returncode
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        raise util.UserError(f"run {name} failed, see above; change what it says, or remove the runs kl-*")
+    util.run_script("prestage_train.py", [*SMALL, *flags])
     model = load_first_stage(name, util.pick_device(args.device))
     done = model.description["step"]
     if done < args.steps:

@@ -15,7 +15,6 @@ over those of as many held-out heads.
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,12 +22,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stable_diffusion
 import util
-from dataset import Slices, find_data, load_slices
+from dataset import find_data, load_slices
 from model_diffusion import RECIPES, LatentDiffusion
 from model_VAE import Autoencoder, load_second_stage
 from realism import SAMPLE_SCORES, markdown_table, score_samples
@@ -58,13 +56,7 @@ def train(recipe: str, args: argparse.Namespace, more: list[str]) -> tuple[Laten
     flags = ["--name", name, "--recipe", recipe, "--first-stage", args.first_stage, "--seed", args.seed, *SMALL]
     flags += ["--steps", args.steps, "--report-every", max(1, args.steps // 4), "--device", args.device]
     flags += ["--data", args.data] if args.data else []
-    command = [sys.executable, str(ROOT / "stable_diffusion.py"), *map(str, flags), *more]
-    print("run:", *command[1:], flush=True)
-    status = subprocess.run(command, check=False).returncode
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        raise util.UserError(f"run {name} failed, see above; change what it says, or remove the runs recipe-*")
+    util.run_script("stable_diffusion.py", [*flags, *more])
     model, first_stage, description = load_second_stage(name, LatentDiffusion, util.pick_device(args.device), None)
     if description["step"] < args.steps:
         raise util.UserError(f"run {name} has {description['step']} of {args.steps} steps; the same command continues")
@@ -112,13 +104,8 @@ def draw(errors: dict[str, list[float]], scores: dict[str, dict], args: argparse
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="y")
     left.legend(title="recipe")
-    figure.suptitle(f"Five recipes for one network and equal time: {args.steps:,} steps, seed {args.seed}")
+    figure.suptitle(f"{len(errors)} recipes for one network and equal time: {args.steps:,} steps, seed {args.seed}")
     return figure
-
-
-def encoded(first_stage: Autoencoder, data: Slices, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents [N, C, h, w] and z [N] of every fourth slice."""
-    return tuple(part[::4] for part in encode_all(first_stage, data, device, "auto"))
 
 
 def main() -> None:
@@ -133,12 +120,14 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--out", type=Path, default=Path("playground_vis/recipes.png"), help="picture (default: %(default)s)")
     args, more = parser.parse_known_args()
+    if args.brains < 2:
+        raise util.UserError("--brains 1: scores of samples need two brains")
     device, folder = util.pick_device(args.device), find_data(args.data)
     models = {recipe: train(recipe, args, more) for recipe in args.recipes}
     first_stage = next(iter(models.values()))[1]
     known, held_out = (load_slices(folder, split, first_stage.image_size) for split in ("train", "validate"))
     scorer, described = find_scorer()
-    latents, z = encoded(first_stage, held_out, device)
+    latents, z = (part[::4] for part in encode_all(first_stage, held_out, device, "auto"))  # every fourth slice will do
 
     errors, scores = {}, {}
     for recipe, (model, first_stage) in models.items():

@@ -468,6 +468,8 @@ def test_a_model_learns_of_people_what_the_table_tells(run_main, people_folder, 
         assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
     status, out, errors = run_main(stable_diffusion, *sample, "all", "--age", 74, "--sex", "F", "--cdr", 0.5)
     assert status == 0 and "age 74, sex F, cdr 0.5" in out, errors
+    assert "brain 0, age 74, sex F, cdr 0.5, in" in run_main(stable_diffusion, *sample, "all", "--sex", "F")[1]
+    assert "brain 0, sex F, in" in run_main(stable_diffusion, *sample, "all", "--sex", "F", "--unknown-person")[1]
     (people_folder / "oasis_cross-sectional.csv").unlink()
     status, _, errors = run_main(stable_diffusion, *run, "--name", "new", "--conditions", "age")
     assert status == 2 and len(errors.splitlines()) == 1 and "oasis_cross-sectional.csv" in errors
