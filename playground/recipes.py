@@ -97,14 +97,16 @@ def draw(errors: dict[str, list[float]], scores: dict[str, dict], args: argparse
     left.set(
         xlabel="noise, ln(sigma / alpha)", ylabel="squared error of $x_0$ over the best recipe's", ylim=(0.98, 1.5)
     )
-    left.set_title("Denoising, validation slices; what leaves the frame is worse")
+    left.set_title("Denoising, validation slices")
     right.set_xticks(range(len(SHOWN)), SHOWN.values(), fontsize=8)
     right.set(ylabel="samples / real heads", yscale="log", title=f"Scores of {args.brains} brains: lower is better")
+    right.set_ylim(0.7, 10)
     right.axhline(1, color="black", linewidth=1)
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="y")
     left.legend(title="recipe")
-    figure.suptitle(f"{len(errors)} recipes for one network and equal time: {args.steps:,} steps, seed {args.seed}")
+    title = f"{len(errors)} recipes for one network and equal time: {args.steps:,} steps, seed {args.seed}"
+    figure.suptitle(f"{title}; what leaves a frame is worse than it shows")
     return figure
 
 
