@@ -296,6 +296,12 @@ class Autoencoder(nn.Module):
         self._check_grid("latent", latent, self.latent_shape, z)
         return self.pad(self._decode(self._denormalise(latent), z, noise).clamp(-1, 1))
 
+    def reconstruct(self, x: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What is left of x [B, 1, S, S] at z int64 [B] after coding, by way of the codes where the model has codes."""
+        if hasattr(self, "encode_indices"):
+            return self.decode_indices(self.encode_indices(x, z), z, noise)
+        return self.decode(self.encode(x, z), z, noise)
+
     @torch.no_grad()
     def set_latent_statistics(self, batches) -> None:
         """Sets the scale from (x, z) batches: afterwards `encode` has mean 0 and sd 1 per channel over them."""
@@ -330,6 +336,15 @@ class Autoencoder(nn.Module):
                 f"x must be [B, 1, {self.image_size}, {self.image_size}] and z [B], "
                 f"not {list(x.shape)} and {list(z.shape)}"
             )
+
+    def _for_both(self, quantised: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """What models with codes decode in training: the codes, and with the perceptual decoder every other slice's
+        latent before rounding instead. Both kinds of second stage decode with that one, over codes and over latents.
+        """
+        if self.decoder_in_use == "fidelity":
+            return quantised
+        odd = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1) % 2 == 1
+        return torch.where(odd, self._unrounded(x, z), quantised)
 
     def _check_grid(self, name: str, grid: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
         if grid.shape[1:] != shape or z.shape != grid.shape[:1]:
@@ -464,14 +479,18 @@ class VQVAE(Autoencoder):
         linear, residual = self._encode(self.crop(x), z)
         return (linear + residual).float()
 
+    def _unrounded(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.quantizer.unrounded(self.vectors(x, z))
+
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstructed box, as _reconstruct, and {"codebook": commitment (and codebook) loss, ...}.
 
         Training mode moves the codebook.
         """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            quantised, _, loss = self.quantizer(self.vectors(x, z))
-        x_hat, losses = self._reconstruct(quantised, z, self.crop(x))
+            latent, _, loss = self.quantizer(self.vectors(x, z))
+            latent = self._for_both(latent, x, z)
+        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
         return x_hat, losses | {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
@@ -485,8 +504,13 @@ class VQVAE(Autoencoder):
         return self.pad(self._decode(self.quantizer.lookup(idx), z, noise).clamp(-1, 1))
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
-        """Normalised quantised latent, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
-        return self._normalise(self.quantizer.lookup(self.encode_indices(x, z)))
+        """Normalised latent before quantisation, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B].
+
+        A second stage over latents learns these, as if the quantiser were the decoder's first layer (Rombach et al.
+        2022, section 3.1): they hang together along z and decode better than the codes nearest to them.
+        """
+        self._check(x, z)
+        return self._normalise(self._unrounded(x, z))
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, C, h, w] of codes drawn one by one, as draw_codes does."""
@@ -575,6 +599,10 @@ class VQVAE2(Autoencoder):
         top, bottom = self._split(latent.float())
         return self.linear_top.decode(top) + self.linear.decode(bottom)
 
+    def _unrounded(self, x: Tensor, z: Tensor) -> Tensor:
+        top = self.quantizer_top.unrounded(self.top_vectors(x, z))
+        return self._join(top, self.quantizer.unrounded(self.bottom_vectors(x, z, top)))
+
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstructed box, as _reconstruct, and {"codebook": losses of both quantisers, ...}.
 
@@ -583,7 +611,8 @@ class VQVAE2(Autoencoder):
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
             bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-        x_hat, losses = self._reconstruct(self._join(top, bottom), z, self.crop(x))
+            latent = self._for_both(self._join(top, bottom), x, z)
+        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
         return x_hat, losses | {"codebook": loss_top + loss_bottom}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -603,8 +632,9 @@ class VQVAE2(Autoencoder):
         return self.pad(self._decode(self._lookup(idx), z, noise).clamp(-1, 1))
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
-        """Normalised quantised latent, float32 [B, 2 C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
-        return self._normalise(self._lookup(self.encode_indices(x, z)))
+        """Normalised latent before quantisation, float32 [B, 2 C, h, w], as that of VQVAE."""
+        self._check(x, z)
+        return self._normalise(self._unrounded(x, z))
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents [count, 2 C, h, w] of codes drawn one by one, as draw_codes does."""

@@ -91,7 +91,7 @@ def validate(model: Autoencoder, data: Slices, index: Tensor, device: torch.devi
                 codes.append(model.encode_indices(x, z))
                 x_hat = model.decode_indices(codes[-1], z)
             else:
-                x_hat = model.decode(model.encode(x, z), z)
+                x_hat = model.reconstruct(x, z)
         masks = data.masks[part] if data.masks is not None else None
         scores.append(slice_scores(to_uint8(x_hat)[:, 0].cpu(), data.images[part].cpu(), masks))
     result = mean_scores(scores)
@@ -105,7 +105,7 @@ def draw_reconstructions(model: Autoencoder, data: Slices, device: torch.device,
     """Sheet real | reconstructed | 5 x difference of six slices of one validation case."""
     index = torch.linspace(0, min(31, len(data) - 1), 6).round().long()
     x, z, case = data.batch(index, device)
-    real, fake = to_uint8(x)[:, 0].cpu().int(), to_uint8(model.decode(model.encode(x, z), z))[:, 0].cpu().int()
+    real, fake = to_uint8(x)[:, 0].cpu().int(), to_uint8(model.reconstruct(x, z))[:, 0].cpu().int()
     difference = (128 + 5 * (fake - real)).clamp(0, 255)
     rows = [part.to(torch.uint8).numpy() for part in (real, fake, difference)]
     captions = [f"case {c}, z = {i}" for c, i in zip(case.tolist(), z.tolist())] + [""] * 12

@@ -1,7 +1,8 @@
 """Quantisers: each turns latent vectors [B, C, h, w] into a grid of codes idx int64 [B, h, w] and back.
 
 VectorQuantizer learns a codebook; FiniteScalarQuantizer rounds every number to a few levels and has none. Both work in
-float32 whatever the autocast, and share one interface: `forward`, `nearest`, `lookup`, `start`, `codebook_size`.
+float32 whatever the autocast, and share one interface: `forward`, `nearest`, `lookup`, `unrounded`, `start`,
+`codebook_size`.
 """
 
 import math
@@ -87,6 +88,10 @@ class VectorQuantizer(nn.Module):
     def lookup(self, idx: Tensor) -> Tensor:
         """Codes [B, dim, h, w] of int64 idx [B, h, w]."""
         return F.embedding(idx, self._project(self.codebook)).movedim(-1, 1)
+
+    def unrounded(self, latent: Tensor) -> Tensor:
+        """float32 [B, dim, h, w]: what is rounded of a latent of that shape, on the scale of the codes."""
+        return self._project(latent.float())
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns quantised latent with a gradient to the encoder, idx int64 [B, h, w], loss.
@@ -206,6 +211,12 @@ class FiniteScalarQuantizer(nn.Module):
     def lookup(self, idx: Tensor) -> Tensor:
         """Codes [B, C, h, w] of int64 idx [B, h, w]."""
         return (self.centre + self.width * self._step(self.digits(idx))).movedim(-1, 1)
+
+    def unrounded(self, latent: Tensor) -> Tensor:
+        """float32 [B, C, h, w]: what is rounded of a latent of that shape, up to the outermost codes."""
+        ends = torch.stack([torch.zeros_like(self.L), self.L - 1])
+        low, high = (self.centre + self.width * self._step(ends)).view(2, -1, 1, 1)
+        return latent.float().maximum(low).minimum(high)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns quantised latent, idx int64 [B, h, w], and 0: this quantiser needs no loss of its own.

@@ -66,7 +66,7 @@ class Ours(nn.Module):
         return x_hat, losses["codebook"] if "codebook" in losses else 1e-3 / 256**2 * losses["kl"]
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.net.decode(self.net.encode(x, z), z)
+        return self.net.reconstruct(x, z)
 
 
 class MonaiVQVAE(nn.Module):

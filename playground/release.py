@@ -95,8 +95,8 @@ def print_change(before: Autoencoder, after: Autoencoder, data: Slices) -> None:
             total += sum(a.numel() for a, _ in pairs)
         latents = [m.encode(x, z) for m in (before, after)]
         moved = max(moved, float((latents[1] - latents[0]).abs().max()))
-        for model, latent, score in zip((before, after), latents, scores, strict=True):
-            decoded = to_uint8(model.decode(latent, z))[:, 0]
+        for model, score in zip((before, after), scores, strict=True):
+            decoded = to_uint8(model.reconstruct(x, z))[:, 0]
             score.append(slice_scores(decoded, data.images[index], None)["ssim"])
     ssim = [torch.cat(score) for score in scores]
     codes = f"{changed} of {total} codes change ({changed / total:.4%})" if total else "no codes"

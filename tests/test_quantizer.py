@@ -351,6 +351,27 @@ def test_the_quantised_value_is_the_middle_of_its_bin():
     assert torch.allclose(quantised, quantizer.lookup(idx), atol=1e-5) and loss == 0
 
 
+@pytest.mark.parametrize("kind", ["vq", "sphere", "fsq"])
+def test_unrounded_is_what_is_rounded_on_the_scale_of_the_codes(kind):
+    """Its code is the latent's; of unit length on the sphere, never beyond the outermost codes of fsq."""
+    quantizer = (fsq(8, 5, 5) if kind == "fsq" else VectorQuantizer(16, 3, sphere=kind == "sphere")).eval()
+    latent = 3 * torch.randn(2, 3, 4, 5)
+    unrounded = quantizer.unrounded(latent)
+    assert unrounded.shape == latent.shape and not torch.allclose(unrounded, quantizer(latent)[0], atol=1e-3)
+    assert torch.equal(quantizer(unrounded)[1], quantizer(latent)[1])
+    codes = quantizer.lookup(torch.arange(quantizer.codebook_size)[None, None])
+    assert torch.allclose(quantizer.unrounded(codes), codes, atol=1e-6)
+    if kind == "sphere":
+        assert torch.allclose(unrounded.norm(dim=1), torch.ones(2, 4, 5))
+    elif kind == "fsq":
+        low, high = codes.amin((0, 2, 3)), codes.amax((0, 2, 3))
+        assert torch.equal(unrounded, latent.maximum(low.view(3, 1, 1)).minimum(high.view(3, 1, 1)))
+        inside = ((latent > low.view(3, 1, 1)) & (latent < high.view(3, 1, 1))).nonzero(as_tuple=True)
+        assert torch.equal(unrounded[inside], latent[inside])
+    else:
+        assert torch.equal(unrounded, latent)
+
+
 def test_the_gradient_passes_inside_the_bins_and_fades_outside():
     """1 in the middle of a bin, near 1 within; next to nothing far outside, where it would push without effect."""
     quantizer = fsq(9, 9)
