@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from module import gaussian_window, norm, zero
+from module import cosines, gaussian_window, norm, zero
 
 # Grain is smooth along z by a gaussian of this sd in slices, which correlates it by .78, .37, .02 over 1, 2, 4 slices.
 # What codes of 8x8 pixels leave out of real slices has .64, .43 and .24, but part of that is the codes' own flicker.
@@ -15,9 +15,7 @@ SMOOTHING = 1.0
 
 def cosine_transform(size: int) -> Tensor:
     """[size^2, size^2]: the orthonormal cosine transform of type II of size x size pixels, both in reading order."""
-    k = torch.arange(size)
-    rows = torch.cos(math.pi * (k + 0.5) * k[:, None] / size) * math.sqrt(2 / size)
-    rows[0] /= math.sqrt(2)
+    rows = cosines(size, size)
     return torch.kron(rows, rows)
 
 
@@ -74,7 +72,9 @@ class Grain(nn.Module):
 def noise_of_slices(slices: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
     """What `Grain.draw` takes for neighbouring slices of one brain, float32 [slices, 1, height, width] on the CPU.
 
-    N(0, 1) in every slice, smooth along z by SMOOTHING.
+    N(0, 1) in every slice, smooth along z by SMOOTHING, at both ends too: the white noise goes on beyond them.
     """
-    white = torch.randn(slices, 1, height, width, generator=generator)
-    return torch.tensordot(F.normalize(gaussian_window(slices, SMOOTHING)), white, 1)
+    beyond = math.ceil(3 * SMOOTHING)
+    white = torch.randn(slices + 2 * beyond, 1, height, width, generator=generator)
+    window = gaussian_window(len(white), SMOOTHING)[beyond:-beyond]
+    return torch.tensordot(F.normalize(window), white, 1)

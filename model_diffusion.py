@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from linear_denoiser import LinearDenoiser
 from module import (
     CategoryEmbedding,
     Downsample,
@@ -19,7 +20,6 @@ from module import (
     SelfAttention,
     SliceMixing,
     Upsample,
-    gaussian_window,
     norm,
     zero,
 )
@@ -90,32 +90,28 @@ def embed_condition(dim: int, name: str) -> nn.Module:
 class UNet(nn.Module):
     """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block.
 
-    The first layer also sees the mean training latent at z, `atlas` [slices_per_brain, C, h, w]: heads are registered
-    to one space, and where all is noise it is the best guess, which convolutions alone would draw from nothing.
-    `conditions` names what else is known, and embedded, of the person.
+    The first layer also sees the `guess` at x_0 of a linear denoiser, without effect at the start. `conditions` names
+    what else is known, and embedded, of the person.
     With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
     """
 
     def __init__(
         self,
-        latent_shape: tuple[int, int, int],
+        latent_channels: int,
         channels: int,
         channel_multipliers: tuple[int, ...],
         blocks: int,
         unknown_z: bool = False,
         mixing: bool = False,
         conditions: tuple[str, ...] = (),
-        slices_per_brain: int = 32,
     ):
         super().__init__()
-        latent_channels = latent_shape[0]
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
         self.embed_people = nn.ModuleDict({name: embed_condition(embedding_dim, name) for name in conditions})
         self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
-        self.stem_atlas = zero(nn.Conv2d(latent_channels, width[0], 3, padding=1, bias=False))
-        self.register_buffer("atlas", torch.zeros(slices_per_brain, *latent_shape))
+        self.stem_guess = zero(nn.Conv2d(latent_channels, width[0], 3, padding=1, bias=False))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, current = [width[0]], width[0]
         for level, w in enumerate(width):
@@ -134,8 +130,10 @@ class UNet(nn.Module):
                 self.up.append(Upsample(current, current))
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor, slices: int = 1, people: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
+    def forward(
+        self, x: Tensor, guess: Tensor, t: Tensor, z: Tensor, slices: int = 1, people: Tensor | None = None
+    ) -> Tensor:
+        """x and guess [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
 
         With mixing, every `slices` of the batch are contiguous slices of one brain. `people` [B, conditions] holds the
         conditions in their order, NaN where one is not known; None if none is.
@@ -145,7 +143,7 @@ class UNet(nn.Module):
             value = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
             # in decades: the sines of single years would tell every person of a small data set from all others
             embedding = embedding + embed(value / 10 if name == "age" else value)
-        h = self.stem(x) + self.stem_atlas(self.atlas_at(z))
+        h = self.stem(x) + self.stem_guess(guess)
         skips = [h]
         for part in self.down:
             h = part(h, embedding, slices) if isinstance(part, Level) else part(h)
@@ -157,11 +155,6 @@ class UNet(nn.Module):
             else:
                 h = part(h, skips[-1].shape[-2:])  # odd sides lost half a pixel on the way down
         return self.out(h)
-
-    def atlas_at(self, z: Tensor) -> Tensor:
-        """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
-        atlas = torch.cat([self.atlas, self.atlas.mean(0, keepdim=True)])
-        return atlas[z.nan_to_num(nan=len(self.atlas)).long()]
 
 
 class Level(nn.Module):
@@ -181,34 +174,6 @@ class Level(nn.Module):
 # -------------------------------------------------------------------------------------------------- the diffusion model
 
 
-def slice_correlation(latents: Tensor) -> Tensor:
-    """Correlation [C, Z, Z] between the Z slices of a brain, of latents [n, Z, C, h, w] of n >= 2 brains.
-
-    It is that of what makes a brain differ from the mean of all at the same place, over brains and places.
-    """
-    difference = latents - latents.mean(0)
-    difference = difference / difference.square().mean((0, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)
-    correlation = torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
-    correlation.diagonal(dim1=1, dim2=2).fill_(1)  # also where nothing differs
-    return correlation
-
-
-def mean_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> Tensor:
-    """Mean [slices_per_brain, C, h, w] of the latents [N, C, h, w] at every z int64 [N], 0 where there is none."""
-    total = latents.new_zeros(slices_per_brain, *latents.shape[1:]).index_add_(0, z, latents)
-    return total / z.bincount(minlength=slices_per_brain).clamp(min=1).view(-1, 1, 1, 1)
-
-
-def smoothed(correlation: Tensor, width: float) -> Tensor:
-    """[C, Z, Z]: of slices of that correlation after a gaussian of sd `width` slices has run over z, 0 for none."""
-    if width == 0:
-        return correlation
-    window = gaussian_window(correlation.shape[-1], width).to(correlation)
-    covariance = window @ correlation @ window.T
-    sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
-    return covariance / (sd[:, :, None] * sd[:, None, :])
-
-
 class LatentDiffusion(nn.Module):
     """p(latent | z): the UNet together with what it predicts and how its loss is weighted.
 
@@ -224,6 +189,7 @@ class LatentDiffusion(nn.Module):
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
         slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
             itself; with more, neighbours hear of each other, and S may be another one in sampling.
+        modes: of the LinearDenoiser, whose guess at x_0 the UNet sees; they need matched noise.
         slice_noise: how the noise of a brain's slices hangs together, one of SLICE_NOISE: "matched" is correlated
             along z as `slice_correlation` says, "shared" the same in all, "own" independent.
         slices_per_brain: Z, how many slices there are of a brain.
@@ -250,6 +216,7 @@ class LatentDiffusion(nn.Module):
         slices: int = 1,
         slice_noise: str = "matched",
         slices_per_brain: int = 32,
+        modes: int = 0,
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
         T: int = 1000,
@@ -272,15 +239,15 @@ class LatentDiffusion(nn.Module):
         self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
         self.slices, self.slice_noise = slices, slice_noise
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
+        self.linear = LinearDenoiser(self.latent_shape, modes, slices_per_brain)
         self.unet = UNet(
-            self.latent_shape,
+            latent_shape[0],
             channels,
             tuple(channel_multipliers),
             blocks,
             unknown_z=drop_z > 0,
             mixing=slices > 1,
             conditions=self.conditions,
-            slices_per_brain=slices_per_brain,
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
@@ -311,6 +278,7 @@ class LatentDiffusion(nn.Module):
         noise: Tensor | None = None,
         slices: int | None = None,
         people: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> Tensor:
         """Loss of each latent, float32 [B], at random steps and noise unless given.
 
@@ -320,6 +288,8 @@ class LatentDiffusion(nn.Module):
             t: int64 [B], the same for all slices of a brain.
             noise: [B, C, h, w]; default: as slice_noise says.
             people: [B, conditions], the same for all slices of a brain; see UNet.
+            shown: int64 [n], what the UNet sees of the batch, and n losses are of: as many slices, one after the
+                other, of each brain. Of what it does not see it has the linear denoiser's guess. Default: all.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
@@ -328,7 +298,13 @@ class LatentDiffusion(nn.Module):
         if self.training:
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
-        output = self.unet(alpha * latent + sigma * noise, t, z, slices, people).float()
+        x = alpha * latent + sigma * noise
+        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation)
+        seen = [latent, noise, alpha, sigma, x, guess, t, z, people]
+        if shown is not None:
+            seen = [None if part is None else part[shown] for part in seen]
+        latent, noise, alpha, sigma, x, guess, t, z, people = seen
+        output = self.unet(x, guess, t, z, len(x) // brains, people).float()
         target = {
             "v": alpha * noise - sigma * latent,
             "eps": noise,
@@ -338,18 +314,17 @@ class LatentDiffusion(nn.Module):
         loss = (output - target).square().mean((1, 2, 3))
         return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
 
-    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None, smooth: float = 0.0) -> Tensor:
+    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None) -> Tensor:
         """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
 
         Every `slices` of the batch are of one brain, at z int64 [B]; `how` is one of SLICE_NOISE, default: slice_noise.
-        `smooth` slices of gaussian smoothing along z take from matched noise what changes from slice to slice.
         """
         how = how or self.slice_noise
         if slices == 1 or how == "own":
             return white
         K = self.slice_correlation if how == "matched" else torch.ones_like(self.slice_correlation)
-        K, z = smoothed(K.double(), smooth), z.view(-1, slices)
-        value, vector = torch.linalg.eigh(K[:, z[:, :, None], z[:, None, :]])  # [C, n, slices, slices]
+        z = z.view(-1, slices)
+        value, vector = torch.linalg.eigh(K.double()[:, z[:, :, None], z[:, None, :]])  # [C, n, slices, slices]
         root = ((vector * value.clamp(min=0).sqrt()[..., None, :]) @ vector.mT).float()
         with torch.autocast(white.device.type, enabled=False):
             return torch.einsum("cnab,nbchw->nachw", root, white.unflatten(0, (-1, slices))).flatten(0, 1)
@@ -388,7 +363,9 @@ class LatentDiffusion(nn.Module):
         """
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
-        output = self.unet(x, t, z, slices or len(x), people).float()
+        slices = slices or len(x)
+        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation)
+        output = self.unet(x, guess, t, z, slices, people).float()
         if self.prediction == "v":
             return alpha * x - sigma * output, sigma * x + alpha * output
         if self.prediction == "eps":

@@ -1,5 +1,7 @@
 """What several networks are built of: residual block, self-attention, resampling, embeddings of z and time."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,14 @@ def gaussian_window(slices: int, width: float) -> Tensor:
     """float32 [slices, slices]: exp(-(i - j)^2 / (2 width^2)), whose rows smooth along z by an sd of `width` slices."""
     z = torch.arange(slices)
     return torch.exp(-((z[:, None] - z) ** 2) / (2 * width**2))
+
+
+def cosines(count: int, size: int) -> Tensor:
+    """[count, size]: the slowest `count` rows of the orthonormal cosine transform of type II of `size` numbers."""
+    k = torch.arange(size)
+    rows = torch.cos(math.pi * (k + 0.5) * k[:count, None] / size) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows
 
 
 def zero(layer: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import util
 from dataset import PEOPLE_TABLE, SEXES, SLICES_PER_CASE, Slices, find_data, load_slices, people_table, to_uint8
+from linear_denoiser import mean_at_each_z, principal_modes, slice_correlation
 from logger import Logger
 from metrics import adjacent_ssim
 from model_diffusion import (
@@ -39,13 +40,11 @@ from model_diffusion import (
     Denoise,
     LatentDiffusion,
     guide,
-    mean_at_each_z,
     noise_levels,
     sample_ddim,
     sample_ddpm,
     sample_dpm,
     sample_heun,
-    slice_correlation,
 )
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
@@ -54,9 +53,7 @@ from volume import write_brain
 SCRIPT = Path(__file__).name
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, lie evenly however many there are
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
-# Codes flicker along z where pictures do not, so noise matched to them changes a little too much from slice to slice.
-# Chosen on validation brains: the spectrum along z comes nearest to that of real heads (playground/EXPERIMENTS.md).
-SMOOTH_NOISE = 0.7
+MODES = 24  # of the linear denoiser, or a quarter of the brains where these are few
 
 
 def flags() -> argparse.ArgumentParser:
@@ -121,14 +118,6 @@ def flags() -> argparse.ArgumentParser:
         "is there; nothing after the flag: none",
     )
     add("--sample", action="store_true", help="draw new brains instead of training")
-    add(
-        "--smooth-noise",
-        type=util.number,
-        default=SMOOTH_NOISE,
-        metavar="SLICES",
-        help="matched noise is smoothed along z by a gaussian of this sd when sampling; 0: as in training "
-        "(default: %(default)s)",
-    )
     add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
     add(
         "--sampler",
@@ -170,21 +159,19 @@ def flags() -> argparse.ArgumentParser:
 
 
 class BrainNoise:
-    """Draws noise [32 n, C, h, w] for n brains, correlated between the slices of each: `how` and `smooth` as correlate.
+    """Draws noise [32 n, C, h, w] for n brains, correlated between the slices of each as `how` says (see correlate).
 
     Brain i depends on (seed, i) alone, so it is the same picture in any batch.
     """
 
-    def __init__(
-        self, seed: int, brains: range, model: LatentDiffusion, how: str | None = None, smooth: float = SMOOTH_NOISE
-    ):
+    def __init__(self, seed: int, brains: range, model: LatentDiffusion, how: str | None = None):
         self.generators = [util.brain_generator(seed, i) for i in brains]
-        self.model, self.how, self.smooth = model, how, smooth
+        self.model, self.how = model, how
 
     def _of_brain(self, generator: torch.Generator) -> Tensor:
         white = torch.randn(SLICES_PER_CASE, *self.model.latent_shape, generator=generator)
         z = torch.arange(SLICES_PER_CASE, device=self.model.alpha.device)
-        return self.model.correlate(white.to(z.device), z, SLICES_PER_CASE, self.how, self.smooth)
+        return self.model.correlate(white.to(z.device), z, SLICES_PER_CASE, self.how)
 
     def __call__(self) -> Tensor:
         return torch.cat([self._of_brain(generator) for generator in self.generators])
@@ -235,7 +222,7 @@ def sample_latents(
         nothing = torch.full(z.shape, torch.nan, device=device)
         poor = denoiser(weak, z, person or {}) if weak else denoiser(model, nothing, {})
         denoise = guide(denoise, poor, args.guidance)
-    draw = BrainNoise(args.seed, brains, model, args.slice_noise, args.smooth_noise)
+    draw = BrainNoise(args.seed, brains, model, args.slice_noise)
     alpha, sigma = min((m.sampling_levels() for m in (model, weak) if m), key=lambda levels: len(levels[0]))
     steps, total = walk(alpha, sigma, denoise, draw, args)
     every = max(1, total // 16)  # kept for the GIF
@@ -361,7 +348,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")
     noise = args.slice_noise or model.slice_noise
-    how += f", {noise} noise" + (f" smoothed by {args.smooth_noise:g}" if noise == "matched" else "")
+    how += f", {noise} noise"
     how += f", {first_stage.decoder_in_use} decoder"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     out.mkdir(parents=True, exist_ok=True)
@@ -440,6 +427,19 @@ def window_starts(data: Slices, slices: int) -> Tensor:
     return (torch.arange(0, len(data), SLICES_PER_CASE)[:, None] + offset).flatten()
 
 
+def around_windows(begin: Tensor, slices: int) -> tuple[Tensor, Tensor | None]:
+    """(index, shown) of a batch of windows that begin at int64 [n]: their whole brains, and where in these they lie.
+
+    Single slices come by themselves: shown is None.
+    """
+    if slices == 1:
+        return begin, None
+    place = (begin % SLICES_PER_CASE)[:, None]
+    index = begin[:, None] - place + torch.arange(SLICES_PER_CASE)
+    shown = SLICES_PER_CASE * torch.arange(len(begin))[:, None] + place + torch.arange(slices)
+    return index.flatten(), shown.flatten()
+
+
 def follow_recipe(args: argparse.Namespace) -> argparse.Namespace:
     """Settings with what --recipe implies where nothing was said. Raises UserError if they contradict."""
     recipe = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES[args.recipe], strict=True))
@@ -486,7 +486,7 @@ def check_slices(args: argparse.Namespace) -> None:
 
 
 def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> None:
-    """Gives a new model the weights of `run`. Mixing of slices, if that has none, stays as it starts: without effect.
+    """Gives a new model the networks of `run`. Mixing of slices, if that has none, stays as it starts: without effect.
 
     Raises UserError where first stage or sizes differ.
     """
@@ -494,7 +494,7 @@ def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> No
     if description["first_stage"]["digest"] != first_stage.description["digest"]:
         raise UserError(f"--start-from {run}: it was trained on another first stage; name that with --first-stage")
     try:
-        missing, unexpected = model.load_state_dict(prior.state_dict(), strict=False)
+        missing, unexpected = model.unet.load_state_dict(prior.unet.state_dict(), strict=False)
     except RuntimeError:
         missing, unexpected = [], ["weights of other shapes"]
     if unexpected or any(".mixing." not in name for name in missing):
@@ -535,6 +535,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
     # network
+    together = SLICES_PER_CASE if args.slices > 1 else 1  # the linear denoiser sees whole brains, the UNet windows
+    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
     torch.manual_seed(args.seed)
     model_kwargs = {
         "latent_shape": first_stage.latent_shape,
@@ -549,15 +551,18 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "slices": args.slices,
         "slice_noise": args.slice_noise,
         "slices_per_brain": SLICES_PER_CASE,
+        "modes": modes,
         "conditions": args.conditions,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
-    model.unet.atlas.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
+    model.linear.mean.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
     if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
+    if modes:
+        model.linear.set_modes(*principal_modes(latents[whole], model.slice_correlation, modes))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
@@ -617,13 +622,13 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     for step in steps:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         windows = util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)
-        index = (starts[windows, None] + torch.arange(args.slices)).flatten().to(device)
+        index, shown = around_windows(starts[windows], args.slices)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            loss = forward(latents[index], z_all[index], people=people[index]).mean()
+            loss = forward(latents[index], z_all[index], None, None, together, people[index], shown).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -650,8 +655,6 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 def main() -> None:
     args, typed = util.parse_flags(flags())
     args.name = args.name or "diffusion"
-    if args.smooth_noise < 0:
-        raise UserError(f"--smooth-noise {args.smooth_noise:g} is below 0")
     if args.sample_steps > 1000:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
     util.start_processes()

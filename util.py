@@ -87,7 +87,6 @@ OF_ONE_START = {
     "brains",
     "sampler",
     "sample_steps",
-    "smooth_noise",
     "eta",
     "guidance",
     "weak",

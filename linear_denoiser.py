@@ -1,0 +1,120 @@
+"""What a Gaussian knows of latents: their mean at each z, how they hang together along z, and how whole heads differ.
+
+Where x_t is nearly all noise, the best denoiser is the linear one of the Gaussian with the data's mean and covariance
+(Wang and Vastola 2024, "The unreasonable effectiveness of Gaussian score approximation"). It weighs every number of a
+brain at once, which convolutions learn slowly: a network that has to find out by itself how large a head is, or its
+ventricles, guesses too near to the mean, and its samples are too much alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from module import cosines
+
+# What tells one head from another, its size or that of its ventricles, changes slowly along z: so many cosines over the
+# slices hold it, and each more of them adds more of the noise of 200 people than of what is common to them.
+COSINES = 4
+
+
+def mean_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> Tensor:
+    """Mean [slices_per_brain, C, h, w] of the latents [N, C, h, w] at every z int64 [N], 0 where there is none."""
+    total = latents.new_zeros(slices_per_brain, *latents.shape[1:]).index_add_(0, z, latents)
+    return total / z.bincount(minlength=slices_per_brain).clamp(min=1).view(-1, 1, 1, 1)
+
+
+def slice_correlation(latents: Tensor) -> Tensor:
+    """Correlation [C, Z, Z] between the Z slices of a brain, of latents [n, Z, C, h, w] of n >= 2 brains.
+
+    It is that of what makes a brain differ from the mean of all at the same place, over brains and places.
+    """
+    difference = latents - latents.mean(0)
+    difference = difference / difference.square().mean((0, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)
+    correlation = torch.einsum("nachw,nbchw->cab", difference, difference) / difference[:, 0, 0].numel()
+    correlation.diagonal(dim1=1, dim2=2).fill_(1)  # also where nothing differs
+    return correlation
+
+
+def _powers(covariance: Tensor, *exponents: float) -> list[Tensor]:
+    """Powers [C, q, q] of symmetric matrices; eigenvalues below a thousandth of the largest count as that."""
+    value, vector = torch.linalg.eigh(covariance.double())
+    value = value.clamp(min=1e-3 * value[:, -1:])
+    return [((vector * value[:, None] ** power) @ vector.mT).to(covariance.dtype) for power in exponents]
+
+
+def principal_modes(latents: Tensor, correlation: Tensor, count: int) -> tuple[Tensor, float]:
+    """(modes [count, q, C, h, w], rest): n brains [n, Z, C, h, w] as the mean of all + sum_k c_k modes_k + noise.
+
+    The c_k are N(0, 1) and independent, and the noise has variance `rest` and the correlation along z [C, Z, Z]; all
+    is in the first q = COSINES cosines over z. The modes are the principal components after that noise is whitened, of
+    which each takes in 1 / n of the noise's variance, for nothing but that the brains are few; it is subtracted.
+    Raises ValueError unless count < n.
+    """
+    if count >= len(latents):
+        raise ValueError(f"{len(latents)} brains have fewer than {count} modes")
+    P = cosines(COSINES, latents.shape[1]).to(latents)
+    whiten, colour = _powers(P @ correlation @ P.T, -0.5, 0.5)
+    difference = torch.einsum("qa,nachw->nqchw", P, latents - latents.mean(0))
+    white = torch.einsum("cpq,nqchw->npchw", whiten, difference).flatten(1)
+    n, dim = white.shape
+    variance, vector = torch.linalg.eigh((white @ white.T / n).double())
+    variance, vector = variance.flip(0)[:count].to(white), vector.flip(1)[:, :count].to(white)
+    remaining = (white.square().sum() / n - variance.sum()).clamp(min=0)
+    excess = (variance - remaining / n).clamp(min=0)
+    axes = (white.T @ vector).T / (variance * n).clamp(min=1e-12).sqrt()[:, None] * excess.sqrt()[:, None]
+    modes = torch.einsum("cpq,kqchw->kpchw", colour, axes.view(count, *difference.shape[1:]))
+    return modes, float(remaining / dim)
+
+
+class LinearDenoiser(nn.Module):
+    """E[x_0 | x_t] where brains are as `principal_modes` has them, and x_t = alpha x_0 + sigma noise.
+
+    The noise of x_t has the same correlation along z. With q_k the modes after whitening, which are orthogonal,
+
+        E[c_k | x_t] = alpha <q_k, whitened (x_t - alpha mean)> / (alpha^2 (|q_k|^2 + rest) + sigma^2)
+
+    and the guess is mean + sum_k E[c_k | x_t] modes_k; what else differs from the mean is left to the network.
+
+    Args:
+        latent_shape: (C, h, w).
+        modes: how many; 0 for the mean alone, as for models of single slices.
+        slices_per_brain: Z.
+    """
+
+    def __init__(self, latent_shape: tuple[int, int, int], modes: int, slices_per_brain: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(slices_per_brain, *latent_shape))
+        C, h, w = latent_shape
+        self.register_buffer("modes", torch.zeros(modes, COSINES * C, h, w))  # flat: networks go to channels_last
+        self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("cosines", cosines(COSINES, slices_per_brain), persistent=False)
+
+    def set_modes(self, modes: Tensor, rest: float) -> None:
+        """Takes what principal_modes found."""
+        self.modes.copy_(modes.flatten(1, 2))
+        self.rest.fill_(rest)
+
+    def mean_at(self, z: Tensor) -> Tensor:
+        """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
+        mean = torch.cat([self.mean, self.mean.mean(0, keepdim=True)])
+        return mean[z.nan_to_num(nan=len(self.mean)).long()]
+
+    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, z: Tensor, slices: int, correlation: Tensor) -> Tensor:
+        """The guess [B, C, h, w] of x_0, from x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
+
+        Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, or where z is
+        NaN, the guess is the mean. correlation: [C, Z, Z], of the noise.
+        """
+        guess, Z = self.mean_at(z), len(self.mean)
+        if not len(self.modes) or slices != Z:
+            return guess
+        with torch.autocast(x.device.type, enabled=False):
+            modes = self.modes.unflatten(1, (COSINES, -1))
+            (precision,) = _powers(self.cosines @ correlation @ self.cosines.T, -1)
+            dual = torch.einsum("cpq,kqchw->kpchw", precision, modes)
+            power = (dual * modes).flatten(1).sum(1)  # |q_k|^2
+            difference = (x.float() - alpha * guess).unflatten(0, (-1, Z))
+            seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
+            alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
+            c = alpha * seen / (alpha**2 * (power + self.rest) + sigma**2)
+            c = c.masked_fill(z[::Z, None].isnan(), 0)
+            return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
