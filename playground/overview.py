@@ -14,20 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 import torch
+from tqdm import tqdm
 
 import util
-from dataset import find_data, load_slices, to_uint8
+from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion, sample_ddim
 from model_VAE import VQVAE, load_first_stage, load_second_stage
-from stable_diffusion import BrainNoise
+from stable_diffusion import BrainNoise, decode_brain
 from util import UserError
+
+SHOWN = 15  # z
 
 
 @torch.no_grad()
 def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed: int):
     """The figure: one slice through stage one, one brain's slice through stage two."""
-    z = torch.tensor([15])
-    x, _, case = data.batch(torch.tensor([int((data.z == 15).nonzero()[0])]))
+    x, z, case = data.batch((data.z == SHOWN).nonzero()[0])
     idx = first_stage.encode_indices(x, z)
     x_hat = first_stage.decode_indices(idx, z)
     real, fake = (to_uint8(p)[0, 0].int() for p in (x, x_hat))
@@ -36,22 +38,22 @@ def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed:
     colours = torch.rand(first_stage.codebook_size, 3, generator=torch.Generator().manual_seed(1))
     colours[int(first_stage.quantizer.count.argmax())] = 0  # the code of black
     stage_one = [
-        (real, f"slice x, case {int(case)}, z = 15"),
+        (real, f"slice x, case {int(case)}, z = {SHOWN}"),
         (to_uint8(first_stage.crop(x))[0, 0], "the coded box"),
         (colours[idx[0]], f"codes: {h}x{w}, K = {first_stage.codebook_size}, {first_stage.fixed_bits:,.0f} bits"),
         (fake, "reconstruction"),
         ((128 + 5 * (fake - real)).clamp(0, 255), "difference x5, grey is none"),
     ]
-    noise = BrainNoise(seed, range(1), prior)()[15:16]
-    path = [noise, *sample_ddim(lambda x, t: prior.denoise(x, t, z), noise, prior.alpha, prior.sigma, None, steps=50)]
+    noise, brain = BrainNoise(seed, range(1), prior)(), torch.arange(SLICES_PER_CASE)
+    walk = sample_ddim(lambda x, t: prior.denoise(x, t, brain), noise, prior.alpha, prior.sigma, None, steps=50)
+    path = [noise, *tqdm(walk, desc="new brain", total=50, disable=None)]
     shown = [0, 20, 32, 40, 50]
     stage_two = []
     for n in shown:
         t = prior.T - 1 - round(prior.T * n / 50)
         snr = f"SNR {20 * (prior.alpha[t] / prior.sigma[t]).log10():.0f} dB" if 0 <= t < prior.T - 1 else "noise"
-        stage_two.append(
-            (to_uint8(decoder.decode(path[n], z))[0, 0], f"step {n} of 50, {snr if n < 50 else 'new slice'}")
-        )
+        picture = torch.from_numpy(decode_brain(decoder, path[n], seed)[SHOWN])
+        stage_two.append((picture, f"step {n} of 50, {snr if n < 50 else 'new slice'}"))
     for axis, (picture, title) in zip(axes.flat, stage_one + stage_two, strict=True):
         axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=11)
@@ -74,7 +76,7 @@ def main() -> None:
         raise UserError(
             f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes to show; give a VQ-VAE"
         )
-    prior, decoder, _ = load_second_stage(args.prior, LatentDiffusion, "cpu")
+    prior, decoder, _ = load_second_stage(args.prior, LatentDiffusion, "cpu", decoder=None)
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
     util.save_picture(args.out, draw(first_stage, data, prior, decoder, args.seed))
     print(f"picture: {args.out}")

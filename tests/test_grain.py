@@ -45,6 +45,5 @@ def test_grain_learns_what_is_missing_block_by_block_and_frequency_by_frequency(
 
 def test_grain_is_smooth_along_z():
     """White noise after a gaussian of sd 1 over z correlates by exp(-lag^2 / 4); in every slice its variance is 1."""
-    z, covariance = torch.arange(5, 27), torch.cov(noise_of_slices(32, 48, 56).flatten(1))
-    assert torch.allclose(covariance[5:27, 5:27], torch.exp(-((z[:, None] - z) ** 2) / 4), atol=0.1)
-    assert torch.allclose(covariance.diagonal(), torch.ones(32), atol=0.1)
+    z, covariance = torch.arange(32), torch.cov(noise_of_slices(32, 48, 56).flatten(1))
+    assert torch.allclose(covariance, torch.exp(-((z[:, None] - z) ** 2) / 4), atol=0.1)  # at both ends too

@@ -14,15 +14,12 @@ from model_diffusion import (
     LatentDiffusion,
     UNet,
     guide,
-    mean_at_each_z,
     noise_levels,
     sample_ddim,
     sample_ddpm,
     sample_dpm,
     sample_heun,
     sampling_times,
-    slice_correlation,
-    smoothed,
 )
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
@@ -38,7 +35,7 @@ def tiny_model(prediction: str = "v", **changes) -> LatentDiffusion:
 def perfect(model: LatentDiffusion, latent: torch.Tensor, noise: torch.Tensor, error: torch.Tensor | float = 0.0):
     """The model with a network that knows latent and noise, and is wrong about the latent by `error`."""
 
-    def forward(x, t, z, slices, people):
+    def forward(x, guess, t, z, slices, people):
         alpha, sigma = model.alpha[t].view(-1, 1, 1, 1), model.sigma[t].view(-1, 1, 1, 1)
         x0 = latent + error
         implied = noise - alpha / sigma * error  # the noise for which x is still alpha x0 + sigma noise
@@ -235,9 +232,9 @@ def test_eps_starts_where_the_latent_can_be_told_from_the_noise():
 def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     """A share drop_z of the latents is denoised without z; evaluation always knows z."""
     model, seen = awaken(tiny_model(prediction, drop_z=0.25)), []
-    model.unet.atlas.normal_()
+    model.linear.mean.normal_()
     forward = model.unet.forward
-    model.unet.forward = lambda x, t, z, slices, people: (seen.append(z), forward(x, t, z))[1]
+    model.unet.forward = lambda x, guess, t, z, slices, people: (seen.append(z), forward(x, guess, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
     model(latent, z)
     model.train()
@@ -245,11 +242,9 @@ def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     known = ~seen[1].isnan()
     assert torch.equal(seen[0], z) and torch.equal(seen[1][known].long(), z[known]) and 260 < known.sum() < 340
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
-    x, t = torch.randn(2, 4, 6, 7), torch.tensor([500, 500])
-    hidden = forward(x, t, torch.tensor([torch.nan, torch.nan]))
-    assert (
-        hidden.isfinite().all() and (hidden - forward(x, t, torch.tensor([0, 31]))).abs().amax((1, 2, 3)).min() > 1e-3
-    )
+    x, guess, t = *torch.randn(2, 2, 4, 6, 7), torch.tensor([500, 500])
+    hidden, known = (forward(x, guess, t, z) for z in torch.tensor([[torch.nan, torch.nan], [0, 31]]))
+    assert hidden.isfinite().all() and (hidden - known).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_guidance_goes_beyond_the_better_model():
@@ -270,7 +265,7 @@ def test_guidance_goes_beyond_the_better_model():
 def test_steps_are_drawn_from_the_whole_process():
     """Training sees t = 0 and t = T - 1, and noise of unit variance."""
     model, seen = tiny_model(T=5), []
-    model.unet.forward = lambda x, t, z, slices, people: (seen.append((x, t)), torch.zeros_like(x))[1]
+    model.unet.forward = lambda x, guess, t, z, slices, people: (seen.append((x, t)), torch.zeros_like(x))[1]
     model(torch.zeros(500, 4, 6, 7), torch.zeros(500, dtype=torch.long))
     x, t = seen[0]
     assert torch.equal(torch.bincount(t), torch.full((5,), 100))  # at even distances
@@ -398,9 +393,9 @@ def test_samplers_yield_once_per_step_on_the_way_from_noise_to_data():
 @pytest.mark.parametrize("size", [(6, 7), (3, 7), (1, 1), (8, 8)])
 def test_the_unet_takes_any_size(awaken, size):
     """Odd sides lose half a pixel on the way down and get it back on the way up; every output sees every level."""
-    unet = awaken(UNet((4, *size), 8, (1, 2, 3), 1))
-    x = torch.randn(2, 4, *size)
-    out = unet(x, torch.tensor([0, 999]), torch.tensor([0, 31]))
+    unet = awaken(UNet(4, 8, (1, 2, 3), 1))
+    x, guess = torch.randn(2, 2, 4, *size)
+    out = unet(x, guess, torch.tensor([0, 999]), torch.tensor([0, 31]))
     assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())  # nothing in it is idle
@@ -408,47 +403,26 @@ def test_the_unet_takes_any_size(awaken, size):
 
 def test_the_unet_starts_at_zero():
     """The last convolution is zero, so the first loss is that of the mean prediction."""
-    assert (UNet((4, 6, 7), 8, (1, 2), 1)(torch.randn(2, 4, 6, 7), torch.zeros(2), torch.zeros(2)) == 0).all()
+    x, guess = torch.randn(2, 2, 4, 6, 7)
+    assert (UNet(4, 8, (1, 2), 1)(x, guess, torch.zeros(2), torch.zeros(2)) == 0).all()
 
 
 def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
-    """Each of x, t and z changes the own output and no other element's of the batch."""
-    unet = awaken(UNet((4, 6, 7), 8, (1, 2), 2).eval())
-    unet.atlas.normal_()
-    x, t, z = torch.randn(3, 4, 6, 7), torch.tensor([10, 20, 31]), torch.tensor([3, 16, 30])
-    out = unet(x, t, z)
-    changed = x.clone(), t.clone(), z.clone()
-    changed[0][1] += 1
-    changed[1][1] += 1
-    changed[2][1] += 1
-    for n in range(3):
-        other = unet(*[b if n == i else a for i, (a, b) in enumerate(zip((x, t, z), changed))])
+    """Each of x, guess, t and z changes the own output and no other element's of the batch."""
+    unet = awaken(UNet(4, 8, (1, 2), 2).eval())
+    x, guess, t, z = *torch.randn(2, 3, 4, 6, 7), torch.tensor([10, 20, 31]), torch.tensor([3, 16, 30])
+    given = (x, guess, t, z)
+    out = unet(*given)
+    for n in range(4):
+        changed = [part.clone() for part in given]
+        changed[n][1] += 1
+        other = unet(*changed)
         assert torch.equal(other[[0, 2]], out[[0, 2]]) and (other[1] - out[1]).abs().max() > 1e-4
-    alone = torch.cat([unet(x[i : i + 1], t[i : i + 1], z[i : i + 1]) for i in range(3)])
+    alone = torch.cat([unet(*(part[i : i + 1] for part in given)) for i in range(3)])
     assert torch.allclose(alone, out, atol=1e-5)
-    assert not torch.allclose(unet(x, z, t), out, atol=1e-3)  # t and z are told apart
-
-
-def test_the_atlas_is_the_mean_latent_at_each_z():
-    """Of all slices there are, whole brains or not; nothing is known, so nothing added, where there is no slice."""
-    latents, z = torch.randn(50, 2, 3, 4), torch.randint(0, 7, (50,))
-    atlas = mean_at_each_z(latents, z, 8)
-    assert all(torch.allclose(atlas[k], latents[z == k].mean(0), atol=1e-6) for k in range(7))
-    assert (atlas[7] == 0).all()
-
-
-def test_the_unet_reads_the_atlas_at_its_own_z(awaken):
-    """Another atlas at one z changes slices there and, since their mean moves, slices whose z is not known."""
-    unet = awaken(UNet((4, 6, 7), 8, (1, 2), 1, unknown_z=True).eval())
-    x, t, z = torch.randn(3, 4, 6, 7), torch.full((3,), 500), torch.tensor([4.0, 5.0, torch.nan])
-    before = unet(x, t, z)
-    unet.atlas[5] += torch.randn(4, 6, 7)
-    moved = (unet(x, t, z) - before).abs().amax((1, 2, 3))
-    assert moved[0] == 0 and 0 < moved[2] < moved[1]
-    torch.nn.init.zeros_(unet.stem_atlas.weight)  # as it starts
-    unheard = unet(x, t, z)
-    unet.atlas.zero_()
-    assert torch.equal(unet(x, t, z), unheard)
+    assert not torch.allclose(unet(x, guess, z, t), out, atol=1e-3)  # t and z are told apart
+    torch.nn.init.zeros_(unet.stem_guess.weight)  # as it starts
+    assert torch.equal(unet(x, guess, t, z), unet(x, 0 * guess, t, z))
 
 
 # ------------------------------------------------------------------------------------------------------- whole brains
@@ -457,16 +431,16 @@ def test_the_unet_reads_the_atlas_at_its_own_z(awaken):
 def test_mixing_starts_as_the_2d_model_and_then_mixes(awaken):
     """Also after other layers have learned: what is new is zero. Any number of slices goes, and brains stay apart."""
     torch.manual_seed(1)
-    flat = awaken(UNet((4, 6, 7), 8, (1, 2), 1).eval())
-    mixed = UNet((4, 6, 7), 8, (1, 2), 1, mixing=True).eval()
+    flat = awaken(UNet(4, 8, (1, 2), 1).eval())
+    mixed = UNet(4, 8, (1, 2), 1, mixing=True).eval()
     assert not mixed.load_state_dict(flat.state_dict(), strict=False).unexpected_keys
-    x, t, z = torch.randn(6, 4, 6, 7), torch.full((6,), 300), torch.arange(6)
+    x, guess, t, z = *torch.randn(2, 6, 4, 6, 7), torch.full((6,), 300), torch.arange(6)
     for slices in (1, 2, 3, 6):
-        assert torch.equal(mixed(x, t, z, slices), flat(x, t, z))
+        assert torch.equal(mixed(x, guess, t, z, slices), flat(x, guess, t, z))
     awaken(mixed)
     other = x.clone()
     other[4] += 1
-    changed = (mixed(other, t, z, 3) - mixed(x, t, z, 3)).abs().amax((1, 2, 3))
+    changed = (mixed(other, guess, t, z, 3) - mixed(x, guess, t, z, 3)).abs().amax((1, 2, 3))
     assert (changed[:3] == 0).all() and changed[3:].min() > 1e-4
 
 
@@ -475,7 +449,10 @@ def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
     model, seen = awaken(tiny_model(slices=4, drop_z=0.5, T=20)).train(), []
     model.slice_correlation.copy_(torch.full((32, 32), 0.25).fill_diagonal_(1))
     forward = model.unet.forward
-    model.unet.forward = lambda x, t, z, slices, people: (seen.append((x, t, z, slices)), forward(x, t, z, slices))[1]
+    model.unet.forward = lambda x, guess, t, z, slices, people: (
+        seen.append((x, t, z, slices)),
+        forward(x, guess, t, z, slices),
+    )[1]
     loss = model(torch.zeros(240, 4, 6, 7), torch.arange(240) % 32)
     x, t, z, slices = seen[0]
     assert loss.shape == (240,) and slices == 4
@@ -504,19 +481,42 @@ def test_conditions_are_hidden_by_the_brain_and_unknown_is_nan(awaken):
     kept = ~hidden.isnan()
     assert torch.equal(hidden[kept], people[kept])
 
-    x, t, z = torch.randn(2, 4, 6, 7), torch.tensor([500, 500]), torch.tensor([3, 4])
+    given = *torch.randn(2, 2, 4, 6, 7), torch.tensor([500, 500]), torch.tensor([3, 4]), 2
     forward = model.unet.forward
-    out = forward(x, t, z, 2, people[:2])
+    out = forward(*given, people[:2])
     for other in ([[71.0, 0.5]] * 2, [[70.0, 1.0]] * 2, [[70.0, torch.nan]] * 2, None):
         other = other and torch.tensor(other)
-        assert (forward(x, t, z, 2, other) - out).abs().max() > 1e-5
-    assert torch.equal(forward(x, t, z, 2), forward(x, t, z, 2, torch.full((2, 2), torch.nan)))
+        assert (forward(*given, other) - out).abs().max() > 1e-5
+    assert torch.equal(forward(*given), forward(*given, torch.full((2, 2), torch.nan)))
     model.train()(torch.randn(8, 4, 6, 7), torch.arange(8), people=people[:8]).mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ValueError, match="conditions.*age.*height"):
         tiny_model(conditions=("height",))
     with pytest.raises(ValueError, match="slice_noise.*matched.*loud"):
         tiny_model(slice_noise="loud")
+
+
+def test_windows_are_guessed_at_with_their_whole_brains(awaken):
+    """The UNet sees `shown` alone, in training and for the loss; the linear denoiser sees the brains they are of."""
+    model = awaken(tiny_model(slices=4, modes=3, conditions=("age",))).eval()
+    model.slice_correlation.copy_(fading(0.9, 0.8, 0.7, 0.6))
+    model.linear.mean.normal_()
+    model.linear.modes.normal_()
+    latent, z, people = torch.randn(64, 4, 6, 7), torch.arange(32).repeat(2), torch.full((64, 1), 50.0)
+    noise, t = torch.randn_like(latent), torch.tensor([900, 400]).repeat_interleave(32)
+    shown = torch.tensor([0, 1, 2, 3, 40, 41, 42, 43])
+    loss = model(latent, z, t, noise, 32, people, shown)
+    assert loss.shape == (8,)
+    unet, alpha, sigma = model.unet.forward, *model._levels(t)
+    x = alpha * latent + sigma * noise
+    guess = model.linear(x, alpha, sigma, z, 32, model.slice_correlation)
+    assert (guess - model.linear.mean_at(z)).abs().mean() > 0.02
+    v = unet(*(part[shown] for part in (x, guess, t, z)), 4, people[shown])
+    assert torch.allclose(loss, (v - (alpha * noise - sigma * latent)[shown]).square().mean((1, 2, 3)), rtol=1e-4)
+    elsewhere = latent.clone()
+    elsewhere[20] += 3  # no window has it, but the first brain's guess does
+    moved = (model(elsewhere, z, t, noise, 32, people, shown) - loss).abs()
+    assert moved[:4].min() > 1e-6 and (moved[4:] < 1e-6).all()
 
 
 def fading(*rho: float) -> torch.Tensor:
@@ -539,30 +539,3 @@ def test_noise_of_a_brain_has_unit_variance_and_the_correlation_asked_for(how):
         assert torch.allclose(torch.cov(noise[:, channel].flatten(1)), torch.block_diag(*blocks), atol=0.03)
     assert torch.cov(noise.movedim(1, 0).flatten(1))[0, 1].abs() < 0.03
     assert torch.equal(model.correlate(white, z, 1, how), white)  # a slice by itself has nobody to agree with
-
-
-def test_smoothed_noise_has_unit_variance_and_changes_less_from_slice_to_slice():
-    """The more the wider; what is the same in all slices stays the same."""
-    K = fading(0.8, 0.3)
-    near = [smoothed(K, width)[:, range(31), range(1, 32)] for width in (0, 0.5, 1, 2)]
-    assert all((wide > narrow).all() for narrow, wide in pairwise(near))
-    assert torch.allclose(smoothed(K, 1.5).diagonal(dim1=1, dim2=2), torch.ones(2, 32))
-    assert torch.allclose(smoothed(torch.ones(1, 32, 32), 1.5), torch.ones(1, 32, 32))
-    assert torch.allclose(smoothed(K, 1e-3), K)
-    model = tiny_model(latent_shape=(2, 100, 200))
-    model.slice_correlation.copy_(K)
-    noise = model.correlate(torch.randn(3, 2, 100, 200), torch.tensor([3, 4, 9]), 3, smooth=1.5)
-    expected = smoothed(K, 1.5)[1][[3, 4, 9]][:, [3, 4, 9]]
-    assert torch.allclose(torch.cov(noise[:, 1].flatten(1)), expected, atol=0.03)
-
-
-def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():
-    """Whatever the anatomy that all share, and whatever the spread at each z and in each channel."""
-    K, generator = fading(0.8, 0.3), torch.Generator().manual_seed(0)
-    root = torch.linalg.cholesky(K)
-    own = torch.einsum("cab,nbchw->nachw", root, torch.randn(200, 32, 2, 6, 7, generator=generator))
-    common = 5 * torch.randn(32, 2, 6, 7, generator=generator)
-    spread = 0.1 + torch.rand(32, 2, 1, 1, generator=generator)
-    measured = slice_correlation(common + spread * own)
-    assert torch.allclose(measured, K, atol=0.06) and torch.allclose(measured[:, range(32), range(32)], torch.ones(()))
-    assert torch.equal(slice_correlation(torch.zeros(2, 32, 1, 2, 2))[0], torch.eye(32))  # two black brains

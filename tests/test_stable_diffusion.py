@@ -20,7 +20,7 @@ from logger import read_log
 from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from stable_diffusion import BrainNoise, decode_brain, sample_latents, window_starts
+from stable_diffusion import BrainNoise, around_windows, decode_brain, sample_latents, window_starts
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
@@ -108,7 +108,7 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
     model = tiny_prior()
     model.slice_correlation.copy_(torch.full((32, 32), 0.5).fill_diagonal_(1))
     for how, shared in (("shared", 1.0), ("matched", 0.5), (None, 0.5), ("own", 0.0)):
-        together, alone = (BrainNoise(5, brains, model, how, 0) for brains in (range(3), range(2, 3)))
+        together, alone = (BrainNoise(5, brains, model, how) for brains in (range(3), range(2, 3)))
         draws = []
         for _ in range(3):
             noise = together()
@@ -130,7 +130,6 @@ def test_the_noise_of_a_brain_depends_on_seed_and_number_alone():
         ["--sampler", "ddpm"],
         ["--guidance", 2],
         ["--slice-noise", "own"],
-        ["--smooth-noise", 0],
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "dpm",
 )
@@ -203,7 +202,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     """Weights that carry their first stage, a description, a log that reads, pictures."""
     model, inside, description = load_second_stage("diffusion", LatentDiffusion, "cpu")
     assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)  # it was measured
-    assert (model.unet.atlas.flatten(1).abs().amax(1) > 0).all()  # and so was this
+    assert (model.linear.mean.flatten(1).abs().amax(1) > 0).all()  # and so was this
     assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
@@ -409,6 +408,13 @@ def test_windows_are_neighbouring_slices_of_one_case(phantom_folder):
         assert (data.case[index] == data.case[index[:, :1]]).all() and (data.z[index].diff(dim=1) == 1).all()
         seen = torch.bincount(index.flatten(), minlength=96)
         assert seen.min() >= slices and seen.max() < 3 * slices
+        around, shown = around_windows(window_starts(data, slices), slices)  # whole brains, and the windows in them
+        assert torch.equal(around[shown], index.flatten()) and torch.equal(
+            data.z[around], torch.arange(len(around)) % 32
+        )
+        assert (data.case[around].view(-1, 32) == data.case[index[:, :1]]).all()
+    single, shown = around_windows(torch.tensor([70, 3]), 1)
+    assert single.tolist() == [70, 3] and shown is None
 
 
 def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folder, first_stage, tmp_path):

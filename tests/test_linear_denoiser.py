@@ -1,0 +1,122 @@
+"""Laws of linear_denoiser.py: brute-force Gaussian conditioning, and brains made as it says that they are."""
+
+import pytest
+import torch
+
+from linear_denoiser import COSINES, LinearDenoiser, mean_at_each_z, principal_modes, slice_correlation
+from module import cosines
+
+
+def fading(slices: int, *rho: float) -> torch.Tensor:
+    """Correlation [C, slices, slices] that is rho^|z - z'| in each channel."""
+    z = torch.arange(slices)
+    return torch.stack([r ** (z[:, None] - z).abs().float() for r in rho])
+
+
+def draw(count: int, modes: torch.Tensor, mean: torch.Tensor, K: torch.Tensor, rest: float, seed: int = 0):
+    """Brains [count, Z, C, h, w] as principal_modes has them, of modes [k, q, C, h, w]."""
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.randn(count, len(modes), generator=generator)
+    white = torch.randn(count, *mean.shape, generator=generator)
+    noise = torch.einsum("cab,nbchw->nachw", torch.linalg.cholesky(K), white)
+    return mean + torch.einsum("qa,nk,kqchw->nachw", cosines(COSINES, len(mean)), c, modes) + rest**0.5 * noise
+
+
+def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():
+    """Whatever the anatomy that all share, and whatever the spread at each z and in each channel."""
+    K, generator = fading(0.8, 0.3), torch.Generator().manual_seed(0)
+    root = torch.linalg.cholesky(K)
+    own = torch.einsum("cab,nbchw->nachw", root, torch.randn(200, 32, 2, 6, 7, generator=generator))
+    common = 5 * torch.randn(32, 2, 6, 7, generator=generator)
+    spread = 0.1 + torch.rand(32, 2, 1, 1, generator=generator)
+    measured = slice_correlation(common + spread * own)
+    assert torch.allclose(measured, K, atol=0.06) and torch.allclose(measured[:, range(32), range(32)], torch.ones(()))
+    assert torch.equal(slice_correlation(torch.zeros(2, 32, 1, 2, 2))[0], torch.eye(32))  # two black brains
+
+
+def test_the_mean_is_that_of_all_slices_at_each_z():
+    """Of whole brains or not; nothing is known, so nothing added, where there is no slice."""
+    latents, z = torch.randn(50, 2, 3, 4), torch.randint(0, 7, (50,))
+    mean = mean_at_each_z(latents, z, 8)
+    assert all(torch.allclose(mean[k], latents[z == k].mean(0), atol=1e-6) for k in range(7))
+    assert (mean[7] == 0).all()
+
+
+def test_the_guess_is_the_posterior_mean_of_the_gaussian():
+    """By brute force over the cosines it reads: cov(x_0 part, seen) cov(seen)^-1 (seen - its mean), at any noise."""
+    torch.manual_seed(0)
+    Z, C, h, w, rest = 9, 2, 2, 3, 0.4
+    K, P = fading(Z, 0.9, 0.6), cosines(COSINES, Z)
+    mean, brains = torch.randn(Z, C, h, w), torch.randn(30, Z, C, h, w)
+    modes, _ = principal_modes(brains, K, 3)  # orthogonal after whitening, as the formula wants them
+    modes = 5 * modes
+    denoiser = LinearDenoiser((C, h, w), 3, Z)
+    denoiser.mean.copy_(mean)
+    denoiser.set_modes(modes, rest)
+    for alpha, sigma in ((0.05, 0.99875), (0.6, 0.8), (0.99, 0.141)):
+        x = torch.randn(2 * Z, C, h, w)
+        levels = (torch.full((2 * Z, 1, 1, 1), level) for level in (alpha, sigma))
+        guess = denoiser(x, *levels, torch.arange(Z).repeat(2), Z, K).view(2, Z, C, h, w)
+        A = modes.flatten(1).T.double()
+        within = torch.einsum("qa,cab,pb->cqp", P, K, P).double()
+        noise = torch.einsum("cqp,cd,xy->qcxpdy", within, torch.eye(C).double(), torch.eye(h * w).double())
+        noise = noise.reshape(COSINES * C * h * w, -1)
+        covariance = alpha**2 * (A @ A.T + rest * noise) + sigma**2 * noise
+        seen = torch.einsum("qa,nachw->nqchw", P, x.view(2, Z, C, h, w) - alpha * mean).flatten(1).double()
+        part = (alpha * A @ A.T @ torch.linalg.solve(covariance, seen.T)).T.view(2, COSINES, C, h, w).float()
+        expected = mean + torch.einsum("qa,nqchw->nachw", P, part)
+        assert torch.allclose(guess, expected, atol=1e-3)
+        assert (guess - mean).abs().max() > 0.01
+
+
+def test_modes_are_found_again_and_what_few_brains_inflate_is_taken_off():
+    """Of brains made of three modes and noise: their span, their strength, and the noise that is left."""
+    torch.manual_seed(0)
+    Z, shape = 16, (2, 4, 5)
+    K, mean = fading(Z, 0.8, 0.5), torch.randn(Z, *shape)
+    true = torch.randn(3, COSINES, *shape) * torch.tensor([2.0, 1.4, 1.0]).view(3, 1, 1, 1, 1)
+    brains = draw(60, true, mean, K, 0.3)
+    modes, rest = principal_modes(brains, K, 3)
+    assert modes.shape == true.shape and rest == pytest.approx(0.3, rel=0.1)
+    span = torch.linalg.qr(modes.flatten(1).T)[0]
+    assert (true.flatten(1) @ span).square().sum() / true.square().sum() > 0.97
+    assert modes.square().sum() / true.square().sum() == pytest.approx(1, abs=0.2)
+    many, _ = principal_modes(draw(60, 0 * true, mean, K, 1.0), K, 3)  # nothing is common to these
+    assert many.square().sum() < 0.25 * modes.square().sum()
+    with pytest.raises(ValueError, match="5 brains.*5 modes"):
+        principal_modes(brains[:5], K, 5)
+
+
+def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_picture():
+    """New brains, made as those it learned from; at much noise nearly as the best that there is."""
+    torch.manual_seed(0)
+    Z, shape = 16, (2, 4, 5)
+    K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 1.5 * torch.randn(3, COSINES, *shape)
+    known, new, z = draw(100, true, mean, K, 0.3), draw(50, true, mean, K, 0.3, seed=1), torch.arange(Z).repeat(50)
+    denoiser = LinearDenoiser(shape, 3, Z)
+    denoiser.mean.copy_(mean_at_each_z(known.flatten(0, 1), torch.arange(Z).repeat(100), Z))
+    denoiser.set_modes(*principal_modes(known, slice_correlation(known), 3))
+    x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
+    alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
+    x = alpha * x0 + sigma * noise
+    error = (denoiser(x, alpha, sigma, z, Z, K) - x0).square().mean()
+    assert error < 0.4 * (denoiser.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
+
+
+def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
+    """At its z, or of all where that is not known; brain by brain."""
+    denoiser, K = LinearDenoiser((2, 3, 4), 2, 8), fading(8, 0.9, 0.5)
+    denoiser.mean.normal_()
+    denoiser.modes.normal_()
+    x, z = torch.randn(16, 2, 3, 4), torch.arange(8.0).repeat(2)
+    alpha = sigma = torch.full((16, 1, 1, 1), 0.5**0.5)
+    mean = denoiser.mean.repeat(2, 1, 1, 1)
+    assert torch.equal(denoiser(x, alpha, sigma, z, 4, K), mean)  # windows
+    assert torch.equal(denoiser(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1, K), denoiser.mean[[5, 2, 7]])
+    whole = denoiser(x, alpha, sigma, z, 8, K)
+    assert (whole - mean).abs().mean() > 0.01
+    z[:8] = torch.nan
+    half = denoiser(x, alpha, sigma, z, 8, K)
+    assert torch.equal(half[:8], denoiser.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
+    flat = LinearDenoiser((2, 3, 4), 0, 8)
+    assert torch.equal(flat(x, alpha, sigma, z.nan_to_num(), 8, K), torch.zeros_like(x))
