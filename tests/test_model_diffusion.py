@@ -305,7 +305,7 @@ def test_samplers_converge_to_the_probability_flow(schedule, sampler, order):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("sd", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("sd", [0.3, 1.0, 10.0])
 def test_twenty_steps_of_dpm_are_no_worse_than_fifty_of_ddim(schedule, sd):
     """For data narrow and wide, at the default of 1,000 times."""
     alpha, sigma = noise_levels(schedule, 1000, torch.float64)
@@ -349,8 +349,26 @@ def test_times_of_sampling_are_different_and_begin_at_the_last(schedule, T):
         assert len(times) == steps and times[0] == T - 1 and times[-1] >= 0
         assert all(a > b for a, b in pairwise(times))
     if T == 1000:
-        u = (sigma / (alpha + sigma))[sampling_times(alpha, sigma, 20)]
-        assert torch.allclose(u, u[0] * (1 - torch.arange(20) / 20) ** 1.25, atol=0.01)
+        ratio = sigma / alpha
+        levels = torch.linspace(ratio[-1].clamp(max=80) ** (1 / 7), ratio[0] ** (1 / 7), 20) ** 7  # of EDM
+        assert torch.allclose(ratio[sampling_times(alpha, sigma, 20)][1:18], levels[1:18], rtol=0.15)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_samples_differ_as_much_as_heads_do(schedule):
+    """What is 30, 10 or 3 times as strong as the noise, or a tenth, keeps its strength in 20 steps of any sampler."""
+    alpha, sigma = noise_levels(schedule, 1000, torch.float64)
+    sd = torch.tensor([30.0, 10.0, 3.0, 1.0, 0.1], dtype=torch.float64)
+
+    def denoise(x, t):
+        x0 = alpha[t] * sd**2 * x / (alpha[t] ** 2 * sd**2 + sigma[t] ** 2)
+        return x0, (x - alpha[t] * x0) / sigma[t]
+
+    start = torch.ones(5, dtype=torch.float64)
+    samplers = sample_dpm, lambda *args: sample_heun(*args, steps=10), lambda *args: sample_ddim(*args, None, steps=50)
+    for sample in samplers:
+        *_, end = sample(denoise, start, alpha, sigma)
+        assert torch.allclose(end / sd, start, atol=0.15)
 
 
 def test_samplers_yield_once_per_step_on_the_way_from_noise_to_data():
