@@ -23,7 +23,7 @@ from dataset import find_data, load_slices
 from metrics import adjacent_ssim
 from model_diffusion import SLICE_NOISE, LatentDiffusion
 from model_VAE import load_second_stage
-from stable_diffusion import decode_brain, sample_latents
+from stable_diffusion import decode_brain, draw_person, sample_latents
 from util import UserError
 
 SHOWN = range(12, 20)
@@ -55,7 +55,8 @@ def main() -> None:
         settings.seed, settings.sample_steps = args.seed, args.sample_steps
         brains[how] = []
         for i in range(args.brains):
-            latent = sample_latents(model, range(i, i + 1), settings, device)[-1]
+            person = draw_person({}, description, args.seed, i)
+            latent = sample_latents(model, range(i, i + 1), settings, device, person=person)[-1]
             brains[how].append(torch.from_numpy(decode_brain(first_stage, latent, args.seed, i)))
     groups = {name: torch.stack(group) for name, group in brains.items()} | {"real": real}
 

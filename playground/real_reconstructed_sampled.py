@@ -2,8 +2,8 @@
 
     python playground/real_reconstructed_sampled.py
 
-Rows: slices of a real validation case; the same through the VQ-VAE; a brain drawn by latent diffusion and one by
-PixelCNN, both decoded by that VQ-VAE. Columns: slice index z; anterior is right.
+Rows: slices of a real validation case; the same through the codes of the VQ-VAE; a brain drawn by latent diffusion and
+one by PixelCNN, both decoded by that VQ-VAE. Columns: slice index z; anterior is right.
 """
 
 import sys
@@ -18,7 +18,7 @@ from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
 from pixelCNN import PixelCNN, decode_codes, sample_brain
-from stable_diffusion import decode_brain, sample_latents
+from stable_diffusion import decode_brain, draw_person, sample_latents
 from stable_diffusion import flags as diffusion_flags
 
 SHOWN = [2, 7, 12, 17, 22, 27]
@@ -41,10 +41,11 @@ def main() -> None:
     grain = grain if grain is None else grain[SHOWN]
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
     x, z, case = data.batch((data.case == data.case[0]).nonzero()[:, 0][SHOWN])
-    rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.decode(first_stage.encode(x, z), z, grain))[:, 0].numpy()]
-    diffusion, decoder, _ = load_second_stage(args.diffusion, LatentDiffusion, device, decoder=None)
+    rows = [to_uint8(x)[:, 0].numpy(), to_uint8(first_stage.reconstruct(x, z, grain))[:, 0].numpy()]
+    diffusion, decoder, description = load_second_stage(args.diffusion, LatentDiffusion, device, decoder=None)
     settings, _ = util.parse_flags(diffusion_flags(), ["--seed", str(args.seed)])
-    latent = sample_latents(diffusion, range(1), settings, device)[-1]
+    person = draw_person({}, description, args.seed, 0)
+    latent = sample_latents(diffusion, range(1), settings, device, person=person)[-1]
     rows.append(decode_brain(decoder, latent, args.seed)[SHOWN])
     pixelcnn, decoder, _ = load_second_stage(args.pixelcnn, PixelCNN, device, decoder=None)
     grain = decoder.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, 0, "grain"))

@@ -26,7 +26,7 @@ from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
 from realism import SAMPLE_SCORES, markdown_table, score_samples
 from scorer import find_scorer
-from stable_diffusion import decode_brain, sample_latents
+from stable_diffusion import decode_brain, draw_person, sample_latents
 
 SHOWN = [2, 7, 12, 17, 22, 27]
 
@@ -64,7 +64,8 @@ def main() -> None:
         settings.seed, title = args.seed, f"{name}, {steps} steps"
         drawn, began = [], time.monotonic()
         for i in range(args.brains):
-            latent = sample_latents(model, range(i, i + 1), settings, device)[-1]
+            person = draw_person({}, description, args.seed, i)
+            latent = sample_latents(model, range(i, i + 1), settings, device, person=person)[-1]
             drawn.append(torch.from_numpy(decode_brain(first_stage, latent, args.seed, i)))
         seconds[title], brains[title] = (time.monotonic() - began) / args.brains, torch.stack(drawn)
         print(f"{title}: {seconds[title]:.0f} s a brain", flush=True)
