@@ -70,22 +70,28 @@ class LinearDenoiser(nn.Module):
 
     The noise of x_t has the same correlation along z. With q_k the modes after whitening, which are orthogonal,
 
-        E[c_k | x_t] = alpha <q_k, whitened (x_t - alpha mean)> / (alpha^2 (|q_k|^2 + rest) + sigma^2)
+        E[c_k | x_t] = (n m_k + alpha v_k <q_k, whitened (x_t - alpha mean)>) / (n + alpha^2 v_k |q_k|^2)
 
-    and the guess is mean + sum_k E[c_k | x_t] modes_k; what else differs from the mean is left to the network.
+    where n = alpha^2 rest + sigma^2 and c_k is N(m_k, v_k): N(0, 1), or what age, sex and CDR of the person tell of it.
+    The guess is mean + sum_k E[c_k | x_t] modes_k; what else differs from the mean is left to the network.
 
     Args:
         latent_shape: (C, h, w).
         modes: how many; 0 for the mean alone, as for models of single slices.
         slices_per_brain: Z.
+        conditions: how many numbers are known of a person.
     """
 
-    def __init__(self, latent_shape: tuple[int, int, int], modes: int, slices_per_brain: int):
+    def __init__(self, latent_shape: tuple[int, int, int], modes: int, slices_per_brain: int, conditions: int = 0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(slices_per_brain, *latent_shape))
         C, h, w = latent_shape
         self.register_buffer("modes", torch.zeros(modes, COSINES * C, h, w))  # flat: networks go to channels_last
         self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("people_mean", torch.zeros(conditions))
+        self.register_buffer("people_sd", torch.ones(conditions))
+        self.register_buffer("effect", torch.zeros(modes, 2 * conditions))
+        self.register_buffer("left", torch.ones(modes))  # variance of c_k that people do not explain
         self.register_buffer("cosines", cosines(COSINES, slices_per_brain), persistent=False)
 
     def set_modes(self, modes: Tensor, rest: float) -> None:
@@ -93,28 +99,70 @@ class LinearDenoiser(nn.Module):
         self.modes.copy_(modes.flatten(1, 2))
         self.rest.fill_(rest)
 
+    def set_people(self, latents: Tensor, people: Tensor, correlation: Tensor) -> None:
+        """Learns what people [n, conditions], NaN where not known, tell of the modes of their latents [n, Z, C, h, w].
+
+        By ridge regression of c_k on each number and its square; a number that is not known tells nothing.
+        """
+        known = people[~people.isnan().all(1)]
+        if not len(self.modes) or not len(known):
+            return
+        self.people_mean.copy_(known.nanmean(0).nan_to_num())
+        self.people_sd.copy_((known - self.people_mean).square().nanmean(0).sqrt().nan_to_num(nan=1).clamp(min=1e-6))
+        _, dual, power = self._modes(correlation)
+        seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, latents - self.mean, dual)
+        features = self._features(people)
+        gram = features.T @ features + 0.01 * len(features) * torch.eye(features.shape[1]).to(features)
+        self.effect.copy_(torch.linalg.solve(gram, features.T @ (seen / power)).T)
+        self.left.copy_((1 - (features @ self.effect.T).square().mean(0)).clamp(min=0.1))
+
+    def _features(self, people: Tensor) -> Tensor:
+        """[n, 2 conditions]: each number of people [n, conditions] in sd, and its square less 1; 0 if not known."""
+        number = (people - self.people_mean) / self.people_sd
+        return torch.cat([number, number.square() - 1], dim=1).nan_to_num()
+
+    def _modes(self, correlation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(modes, duals) [K, q, C, h, w], where <dual_k, x> = <q_k, whitened x>, and |q_k|^2 [K]."""
+        modes = self.modes.unflatten(1, (COSINES, -1))
+        (precision,) = _powers(self.cosines @ correlation @ self.cosines.T, -1)
+        dual = torch.einsum("cpq,kqchw->kpchw", precision, modes)
+        return modes, dual, (dual * modes).flatten(1).sum(1)
+
     def mean_at(self, z: Tensor) -> Tensor:
         """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
         mean = torch.cat([self.mean, self.mean.mean(0, keepdim=True)])
         return mean[z.nan_to_num(nan=len(self.mean)).long()]
 
-    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, z: Tensor, slices: int, correlation: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        z: Tensor,
+        slices: int,
+        correlation: Tensor,
+        people: Tensor | None = None,
+    ) -> Tensor:
         """The guess [B, C, h, w] of x_0, from x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
 
         Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, or where z is
-        NaN, the guess is the mean. correlation: [C, Z, Z], of the noise.
+        NaN, the guess is the mean. correlation: [C, Z, Z], of the noise. people: [B, conditions], the same for all
+        slices of a brain, NaN where one is not known; None if none is.
         """
         guess, Z = self.mean_at(z), len(self.mean)
         if not len(self.modes) or slices != Z:
             return guess
         with torch.autocast(x.device.type, enabled=False):
-            modes = self.modes.unflatten(1, (COSINES, -1))
-            (precision,) = _powers(self.cosines @ correlation @ self.cosines.T, -1)
-            dual = torch.einsum("cpq,kqchw->kpchw", precision, modes)
-            power = (dual * modes).flatten(1).sum(1)  # |q_k|^2
+            modes, dual, power = self._modes(correlation)
             difference = (x.float() - alpha * guess).unflatten(0, (-1, Z))
             seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
             alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
-            c = alpha * seen / (alpha**2 * (power + self.rest) + sigma**2)
+            before, left = torch.zeros_like(seen), torch.ones_like(seen)
+            if people is not None and people.shape[1]:
+                someone = ~people[::Z].isnan().all(1, keepdim=True)
+                before = self._features(people[::Z]) @ self.effect.T
+                left = torch.where(someone, self.left, left)
+            noise = alpha**2 * self.rest + sigma**2
+            c = (noise * before + alpha * left * seen) / (noise + alpha**2 * left * power)
             c = c.masked_fill(z[::Z, None].isnan(), 0)
             return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)

@@ -239,7 +239,7 @@ class LatentDiffusion(nn.Module):
         self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
         self.slices, self.slice_noise = slices, slice_noise
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
-        self.linear = LinearDenoiser(self.latent_shape, modes, slices_per_brain)
+        self.linear = LinearDenoiser(self.latent_shape, modes, slices_per_brain, len(self.conditions))
         self.unet = UNet(
             latent_shape[0],
             channels,
@@ -299,7 +299,7 @@ class LatentDiffusion(nn.Module):
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
-        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation)
+        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
         seen = [latent, noise, alpha, sigma, x, guess, t, z, people]
         if shown is not None:
             seen = [None if part is None else part[shown] for part in seen]
@@ -364,7 +364,7 @@ class LatentDiffusion(nn.Module):
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         slices = slices or len(x)
-        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation)
+        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
         output = self.unet(x, guess, t, z, slices, people).float()
         if self.prediction == "v":
             return alpha * x - sigma * output, sigma * x + alpha * output

@@ -563,6 +563,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
     if modes:
         model.linear.set_modes(*principal_modes(latents[whole], model.slice_correlation, modes))
+        model.linear.set_people(latents[whole], people[whole[:, 0]], model.slice_correlation)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0

@@ -53,7 +53,7 @@ def denoised(model: LatentDiffusion, brains: Tensor, t: int, people: Tensor) -> 
     for i, x0 in enumerate(brains):
         white = torch.randn(x0.shape, generator=util.brain_generator(0, i)).to(x0.device)
         x = alpha * x0 + sigma * model.correlate(white, z, SLICES_PER_CASE)
-        both[0].append(model.linear(x, alpha, sigma, z, SLICES_PER_CASE, K))
+        both[0].append(model.linear(x, alpha, sigma, z, SLICES_PER_CASE, K, people[i].expand(SLICES_PER_CASE, -1)))
         with util.autocast(x0.device, "auto"):
             both[1].append(model.denoise(x, t, z, people=people[i].expand(SLICES_PER_CASE, -1))[0])
     return torch.stack(both[0]), torch.stack(both[1])

@@ -120,3 +120,35 @@ def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
     assert torch.equal(half[:8], denoiser.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
     flat = LinearDenoiser((2, 3, 4), 0, 8)
     assert torch.equal(flat(x, alpha, sigma, z.nan_to_num(), 8, K), torch.zeros_like(x))
+
+
+def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing():
+    """Where all is noise the guess is the head of such a person; where little is, what is seen counts."""
+    torch.manual_seed(0)
+    Z, shape = 8, (2, 4, 5)
+    K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 2 * torch.randn(1, COSINES, *shape)
+    age = torch.randint(20, 90, (300,)).float()
+    c = 0.9 * (age - 55) / age.std() + 0.4 * torch.randn(300)
+    rest = draw(300, 0 * true, mean, K, 0.1)
+    brains = rest + torch.einsum("qa,n,qchw->nachw", cosines(COSINES, Z), c, true[0])
+    people = torch.stack([age, torch.full((300,), torch.nan)], dim=1)  # of the second nothing is known
+    denoiser = LinearDenoiser(shape, 1, Z, conditions=2)
+    denoiser.mean.copy_(brains.mean(0))
+    denoiser.set_modes(*principal_modes(brains, K, 1))
+    denoiser.set_people(brains, people, K)
+    assert denoiser.left.item() == pytest.approx(0.16 / 0.97, abs=0.06)
+
+    def guess(x, age, alpha):
+        person = None if age is None else torch.tensor([[age, torch.nan]]).expand(Z, -1)
+        levels = torch.full((Z, 1, 1, 1), alpha), torch.full((Z, 1, 1, 1), (1 - alpha**2) ** 0.5)
+        return denoiser(x, *levels, torch.arange(Z), Z, K, person)
+
+    noise = torch.zeros(Z, *shape)
+    old, young, middle = (guess(noise, float(a), 1e-4) for a in (85, 25, 55))
+    expected = torch.einsum("qa,qchw->achw", cosines(COSINES, Z), true[0]) * 0.9 * 60 / age.std()
+    assert (old - young - expected).square().mean() < 0.1 * expected.square().mean()
+    assert (middle - denoiser.mean).square().mean() < 0.05 * expected.square().mean()
+    assert torch.equal(guess(noise, None, 1e-4), guess(noise, torch.nan, 1e-4))
+    assert torch.allclose(guess(noise, None, 1e-4), denoiser.mean, atol=1e-2)
+    seen = [guess(0.995 * brains[0], a, 0.995) for a in (25.0, 85.0, None)]
+    assert all((a - b).square().mean() < 0.02 * expected.square().mean() for a in seen for b in seen)
