@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
-from model_diffusion import LatentDiffusion, sample_ddim
+from model_diffusion import LatentDiffusion, sample_ddim, sampling_times
 from model_VAE import VQVAE, load_first_stage, load_second_stage
 from stable_diffusion import BrainNoise, decode_brain
 from util import UserError
@@ -47,13 +47,13 @@ def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed:
     noise, brain = BrainNoise(seed, range(1), prior)(), torch.arange(SLICES_PER_CASE)
     walk = sample_ddim(lambda x, t: prior.denoise(x, t, brain), noise, prior.alpha, prior.sigma, None, steps=50)
     path = [noise, *tqdm(walk, desc="new brain", total=50, disable=None)]
-    shown = [0, 20, 32, 40, 50]
+    shown, times = [0, 24, 28, 34, 50], sampling_times(prior.alpha, prior.sigma, 50)
     stage_two = []
     for n in shown:
-        t = prior.T - 1 - round(prior.T * n / 50)
-        snr = f"SNR {20 * (prior.alpha[t] / prior.sigma[t]).log10():.0f} dB" if 0 <= t < prior.T - 1 else "noise"
+        ratio = (prior.alpha / prior.sigma)[times[n]] if 0 < n < 50 else None
+        words = f"SNR {20 * ratio.log10():.0f} dB" if ratio else "noise" if n == 0 else "new slice"
         picture = torch.from_numpy(decode_brain(decoder, path[n], seed)[SHOWN])
-        stage_two.append((picture, f"step {n} of 50, {snr if n < 50 else 'new slice'}"))
+        stage_two.append((picture, f"step {n} of 50, {words}"))
     for axis, (picture, title) in zip(axes.flat, stage_one + stage_two, strict=True):
         axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=11)
