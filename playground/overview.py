@@ -47,7 +47,7 @@ def draw(first_stage: VQVAE, data, prior: LatentDiffusion, decoder: VQVAE, seed:
     noise, brain = BrainNoise(seed, range(1), prior)(), torch.arange(SLICES_PER_CASE)
     walk = sample_ddim(lambda x, t: prior.denoise(x, t, brain), noise, prior.alpha, prior.sigma, None, steps=50)
     path = [noise, *tqdm(walk, desc="new brain", total=50, disable=None)]
-    shown, times = [0, 24, 28, 34, 50], sampling_times(prior.alpha, prior.sigma, 50)
+    shown, times = [0, 28, 31, 34, 50], sampling_times(prior.alpha, prior.sigma, 50)
     stage_two = []
     for n in shown:
         ratio = (prior.alpha / prior.sigma)[times[n]] if 0 < n < 50 else None

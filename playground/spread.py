@@ -119,8 +119,10 @@ def main() -> None:
         left.plot(RATIOS, [row[g] for row in moves["linear"]], color=f"C{g}", linestyle="--")
     left.axhline(1, color="grey", linewidth=0.8)
     left.set(
-        xscale="log", xlabel="sigma / alpha; from noise to latent", ylabel="move of the guess over that of the truth"
+        xscale="log", xlabel="sigma / alpha, from noise to latent", ylabel="move of the guess over that of the truth"
     )
+    left.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    left.minorticks_off()
     left.invert_xaxis()
     left.set_title(f"Guesses at {len(some)} held-out brains; dashed: linear alone")
     left.legend(fontsize=8)
