@@ -158,7 +158,7 @@ class LinearDenoiser(nn.Module):
             seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
             alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
             before, left = torch.zeros_like(seen), torch.ones_like(seen)
-            if people is not None and people.shape[1]:
+            if people is not None:
                 someone = ~people[::Z].isnan().all(1, keepdim=True)
                 before = self._features(people[::Z]) @ self.effect.T
                 left = torch.where(someone, self.left, left)

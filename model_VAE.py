@@ -8,6 +8,7 @@ linear block codec ends. What `encode` returns has mean 0 and standard deviation
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -337,14 +338,14 @@ class Autoencoder(nn.Module):
                 f"not {list(x.shape)} and {list(z.shape)}"
             )
 
-    def _for_both(self, quantised: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    def _for_both(self, quantised: Tensor, unrounded: Callable[[], Tensor]) -> Tensor:
         """What models with codes decode in training: the codes, and with the perceptual decoder every other slice's
         latent before rounding instead. Both kinds of second stage decode with that one, over codes and over latents.
         """
         if self.decoder_in_use == "fidelity":
             return quantised
-        odd = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1) % 2 == 1
-        return torch.where(odd, self._unrounded(x, z), quantised)
+        odd = torch.arange(len(quantised), device=quantised.device).view(-1, 1, 1, 1) % 2 == 1
+        return torch.where(odd, unrounded(), quantised)
 
     def _check_grid(self, name: str, grid: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
         if grid.shape[1:] != shape or z.shape != grid.shape[:1]:
@@ -488,8 +489,9 @@ class VQVAE(Autoencoder):
         Training mode moves the codebook.
         """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            latent, _, loss = self.quantizer(self.vectors(x, z))
-            latent = self._for_both(latent, x, z)
+            vectors = self.vectors(x, z)
+            latent, _, loss = self.quantizer(vectors)
+            latent = self._for_both(latent, lambda: self.quantizer.unrounded(vectors))
         x_hat, losses = self._reconstruct(latent, z, self.crop(x))
         return x_hat, losses | {"codebook": loss}
 
@@ -611,7 +613,7 @@ class VQVAE2(Autoencoder):
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
             bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-            latent = self._for_both(self._join(top, bottom), x, z)
+            latent = self._for_both(self._join(top, bottom), lambda: self._unrounded(x, z))
         x_hat, losses = self._reconstruct(latent, z, self.crop(x))
         return x_hat, losses | {"codebook": loss_top + loss_bottom}
 
