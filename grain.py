@@ -6,25 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from module import cosines, gaussian_window, norm, zero
+from module import gaussian_window, norm, zero
 
 # Grain is smooth along z by a gaussian of this sd in slices, which correlates it by .78, .37, .02 over 1, 2, 4 slices.
 # What codes of 8x8 pixels leave out of real slices has .64, .43 and .24, but part of that is the codes' own flicker.
 SMOOTHING = 1.0
 
 
-def cosine_transform(size: int) -> Tensor:
-    """[size^2, size^2]: the orthonormal cosine transform of type II of size x size pixels, both in reading order."""
-    rows = cosines(size, size)
-    return torch.kron(rows, rows)
+def lapped_transform(size: int) -> Tensor:
+    """[size^2, 1, 2 size, 2 size]: the modulated lapped transform in two dimensions, frequencies in reading order.
+
+    Cosines over windows of twice the distance of the blocks, that fade out into each other (Malvar 1990, "Lapped
+    transforms for efficient transform/subband coding"). As a convolution of stride `size` it is orthonormal; unlike
+    cosines of blocks side by side, it shows no edges of blocks.
+    """
+    n, k = torch.arange(2 * size) + 0.5, torch.arange(size)[:, None] + 0.5
+    rows = (n * math.pi / (2 * size)).sin() * (2 / size) ** 0.5 * ((n + size / 2) * k * math.pi / size).cos()
+    return torch.einsum("ay,bx->abyx", rows, rows).reshape(size**2, 1, 2 * size, 2 * size)
 
 
 class Grain(nn.Module):
-    """What a decoder leaves out, as a random field: N(0, sd^2) in every cosine coefficient of patch x patch pixels.
+    """The power that decoded pictures lack, as a random field: N(0, sd^2) in each coefficient of a lapped transform.
 
     The sd of each block and frequency is read from the decoder's last features, but teaches the decoder nothing. It is
-    such that draws are as far from the faithful picture as real slices are, neither nearer nor farther. Where that is
-    sure, as where all is black, sd is next to zero.
+    such that draws have the power of real slices. Where all is black, it is next to zero.
     """
 
     ROUNDING = (2 / 255) ** 2 / 12  # variance that rounding x to 8 bits adds to a pixel, and so to a coefficient
@@ -40,33 +45,35 @@ class Grain(nn.Module):
             zero(nn.Conv2d(channels, patch**2, 3, padding=1)),
         )
         nn.init.constant_(self.head[-1].bias, -4)  # two grey levels
-        self.register_buffer("basis", cosine_transform(patch), persistent=False)
+        self.register_buffer("basis", lapped_transform(patch), persistent=False)
 
     def log_sd(self, features: Tensor) -> Tensor:
         """float32 [B, patch^2, h, w] of features [B, channels, h, w]."""
         return self.head(features.detach()).float().clamp(-10, 1)
 
-    def loss(self, missed: Tensor, added: Tensor, log_sd: Tensor) -> Tensor:
-        """-log N(missed; 0, added^2 + sd^2 + rounding) in nats a coefficient, less a constant.
+    def coefficients(self, picture: Tensor) -> Tensor:
+        """[B, patch^2, h, w] of a picture [B, 1, H, W] that is 0 where it is black, as it is around it."""
+        before, after = self.patch // 2, self.patch - self.patch // 2
+        return F.conv2d(F.pad(picture.float(), (before, after) * 2), self.basis, stride=self.patch)
+
+    def loss(self, real: Tensor, decoded: Tensor, log_sd: Tensor) -> Tensor:
+        """-log N(real; 0, decoded^2 + sd^2 + rounding) in nats a coefficient, less a constant.
 
         Args:
-            missed: [B, 1, H, W], real slices less their faithful pictures.
-            added: [B, 1, H, W], the decoder's pictures less the faithful ones: what it makes up without noise.
+            real, decoded: [B, 1, H, W], a slice and what the decoder makes of it without noise; black is 0.
         """
-
-        def power(picture: Tensor) -> Tensor:
-            blocks = F.pixel_unshuffle(picture.detach().float(), self.patch)
-            return torch.einsum("kj,bjhw->bkhw", self.basis, blocks).square()
-
-        with torch.autocast(missed.device.type, enabled=False):
-            variance = power(added) + (2 * log_sd).exp() + self.ROUNDING
-            return 0.5 * (variance.log() + power(missed) / variance).mean()
+        with torch.autocast(real.device.type, enabled=False), torch.no_grad():
+            power, known = (self.coefficients(picture).square() for picture in (real, decoded))
+        variance = known + (2 * log_sd).exp() + self.ROUNDING
+        return 0.5 * (variance.log() + power / variance).mean()
 
     def draw(self, noise: Tensor, log_sd: Tensor) -> Tensor:
         """The field [B, 1, H, W] of white noise [B, 1, H, W]."""
+        (H, W), before = noise.shape[2:], self.patch // 2
         with torch.autocast(noise.device.type, enabled=False):
             coefficients = log_sd.exp() * F.pixel_unshuffle(noise, self.patch)
-            return F.pixel_shuffle(torch.einsum("kj,bkhw->bjhw", self.basis, coefficients), self.patch)
+            field = F.conv_transpose2d(coefficients, self.basis, stride=self.patch)
+        return field[..., before : before + H, before : before + W]
 
 
 def noise_of_slices(slices: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:

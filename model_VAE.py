@@ -283,10 +283,8 @@ class Autoencoder(nn.Module):
         if not self.draws:
             return self._decode(latent, z), {}
         box, features = self._picture(self.perceptual, latent, z)
-        with torch.no_grad():
-            faithful, _ = self._picture(self.decoder, latent, z)
         grain = self.perceptual.grain
-        return box, {"grain": grain.loss(target - faithful, box - faithful, grain.log_sd(features))}
+        return box, {"grain": grain.loss(target + 1, box.clamp(-1, 1) + 1, grain.log_sd(features))}
 
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].

@@ -51,9 +51,9 @@ GUARDED = 8  # times in the perceptual phase, besides reports, that the guard lo
 def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
     """Mean |x_hat - x| + 0.5 (1 - SSIM) of [B, 1, H, W], x in [-1, 1].
 
-    What leaves [-1, 1] counts a tenth: it is clamped in the end, and black is best kept by aiming a little below it.
+    What is below -1 counts a tenth: it is clamped in the end, and black is best kept by aiming a little below it.
     """
-    clamped = x_hat.clamp(-1, 1)
+    clamped = x_hat.clamp(min=-1)
     x_hat = clamped + 0.1 * (x_hat - clamped)
     ssim = util.ssim_map((x_hat + 1) / 2, (x + 1) / 2).mean()
     return (x_hat - x).abs().mean() + 0.5 * (1 - ssim)
@@ -470,7 +470,8 @@ def main() -> None:
         perceptual = step >= faithful
 
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        augment = torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
+        # turning a slice takes away the finest texture, which the perceptual decoder has to learn
+        augment = None if perceptual else torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
         index = util.batch_index(args.seed, step, args.batch_size, len(train), rank, world)
         x, z, _ = train.batch(index, device, augment)
         target = model.crop(x)

@@ -112,6 +112,7 @@ def test_black_that_is_too_black_costs_a_tenth_and_is_still_pulled_back():
     x_hat = (black - 0.05).requires_grad_()
     reconstruction_loss(x_hat, black).backward()
     assert (x_hat.grad < 0).all()
+    assert reconstruction_loss(-black + 0.05, -black) > 0.0499  # nothing is white for sure
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
