@@ -20,6 +20,8 @@ from grain import Grain, noise_of_slices
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
 from quantizer import FiniteScalarQuantizer, VectorQuantizer
 
+KNEE = 2 * 200 / 255 - 1  # grey 200; see bend_white
+
 
 class Encoder(nn.Module):
     """[B, channels_in, H, W] to [B, channels_out, H / f, W / f], f = patch 2^(levels - 1); z is added in every block.
@@ -109,6 +111,16 @@ def karhunen_loeve(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     blocks = blocks[blocks.abs().amax(1) > 0].double()
     basis = torch.linalg.eigh(blocks.T @ blocks)[1].flip(1)[:, :dim].T
     return basis, (blocks @ basis.T).std(0).clamp(min=1e-6)
+
+
+def bend_white(x: Tensor) -> Tensor:
+    """x with what is brighter than KNEE bent towards white instead of cut off there, as film does it.
+
+    Every real slice is scaled to its own maximum, so next to no pixel of it is above 240 of 255. Drawn ones, whose
+    errors are symmetrical, have three times as many, and cutting off would pile them up at white.
+    """
+    room = 1 - KNEE
+    return torch.where(x > KNEE, KNEE + room * ((x - KNEE) / room).tanh(), x)
 
 
 class LinearPath(nn.Module):
@@ -276,15 +288,27 @@ class Autoencoder(nn.Module):
         if not self.draws:
             raise ValueError("this decoder takes no noise")
         self._check_grid("noise", noise, (1, *self.box[2:]), z)
-        return box + decoder.grain.draw(noise, decoder.grain.log_sd(features))
+        return bend_white(box + decoder.grain.draw(noise, decoder.grain.log_sd(features)))
 
-    def _reconstruct(self, latent: Tensor, z: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The box [B, 1, H, W] for training, and with grain {"grain": its loss}, else {}."""
-        if not self.draws:
-            return self._decode(latent, z), {}
-        box, features = self._picture(self.perceptual, latent, z)
-        grain = self.perceptual.grain
-        return box, {"grain": grain.loss(target + 1, box.clamp(-1, 1) + 1, grain.log_sd(features))}
+    def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What training decodes of x, and the losses that belong to it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, z: Tensor, still: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstructed box [B, 1, H, W] for training, and the losses of the latent.
+
+        still: the slices x before augmentation. With them {"grain": ...} is among the losses where the decoder in use
+        draws: interpolation takes away the very texture that grain has to learn.
+        """
+        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
+            latent, losses = self._latent(x, z)
+        box = self._decode(latent, z)
+        if self.draws and still is not None:
+            with torch.no_grad():
+                picture, features = self._picture(self.perceptual, self._latent(still, z)[0], z)
+            grain = self.perceptual.grain
+            losses["grain"] = grain.loss(self.crop(still) + 1, picture.clamp(-1, 1) + 1, grain.log_sd(features))
+        return box, losses
 
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
@@ -384,13 +408,11 @@ class VAE(Autoencoder):
         """KL(q || N(0, 1)) of each image, [B]: (mu^2 + s^2 - 1 - log s^2) / 2 nats a number (ibid., appendix B)."""
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)) / math.log(2)
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box of a posterior sample, as _reconstruct, and {"kl": mean bits per image, ...}."""
-        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            mean, log_variance = self.posterior(x, z)
-            latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
-        return x_hat, losses | {"kl": self.kl_bits(mean, log_variance).mean()}
+    def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A sample of the posterior, and {"kl": mean bits per image}."""
+        mean, log_variance = self.posterior(x, z)
+        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        return latent, {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalised posterior mean, float32 [B, C, h, w], of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -481,17 +503,11 @@ class VQVAE(Autoencoder):
     def _unrounded(self, x: Tensor, z: Tensor) -> Tensor:
         return self.quantizer.unrounded(self.vectors(x, z))
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, as _reconstruct, and {"codebook": commitment (and codebook) loss, ...}.
-
-        Training mode moves the codebook.
-        """
-        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            vectors = self.vectors(x, z)
-            latent, _, loss = self.quantizer(vectors)
-            latent = self._for_both(latent, lambda: self.quantizer.unrounded(vectors))
-        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
-        return x_hat, losses | {"codebook": loss}
+    def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes, and {"codebook": commitment (and codebook) loss}. Training mode moves the codebook."""
+        vectors = self.vectors(x, z)
+        latent, _, loss = self.quantizer(vectors)
+        return self._for_both(latent, lambda: self.quantizer.unrounded(vectors)), {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
         """idx int64 [B, h, w] in [0, K) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -603,17 +619,12 @@ class VQVAE2(Autoencoder):
         top = self.quantizer_top.unrounded(self.top_vectors(x, z))
         return self._join(top, self.quantizer.unrounded(self.bottom_vectors(x, z, top)))
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box, as _reconstruct, and {"codebook": losses of both quantisers, ...}.
-
-        Training mode moves the codebooks.
-        """
-        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
-            bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-            latent = self._for_both(self._join(top, bottom), lambda: self._unrounded(x, z))
-        x_hat, losses = self._reconstruct(latent, z, self.crop(x))
-        return x_hat, losses | {"codebook": loss_top + loss_bottom}
+    def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes of both levels, and {"codebook": losses of both quantisers}. Training mode moves the codebooks."""
+        top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
+        bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
+        latent = self._for_both(self._join(top, bottom), lambda: self._unrounded(x, z))
+        return latent, {"codebook": loss_top + loss_bottom}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(top int64 [B, h / 2, w / 2], bottom int64 [B, h, w]) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""

@@ -470,10 +470,10 @@ def main() -> None:
         perceptual = step >= faithful
 
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        # turning a slice takes away the finest texture, which the perceptual decoder has to learn
-        augment = None if perceptual else torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
+        augment = torch.Generator().manual_seed(util.mix_seed(args.seed, step, rank, 1))
         index = util.batch_index(args.seed, step, args.batch_size, len(train), rank, world)
         x, z, _ = train.batch(index, device, augment)
+        still = train.batch(index, device)[0] if model.draws else None
         target = model.crop(x)
         begin, end = (faithful, args.steps) if perceptual else (0, faithful)
         factor = util.learning_rate_factor(step - begin, end - begin)
@@ -482,7 +482,7 @@ def main() -> None:
 
         # the autoencoder: reconstruction, the price of the latent, and what the discriminator says
         with util.autocast(device, args.precision):
-            x_hat, losses = forward(x, z)
+            x_hat, losses = forward(x, z, still)
         losses["reconstruction"] = reconstruction_loss(x_hat, target)
         weights = {"reconstruction": 1.0, "codebook": 1.0, "grain": 1.0}
         if "kl" in losses and not perceptual:

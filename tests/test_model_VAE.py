@@ -12,7 +12,7 @@ import dataset
 import model_VAE
 import prestage_train
 import util
-from model_VAE import MODELS, VAE, VQVAE, VQVAE2, latent_digest, load_first_stage
+from model_VAE import KNEE, MODELS, VAE, VQVAE, VQVAE2, bend_white, latent_digest, load_first_stage
 from quantizer import FiniteScalarQuantizer
 
 
@@ -444,7 +444,7 @@ def train_perceptual(model, steps: int = 3) -> None:
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(steps):
         x, z = slices(3)
-        x_hat, losses = model(x, z)
+        x_hat, losses = model(x, z, x)
         loss = (x_hat - model.crop(x)).abs().mean() + losses["grain"]
         optimizer.zero_grad()
         loss.backward()
@@ -507,7 +507,8 @@ def test_grain_is_drawn_over_the_picture_of_the_perceptual_decoder(double):
     picture, drawn, again = (double.decode(latent, z, noise) for noise in (None, one, other))
     assert torch.equal(double.decode(latent, z), picture) and torch.equal(double.decode(latent, z, one), drawn)
     assert (drawn - picture).abs().max() > 1e-3 < (drawn - again).abs().max()
-    assert torch.allclose(double.decode(latent, z, 0 * one), picture, atol=1e-6)
+    inside = picture < 1  # what is cut off there is bent here
+    assert torch.allclose(double.decode(latent, z, 0 * one)[inside], bend_white(picture)[inside], atol=1e-6)
     with pytest.raises(ValueError, match="noise must be"):
         double.decode(latent, z, one[:1])
     x_hat, losses = double(x, z)
@@ -517,7 +518,30 @@ def test_grain_is_drawn_over_the_picture_of_the_perceptual_decoder(double):
         assert torch.allclose(trained_on[::2], double.reconstruct(x, z)[::2], atol=1e-5)
         assert not torch.allclose(trained_on[::2], picture[::2], atol=1e-3)
         assert not torch.equal(double.reconstruct(x, z, one), double.reconstruct(x, z))
-    assert losses["grain"].isfinite()
+    assert "grain" not in losses and double(x, z, x)[1]["grain"].isfinite()
+
+
+def test_the_grain_learns_from_slices_as_they_are(double):
+    """Whatever is done to those that the decoder learns from, and the decoder learns nothing of it."""
+    (x, z), double = slices(3), double.eval()
+    assert "grain" not in double(x, z, x)[1]  # the fidelity decoder draws none
+    double.start_perceptual()
+    draws = [torch.manual_seed(0) and double(turned, z, x)[1]["grain"] for turned in (x, x.mT)]
+    if double.kind != "vae":  # which samples its posterior, and so in another order
+        assert torch.equal(*draws) and not torch.equal(double(x, z, x.mT)[1]["grain"], draws[0])
+    draws[0].backward()
+    assert {name for name, p in double.named_parameters() if p.grad is not None} <= {
+        name for name, _ in double.named_parameters() if ".grain." in name
+    }
+
+
+def test_white_is_bent_and_the_rest_left_alone():
+    x = torch.linspace(-1.2, 1.5, 271, dtype=torch.float64)
+    bent = bend_white(x)
+    assert torch.equal(bent[x <= KNEE], x[x <= KNEE]) and bent.max() < 1
+    slope = bent.diff() / x.diff()
+    assert (slope > 0).all() and (slope.diff() < 1e-9).all() and slope[x[1:] < KNEE + 0.02].min() > 0.97  # no kink
+    assert 238 < 127.5 * (1 + bend_white(torch.ones(()))) < 244
 
 
 def test_the_grain_of_a_brain_follows_its_generator(double):
