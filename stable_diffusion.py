@@ -268,7 +268,7 @@ def decade(age: float) -> float:
 def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]]:
     """How many there are of each kind among people [n, K]: [{condition: value, ..., "count": how many}, ...].
 
-    Of ages only the decade counts, so that weights tell of no single person. What is not known is left out.
+    Of ages only the decade counts. What is not known is left out.
     """
     kinds = Counter()
     for person in people.tolist():
