@@ -207,7 +207,7 @@ def flags():
         default="cyclical",
         help="of the KL weight (default: %(default)s)",
     )
-    add("--kl-cycles", type=util.positive_int, default=4, help="annealing cycles of the fidelity phase (default: %(default)s)")
+    add("--kl-cycles", type=util.positive_int, default=4, help="cycles of the fidelity phase (default: %(default)s)")
     add(
         "--kl-ramp",
         type=util.fraction,
