@@ -339,6 +339,15 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean.view(-1, 1, 1))
         self.latent_sd.copy_((square / count - mean.square()).clamp(min=1e-12).sqrt().view(-1, 1, 1))
 
+    @torch.no_grad()
+    def channel_weight(self) -> Tensor:
+        """[C, 1, 1], mean 1: how far one sd of each channel of the normalised latent moves a picture (linear path)."""
+        C, h, w = self.latent_shape
+        latent = torch.zeros(C, *self.latent_shape, device=self.latent_sd.device)
+        latent[range(C), range(C), h // 2, w // 2] = 1
+        moved = self._linear_decode(latent * self.latent_sd).square().sum((1, 2, 3)).sqrt()
+        return (moved / moved.mean()).view(-1, 1, 1)
+
     def _normalise(self, latent: Tensor) -> Tensor:
         return (latent.float() - self.latent_mean) / self.latent_sd
 

@@ -251,6 +251,8 @@ class LatentDiffusion(nn.Module):
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
+        # of the squared error; training sets it to what each channel does to a picture
+        self.register_buffer("channel_weight", torch.ones(latent_shape[0], 1, 1), persistent=False)
         # until it is measured, all are one
         self.register_buffer("slice_correlation", torch.ones(latent_shape[0], slices_per_brain, slices_per_brain))
 
@@ -311,7 +313,7 @@ class LatentDiffusion(nn.Module):
             "x0": latent,
             "flow": noise - latent,
         }[self.prediction]
-        loss = (output - target).square().mean((1, 2, 3))
+        loss = ((output - target).square() * self.channel_weight).mean((1, 2, 3))
         return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
 
     def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None) -> Tensor:

@@ -558,6 +558,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
+    model.channel_weight.copy_(first_stage.channel_weight())
     model.linear.mean.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
     if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
