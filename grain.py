@@ -11,6 +11,8 @@ from module import gaussian_window, norm, zero
 # Grain is smooth along z by a gaussian of this sd in slices, which correlates it by .78, .37, .02 over 1, 2, 4 slices.
 # What codes of 8x8 pixels leave out of real slices has .64, .43 and .24, but part of that is the codes' own flicker.
 SMOOTHING = 1.0
+GAMMA = 0.7  # of compand
+KNEE = 2 * 190 / 255 - 1  # of bend_white: grey 190
 
 
 def lapped_transform(size: int) -> Tensor:
@@ -25,11 +27,31 @@ def lapped_transform(size: int) -> Tensor:
     return torch.einsum("ay,bx->abyx", rows, rows).reshape(size**2, 1, 2 * size, 2 * size)
 
 
+def compand(x: Tensor) -> Tensor:
+    """Brightness [0, 2] of x [-1, 1], in which texture is as strong in dark tissue as in bright: a power of grey."""
+    return 2 * ((x.float() + 1) / 2).clamp(min=0) ** GAMMA
+
+
+def expand(brightness: Tensor) -> Tensor:
+    """The inverse of compand."""
+    return 2 * (brightness / 2).clamp(min=0) ** (1 / GAMMA) - 1
+
+
+def bend_white(x: Tensor) -> Tensor:
+    """x with what is brighter than KNEE bent towards white instead of cut off there, as film does it.
+
+    Every real slice is scaled to its own maximum, so next to no pixel of it is above 240 of 255. Drawn ones, whose
+    errors are symmetrical, have three times as many, and cutting off would pile them up at white.
+    """
+    room = 1 - KNEE
+    return torch.where(x > KNEE, KNEE + room * ((x - KNEE) / room).tanh(), x)
+
+
 class Grain(nn.Module):
     """The power that decoded pictures lack, as a random field: N(0, sd^2) in each coefficient of a lapped transform.
 
     The sd of each block and frequency is read from the decoder's last features, but teaches the decoder nothing. It is
-    such that draws have the power of real slices. Where all is black, it is next to zero.
+    such that drawn pictures have the power of real slices, in companded grey. Where all is black, it is next to zero.
     """
 
     ROUNDING = (2 / 255) ** 2 / 12  # variance that rounding x to 8 bits adds to a pixel, and so to a coefficient
@@ -51,29 +73,33 @@ class Grain(nn.Module):
         """float32 [B, patch^2, h, w] of features [B, channels, h, w]."""
         return self.head(features.detach()).float().clamp(-10, 1)
 
-    def coefficients(self, picture: Tensor) -> Tensor:
-        """[B, patch^2, h, w] of a picture [B, 1, H, W] that is 0 where it is black, as it is around it."""
+    def analysis(self, picture: Tensor) -> Tensor:
+        """Coefficients [B, patch^2, h, w] of a picture [B, 1, H, W] with 0 around it."""
         before, after = self.patch // 2, self.patch - self.patch // 2
-        return F.conv2d(F.pad(picture.float(), (before, after) * 2), self.basis, stride=self.patch)
+        return F.conv2d(F.pad(picture, (before, after) * 2), self.basis, stride=self.patch)
+
+    def synthesis(self, coefficients: Tensor) -> Tensor:
+        """The picture [B, 1, H, W] of coefficients [B, patch^2, h, w]."""
+        before, (h, w) = self.patch // 2, coefficients.shape[2:]
+        field = F.conv_transpose2d(coefficients, self.basis, stride=self.patch)
+        return field[..., before : before + h * self.patch, before : before + w * self.patch]
 
     def loss(self, real: Tensor, decoded: Tensor, log_sd: Tensor) -> Tensor:
-        """-log N(real; 0, decoded^2 + sd^2 + rounding) in nats a coefficient, less a constant.
+        """-log N(real; 0, decoded^2 + sd^2 + rounding) in nats a coefficient of companded grey, less a constant.
 
         Args:
-            real, decoded: [B, 1, H, W], a slice and what the decoder makes of it without noise; black is 0.
+            real, decoded: [B, 1, H, W] in [-1, 1], a slice and what the decoder makes of it without noise.
         """
         with torch.autocast(real.device.type, enabled=False), torch.no_grad():
-            power, known = (self.coefficients(picture).square() for picture in (real, decoded))
+            power, known = (self.analysis(compand(x)).square() for x in (real, decoded))
         variance = known + (2 * log_sd).exp() + self.ROUNDING
         return 0.5 * (variance.log() + power / variance).mean()
 
-    def draw(self, noise: Tensor, log_sd: Tensor) -> Tensor:
-        """The field [B, 1, H, W] of white noise [B, 1, H, W]."""
-        (H, W), before = noise.shape[2:], self.patch // 2
+    def draw(self, decoded: Tensor, noise: Tensor, log_sd: Tensor) -> Tensor:
+        """The picture x [B, 1, H, W] of a decoded one, with grain made of white noise [B, 1, H, W]."""
         with torch.autocast(noise.device.type, enabled=False):
-            coefficients = log_sd.exp() * F.pixel_unshuffle(noise, self.patch)
-            field = F.conv_transpose2d(coefficients, self.basis, stride=self.patch)
-        return field[..., before : before + H, before : before + W]
+            field = self.synthesis(log_sd.exp() * F.pixel_unshuffle(noise, self.patch))
+            return bend_white(expand(compand(decoded) + field))
 
 
 def noise_of_slices(slices: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:

@@ -20,8 +20,6 @@ from grain import Grain, noise_of_slices
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
 from quantizer import FiniteScalarQuantizer, VectorQuantizer
 
-KNEE = 2 * 200 / 255 - 1  # grey 200; see bend_white
-
 
 class Encoder(nn.Module):
     """[B, channels_in, H, W] to [B, channels_out, H / f, W / f], f = patch 2^(levels - 1); z is added in every block.
@@ -111,16 +109,6 @@ def karhunen_loeve(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     blocks = blocks[blocks.abs().amax(1) > 0].double()
     basis = torch.linalg.eigh(blocks.T @ blocks)[1].flip(1)[:, :dim].T
     return basis, (blocks @ basis.T).std(0).clamp(min=1e-6)
-
-
-def bend_white(x: Tensor) -> Tensor:
-    """x with what is brighter than KNEE bent towards white instead of cut off there, as film does it.
-
-    Every real slice is scaled to its own maximum, so next to no pixel of it is above 240 of 255. Drawn ones, whose
-    errors are symmetrical, have three times as many, and cutting off would pile them up at white.
-    """
-    room = 1 - KNEE
-    return torch.where(x > KNEE, KNEE + room * ((x - KNEE) / room).tanh(), x)
 
 
 class LinearPath(nn.Module):
@@ -288,7 +276,7 @@ class Autoencoder(nn.Module):
         if not self.draws:
             raise ValueError("this decoder takes no noise")
         self._check_grid("noise", noise, (1, *self.box[2:]), z)
-        return bend_white(box + decoder.grain.draw(noise, decoder.grain.log_sd(features)))
+        return decoder.grain.draw(box, noise, decoder.grain.log_sd(features))
 
     def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What training decodes of x, and the losses that belong to it."""
@@ -307,7 +295,7 @@ class Autoencoder(nn.Module):
             with torch.no_grad():
                 picture, features = self._picture(self.perceptual, self._latent(still, z)[0], z)
             grain = self.perceptual.grain
-            losses["grain"] = grain.loss(self.crop(still) + 1, picture.clamp(-1, 1) + 1, grain.log_sd(features))
+            losses["grain"] = grain.loss(self.crop(still), picture.clamp(-1, 1), grain.log_sd(features))
         return box, losses
 
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:

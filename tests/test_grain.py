@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grain import Grain, lapped_transform, noise_of_slices
+from grain import KNEE, Grain, bend_white, compand, expand, lapped_transform, noise_of_slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -13,17 +13,16 @@ def test_the_lapped_transform_is_orthonormal_and_sorts_by_frequency(size):
     assert ((along.sign().diff(dim=1) != 0).sum(1).diff() > 0).all()
     coefficients = torch.zeros(3, size**2, 6, 7)
     coefficients[..., 2:-2, 2:-2] = torch.randn(3, size**2, 2, 3)  # what is at the border has no neighbour beyond
-    field = grain.draw(torch.nn.functional.pixel_shuffle(coefficients, size), torch.zeros(1))
-    assert torch.allclose(grain.coefficients(field), coefficients, atol=1e-4)
+    field = grain.synthesis(coefficients)
+    assert torch.allclose(grain.analysis(field), coefficients, atol=1e-4)
     assert torch.allclose(field.square().sum(), coefficients.square().sum(), rtol=1e-4)
 
 
 def test_grain_shows_no_edges_of_blocks():
     """Smooth noise of blocks stays smooth where blocks meet: the step there is no larger than within them."""
     torch.manual_seed(0)
-    log_sd = torch.full((64, 1, 1), -20.0)
-    log_sd[0] = 0
-    field = Grain(4, 8).draw(torch.randn(64, 1, 64, 64), log_sd)[..., 8:-8, 8:-8]
+    coefficients = torch.randn(64, 64, 8, 8) * (torch.arange(64) == 0)[:, None, None]
+    field = Grain(4, 8).synthesis(coefficients)[..., 8:-8, 8:-8]
     step = field.diff(dim=-1).square().mean((0, 1, 2))
     at_edges = step[7::8].mean()
     assert at_edges < 1.5 * step.mean()
@@ -33,30 +32,47 @@ def test_grain_learns_what_power_is_missing_block_by_block_and_frequency_by_freq
     """Of the power of real slices, less what the decoder's pictures have; nothing where nothing is missing."""
     torch.manual_seed(0)
     grain, sd = Grain(4, 4), torch.zeros(16, 4, 5)
-    sd[3, 1], sd[7, 2], sd[9, 1:3, 3] = 0.2, 0.05, 0.1
-    features = torch.randn(1, 4, 4, 5).expand(256, -1, -1, -1)
+    sd[3, 1], sd[7, 2], sd[9, 1:3, 3] = 0.1, 0.03, 0.05
+    inner = (slice(None), slice(1, 3), slice(1, 4))  # blocks at the border have no neighbour beyond
+    grey = torch.full((256, 1, 16, 20), -0.2)
+    noise, features = torch.randn_like(grey), torch.randn(1, 4, 4, 5).expand(256, -1, -1, -1)
 
-    def field(sd: torch.Tensor) -> torch.Tensor:
-        return grain.draw(torch.randn(256, 1, 16, 20), sd.clamp(min=1e-9).log().expand(256, -1, -1, -1))
+    def drawn(picture: torch.Tensor, sd: torch.Tensor) -> torch.Tensor:
+        return grain.draw(picture, torch.randn_like(picture), sd.clamp(min=1e-9).log().expand(256, -1, -1, -1))
 
-    measured = grain.coefficients(field(sd)).std(0)
-    inner = (slice(None), slice(1, 3), slice(1, 4))
-    assert torch.allclose(measured[inner], sd[inner], atol=0.05)  # what is drawn has this sd
-    assert (measured[inner][sd[inner] == 0] < 1e-6).all()
-    log_sd = torch.full((1, 16, 4, 5), -2.0, requires_grad=True)
-    optimizer, decoded = torch.optim.Adam([log_sd], lr=0.05), field(0.6 * sd)
-    real = decoded + field(0.8 * sd)
+    measured = grain.analysis(compand(drawn(grey, sd)) - compand(grey)).std(0)[inner]
+    assert torch.allclose(measured, sd[inner], atol=0.02) and (measured[sd[inner] == 0] < 1e-4).all()
+    assert torch.equal(grain.draw(grey, noise, sd.log()), grain.draw(grey, noise, sd.log()))
+    decoded = drawn(grey, 0.6 * sd)
+    real, log_sd = drawn(decoded, 0.8 * sd), torch.full((1, 16, 4, 5), -2.0, requires_grad=True)
+    optimizer = torch.optim.Adam([log_sd], lr=0.05)
     for _ in range(400):
         loss = grain.loss(real, decoded, log_sd)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    learned = log_sd.detach().exp()[0][inner]
-    assert torch.allclose(learned[sd[inner] > 0], 0.8 * sd[inner][sd[inner] > 0], rtol=0.25)
-    assert learned[sd[inner] == 0].max() < 0.01
+    learned, missing = log_sd.detach().exp()[0][inner], (sd[inner] > 0) & (torch.arange(16) > 0)[:, None, None]
+    assert torch.allclose(learned[missing], 0.8 * sd[inner][missing], rtol=0.25)
+    assert learned[~missing].median() < 0.01
     features = features.clone().requires_grad_()
     grain.loss(real, decoded, grain.log_sd(features)).backward()
     assert features.grad is None and grain.head[4].bias.grad.any()  # it teaches the decoder nothing
+
+
+def test_texture_of_equal_strength_in_companded_grey_is_weaker_in_the_dark():
+    x = torch.linspace(-1, 1, 201)
+    assert torch.allclose(expand(compand(x)), x, atol=1e-5) and compand(x[0]) == 0 and compand(x[-1]) == 2
+    moved = expand(compand(x) + 0.01) - x
+    assert (moved.diff() > 0).all() and 0 < moved[0] < 0.1 * moved[-1] and torch.equal(expand(torch.tensor(-0.1)), x[0])
+
+
+def test_white_is_bent_and_the_rest_left_alone():
+    x = torch.linspace(-1.2, 1.5, 271, dtype=torch.float64)
+    bent = bend_white(x)
+    assert torch.equal(bent[x <= KNEE], x[x <= KNEE]) and bent.max() < 1
+    slope = bent.diff() / x.diff()
+    assert (slope > 0).all() and (slope.diff() < 1e-9).all() and slope[x[1:] < KNEE + 0.02].min() > 0.97  # no kink
+    assert 238 < 127.5 * (1 + bend_white(torch.ones(()))) < 244
 
 
 def test_grain_is_smooth_along_z():
