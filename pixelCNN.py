@@ -32,7 +32,7 @@ from model_VAE import VQVAE, VQVAE2, Autoencoder, load_first_stage, load_second_
 from module import Embedding, Upsample
 from quantizer import digits_of
 from util import UserError
-from volume import write_brain
+from volume import Samples
 
 SCRIPT = Path(__file__).name
 
@@ -416,9 +416,9 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     device = util.pick_device(args.device)
     model, first_stage, description = load_prior(weights, device, args.decoder)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    out.mkdir(parents=True, exist_ok=True)
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
+    samples = Samples(out, util.describe_samples(weights, args, how))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -427,9 +427,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
         grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, i, "grain"))
         slices = decode_codes(first_stage, idx, grain=grain)
-        title = f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z"
-        files = write_brain(out, i, slices, title)
-        print(f"brain {i}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
+        samples.add(i, slices, f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z")
         if i == 0:
             shown = [4, 12, 20, 28]
             util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)

@@ -48,7 +48,7 @@ from model_diffusion import (
 )
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
 from util import UserError
-from volume import write_brain
+from volume import Samples
 
 SCRIPT = Path(__file__).name
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, lie evenly however many there are
@@ -351,7 +351,8 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how += f", {noise} noise"
     how += f", {first_stage.decoder_in_use} decoder"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    out.mkdir(parents=True, exist_ok=True)
+    people = ["unknown person"] if args.unknown_person else []
+    samples = Samples(out, util.describe_samples(weights, args, ", ".join([how, *words_for(asked), *people])))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -361,8 +362,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         path = sample_latents(model, range(i, i + 1), args, device, weak, person)
         slices = decode_brain(first_stage, path[-1], args.seed, i)
         name = ", ".join([f"brain {i}", *words_for(person)])
-        files = write_brain(out, i, slices, f"sampled {name}: seed {args.seed}, {how}")
-        print(f"{name}, in {out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png", flush=True)
+        samples.add(i, slices, f"sampled {name}: seed {args.seed}, {how}", person)
         if i == 0:
             shown = [4, 12, 20, 28]
             frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in path]

@@ -624,21 +624,37 @@ def check_same_data(name: str, data: dict[str, dict]) -> None:
             )
 
 
-def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
-    """What run.json records: settings, data digest, versions, commit and machine."""
-    here = Path(__file__).parent
+def versions() -> dict[str, str]:
+    """Of what decides about the last digits."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def commit_of_code() -> str:
+    """The commit of these files, with -dirty where they were changed since."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
+        here = Path(__file__).parent
         commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
+    return commit or "not a git checkout"
+
+
+def describe_samples(weights: Path, args: argparse.Namespace, how: str) -> dict:
+    """What samples.json records of how brains are drawn: digest of the weights, seed, settings, versions, commit."""
+    digest = hashlib.blake2b(weights.read_bytes(), digest_size=8).hexdigest()
+    return {"weights": digest, "seed": args.seed, "how": how, "commit": commit_of_code(), "versions": versions()}
+
+
+def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
+    """What run.json records: settings, data digest, versions, commit and machine."""
     return {
         "script": script,
         "settings": {flag: value for flag, value in vars(args).items() if flag not in OF_ONE_START},
         "data": data,
         **more,
-        "commit": commit or "not a git checkout",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": commit_of_code(),
+        "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": describe_device(pick_device(args.device)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -1,6 +1,7 @@
 """A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
 
-write_brain leaves everything of one new brain: sheet, scroll through z, reslices, volume and slices.
+write_brain leaves everything of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
+folder of them.
 
 Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
 wide; it is 1 mm high, since neighbouring z lie about 1 mm apart. The origin is the middle of the picture on the lowest
@@ -13,6 +14,7 @@ files on which side of a person anything was.
 """
 
 import gzip
+import json
 from pathlib import Path
 
 import nibabel
@@ -152,6 +154,11 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     ]
 
 
+def files_of_brain(out: Path, i: int) -> list[Path]:
+    """Sheet, scroll through z, reslices and volume of brain i in `out`."""
+    return [out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")]
+
+
 def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
     """Writes all of new brain number i, slices uint8 [32, S, S] in the order of z, into the folder `out`.
 
@@ -162,12 +169,40 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
         title: what the pictures say about the brain.
     Returns the paths of the four, in this order.
     """
-    sheet, gif, across, nifti = (
-        out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
-    )
+    sheet, gif, across, nifti = files_of_brain(out, i)
     write_slices(out, i, slices)
     util.save_picture(sheet, util.brain_sheet(slices, title))
     util.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
     util.save_picture(across, reslices(slices, title))
     util.write_file(nifti, gzip.compress(to_nifti(slices).to_bytes(), mtime=0))  # no clock in the file
     return [sheet, gif, across, nifti]
+
+
+class Samples:
+    """A folder of new brains that all come from the same weights and settings, which its samples.json tells.
+
+    Brains there that an earlier samples.json says come from others are removed, so that scores are never of a mixture.
+
+    Args:
+        out: the folder.
+        made_by: JSON values that say from what the brains come, and how.
+    """
+
+    def __init__(self, out: Path, made_by: dict):
+        self.out, self.record = out, {"made_by": json.loads(json.dumps(made_by)), "brains": {}}
+        before = json.loads((out / "samples.json").read_text()) if (out / "samples.json").is_file() else self.record
+        if before["made_by"] == self.record["made_by"]:
+            self.record = before
+            return
+        for i in map(int, before["brains"]):
+            for file in [*files_of_brain(out, i), *out.glob(f"case_{i:03d}_slice_*.nii.png")]:
+                file.unlink(missing_ok=True)
+        print(f"removed {len(before['brains'])} brains of other weights or settings from {out}")
+
+    def add(self, i: int, slices: np.ndarray, title: str, known: dict | None = None) -> None:
+        """Writes brain i, as write_brain, and what is known of the person. Says so."""
+        files = write_brain(self.out, i, slices, title)
+        self.record["brains"][str(i)] = known or {}
+        util.write_file(self.out / "samples.json", json.dumps(self.record, indent=2).encode())
+        print(f"{title.split(':')[0]}, in {self.out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png",
+              flush=True)  # fmt: skip

@@ -544,7 +544,7 @@ def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
     monkeypatch.setattr(stable_diffusion, "load_first_stage", None)
     assert run_main(stable_diffusion, "--sample", "--sample-steps", 6, "--name", "mine")[0] == 0
     here, there = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (trained / "here", Path("mine_vis/samples")))
-    assert len(here) == 32 + 5 and here == there
+    assert len(here) == 32 + 6 and here == there
 
 
 def test_a_model_of_single_slices_goes_on_as_one_that_mixes_them(trained, start, first_stage):

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 from types import SimpleNamespace
 
 import nibabel
@@ -189,6 +190,22 @@ def test_write_brain_returns_what_it_wrote(head, tmp_path):
     assert {*files, *(path for *_, path in found)} == set((tmp_path / "new").iterdir())
 
 
+def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path, capsys):
+    """More brains of the same weights join those there; of others they take their place. Other files are left alone."""
+    slices = small(head, 64)
+    for i in (0, 1):
+        volume.Samples(tmp_path, {"weights": "a", "seed": 0}).add(i, slices, f"brain {i}: a head", {"age": 60.0 + i})
+    assert json.loads((tmp_path / "samples.json").read_text())["brains"] == {"0": {"age": 60.0}, "1": {"age": 61.0}}
+    assert len(list(tmp_path.iterdir())) == 2 * (4 + 32) + 1 and "removed" not in capsys.readouterr().out
+    (tmp_path / "brain_000_mine.txt").write_text("notes")
+    (tmp_path / "case_007_slice_0.nii.png").write_text("somebody else's")
+    volume.Samples(tmp_path, {"weights": "b", "seed": 0}).add(3, slices, "brain 3: a head")
+    assert "removed 2 brains" in capsys.readouterr().out
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"brain_000_mine.txt", "case_007_slice_0.nii.png", "brain_003.png", "case_003_slice_31.nii.png"} <= left
+    assert len(left) == 4 + 32 + 1 + 2
+
+
 def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypatch, run_main):
     """stable_diffusion.py and pixelCNN.py, each with its model replaced by one that draws this head."""
     slices = small(head, 64)
@@ -214,4 +231,4 @@ def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypat
             assert f"brain_001{ending}" in written[-1] and f"brain_001{ending}" in out
         voxels = np.asanyarray(nibabel.load(folder / "brain_001.nii.gz").dataobj)
         assert np.array_equal(voxels.transpose(2, 0, 1), slices)
-    assert written[0] == written[1] and len(written[0]) == 2 * 36 + 1
+    assert written[0] == written[1] and len(written[0]) == 2 * 36 + 2
