@@ -66,6 +66,24 @@ def trained(model, awaken):
     return model
 
 
+def test_the_weight_of_a_channel_is_how_far_it_moves_a_picture(model):
+    """Before the network speaks, one sd of every channel at any place; the mean weight is 1."""
+    x, z = slices(8)
+    model.start(x, z)
+    model.set_latent_statistics([(x, z)])
+    weight, latent = model.channel_weight(), torch.zeros(1, *model.latent_shape)
+    assert weight.shape == (len(latent[0]), 1, 1) and torch.isclose(weight.mean(), torch.ones(()), atol=1e-5)
+    moved = []
+    for channel in range(len(weight)):
+        step = torch.zeros_like(latent)
+        step[0, channel, 2, 3] = 1
+        moved.append(
+            model._decode(model._denormalise(latent + step), z[:1]) - model._decode(model._denormalise(latent), z[:1])
+        )
+    moved = torch.stack(moved).flatten(1).norm(dim=1)
+    assert torch.allclose(moved / moved.mean(), weight.flatten(), rtol=1e-3)
+
+
 # ----------------------------------------------------------------------------- the linear path: how training starts
 
 

@@ -191,6 +191,23 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction, weighting):
     assert (tiny_model(prediction, weighting=weighting)(latent, z, t, noise)[:-1] > 1e-5).all()
 
 
+def test_errors_of_channels_count_by_their_weight():
+    """An error of the output in one channel alone is weighted by that channel's weight."""
+    latent, noise, z, t = torch.randn(4, 4, 6, 7), torch.randn(4, 4, 6, 7), torch.arange(4), torch.full((4,), 500)
+    weight = torch.tensor([2.5, 1.0, 0.4, 0.1])
+    for channel in range(4):
+        error = torch.zeros(4, 1, 1)
+        error[channel] = 0.3
+        losses = []
+        for weights in (torch.ones(4), weight):
+            model = tiny_model("x0")
+            model.channel_weight.copy_(weights.view(-1, 1, 1))
+            losses.append(perfect(model, latent, noise, error)(latent, z, t, noise))
+        assert torch.allclose(losses[0], torch.full((4,), 0.09 / 4)) and torch.allclose(
+            losses[1], losses[0] * weight[channel]
+        )
+
+
 @pytest.mark.parametrize("prediction, schedule", POSSIBLE)
 def test_min_snr_counts_the_error_of_x0_alike_in_all_predictions(prediction, schedule):
     """The same error of x_0 costs min(SNR, 5) times its square; plain counts the output's once."""
