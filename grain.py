@@ -54,45 +54,46 @@ class Grain(nn.Module):
     such that drawn pictures have the power of real slices, in companded grey. Where all is black, it is next to zero.
     """
 
-    ROUNDING = (2 / 255) ** 2 / 12  # variance that rounding x to 8 bits adds to a pixel, and so to a coefficient
+    FLOOR = (2 / 255) ** 2 / 12  # keeps variance above 0 in black; about what rounding to 8 bits adds to a coefficient
 
     def __init__(self, channels: int, patch: int):
         super().__init__()
         self.patch = patch
-        self.head = nn.Sequential(
+        self.strength = nn.Sequential(
             norm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.SiLU(),
             zero(nn.Conv2d(channels, patch**2, 3, padding=1)),
         )
-        nn.init.constant_(self.head[-1].bias, -4)  # two grey levels
+        nn.init.constant_(self.strength[-1].bias, -4)  # two grey levels
         self.register_buffer("basis", lapped_transform(patch), persistent=False)
 
     def log_sd(self, features: Tensor) -> Tensor:
         """float32 [B, patch^2, h, w] of features [B, channels, h, w]."""
-        return self.head(features.detach()).float().clamp(-10, 1)
+        return self.strength(features.detach()).float().clamp(-10, 1)
 
     def analysis(self, picture: Tensor) -> Tensor:
         """Coefficients [B, patch^2, h, w] of a picture [B, 1, H, W] with 0 around it."""
-        before, after = self.patch // 2, self.patch - self.patch // 2
+        before, after = (self.patch + 1) // 2, self.patch // 2
         return F.conv2d(F.pad(picture, (before, after) * 2), self.basis, stride=self.patch)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
         """The picture [B, 1, H, W] of coefficients [B, patch^2, h, w]."""
-        before, (h, w) = self.patch // 2, coefficients.shape[2:]
+        before, (h, w) = (self.patch + 1) // 2, coefficients.shape[2:]
         field = F.conv_transpose2d(coefficients, self.basis, stride=self.patch)
         return field[..., before : before + h * self.patch, before : before + w * self.patch]
 
     def loss(self, real: Tensor, decoded: Tensor, log_sd: Tensor) -> Tensor:
-        """-log N(real; 0, decoded^2 + sd^2 + rounding) in nats a coefficient of companded grey, less a constant.
+        """-log N(real; 0, decoded^2 + sd^2 + FLOOR) in nats a coefficient of companded grey, less a constant.
 
         Args:
-            real, decoded: [B, 1, H, W] in [-1, 1], a slice and what the decoder makes of it without noise.
+            real: [B, 1, H, W] in [-1, 1], a slice.
+            decoded: [B, 1, H, W], what the decoder makes of it without noise.
         """
         with torch.autocast(real.device.type, enabled=False), torch.no_grad():
-            power, known = (self.analysis(compand(x)).square() for x in (real, decoded))
-        variance = known + (2 * log_sd).exp() + self.ROUNDING
+            power, known = (self.analysis(compand(x)).square() for x in (real, bend_white(decoded)))
+        variance = known + (2 * log_sd).exp() + self.FLOOR
         return 0.5 * (variance.log() + power / variance).mean()
 
     def draw(self, decoded: Tensor, noise: Tensor, log_sd: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ class Autoencoder(nn.Module):
             with torch.no_grad():
                 picture, features = self._picture(self.perceptual, self._latent(still, z)[0], z)
             grain = self.perceptual.grain
-            losses["grain"] = grain.loss(self.crop(still), picture.clamp(-1, 1), grain.log_sd(features))
+            losses["grain"] = grain.loss(self.crop(still), picture, grain.log_sd(features))
         return box, losses
 
     def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -329,10 +329,13 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def channel_weight(self) -> Tensor:
-        """[C, 1, 1], mean 1: how far one sd of each channel of the normalised latent moves a picture (linear path)."""
+        """[C, 1, 1], mean 1: how far one sd of each channel of the normalised latent moves a picture (linear path).
+
+        Squared errors weighted by its square would be those of the picture; by itself it stands between that and all
+        channels alike, since fine detail matters more to the eye than to the square.
+        """
         C, h, w = self.latent_shape
-        latent = torch.zeros(C, *self.latent_shape, device=self.latent_sd.device)
-        latent[range(C), range(C), h // 2, w // 2] = 1
+        latent = torch.eye(C, device=self.latent_sd.device)[:, :, None, None].expand(C, C, h, w)
         moved = self._linear_decode(latent * self.latent_sd).square().sum((1, 2, 3)).sqrt()
         return (moved / moved.mean()).view(-1, 1, 1)
 

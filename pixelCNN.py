@@ -418,7 +418,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    samples = Samples(out, util.describe_samples(weights, args, how))
+    samples = Samples(out, util.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -427,7 +427,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
         grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, i, "grain"))
         slices = decode_codes(first_stage, idx, grain=grain)
-        samples.add(i, slices, f"sampled brain {i}: seed {args.seed}, PixelCNN, {how}, one noise for all z")
+        samples.add(i, slices, f"brain {i}", f"seed {args.seed}, PixelCNN, {how}, one noise for all z")
         if i == 0:
             shown = [4, 12, 20, 28]
             util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)

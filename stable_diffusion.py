@@ -299,10 +299,15 @@ def draw_person(asked: dict[str, float], description: dict, seed: int, brain: in
     return person | asked
 
 
+def in_letters(person: dict[str, float]) -> dict[str, str]:
+    """Such as {"age": "64", "sex": "F", "cdr": "0.5"}."""
+    letter = {value: name for name, value in SEXES.items()}
+    return {name: letter[value] if name == "sex" else f"{value:g}" for name, value in person.items()}
+
+
 def words_for(person: dict[str, float]) -> list[str]:
     """Such as ["age 64", "sex F", "cdr 0.5"]."""
-    letter = {value: name for name, value in SEXES.items()}
-    return [f"{name} {letter[value] if name == 'sex' else f'{value:g}'}" for name, value in person.items()]
+    return [f"{name} {value}" for name, value in in_letters(person).items()]
 
 
 def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dict) -> LatentDiffusion | None:
@@ -351,8 +356,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how += f", {noise} noise"
     how += f", {first_stage.decoder_in_use} decoder"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    people = ["unknown person"] if args.unknown_person else []
-    samples = Samples(out, util.describe_samples(weights, args, ", ".join([how, *words_for(asked), *people])))
+    samples = Samples(out, util.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -362,7 +366,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         path = sample_latents(model, range(i, i + 1), args, device, weak, person)
         slices = decode_brain(first_stage, path[-1], args.seed, i)
         name = ", ".join([f"brain {i}", *words_for(person)])
-        samples.add(i, slices, f"sampled {name}: seed {args.seed}, {how}", person)
+        samples.add(i, slices, name, f"seed {args.seed}, {how}", in_letters(person))
         if i == 0:
             shown = [4, 12, 20, 28]
             frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in path]
@@ -586,6 +590,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         data,
         parameters=sum(p.numel() for p in model.parameters()),
         first_stage=first_stage.description,
+        channel_weight=model.channel_weight.flatten().tolist(),
     )
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")

@@ -640,10 +640,19 @@ def commit_of_code() -> str:
     return commit or "not a git checkout"
 
 
-def describe_samples(weights: Path, args: argparse.Namespace, how: str) -> dict:
-    """What samples.json records of how brains are drawn: digest of the weights, seed, settings, versions, commit."""
-    digest = hashlib.blake2b(weights.read_bytes(), digest_size=8).hexdigest()
-    return {"weights": digest, "seed": args.seed, "how": how, "commit": commit_of_code(), "versions": versions()}
+def describe_samples(weights: Path, args: argparse.Namespace) -> dict:
+    """What decides how sampled brain i looks: the digests of the weights, and the settings of sampling."""
+    of_the_start = {"minutes", "device", "compile", "sample", "out", "brains"}
+    names = (OF_ONE_START | FREE_IN_SAMPLING) - of_the_start
+    settings = {name: value for name, value in sorted(vars(args).items()) if name in names}
+    if settings.get("weak"):
+        settings["weak"] = file_digest(find_weights(settings["weak"], "--weak"))
+    return {"weights": file_digest(weights), "settings": settings}
+
+
+def file_digest(path: Path) -> str:
+    """Of the bytes of a file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:

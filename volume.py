@@ -14,6 +14,7 @@ files on which side of a person anything was.
 """
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 
 import util
 from dataset import CONTENT_BOX, write_slices
+from util import UserError
 
 FIELD = 256  # mm, the side of a slice
 DESCRIPTION = b"synthetic: drawn by a generative model, no person's brain"  # at most 79 bytes
@@ -154,11 +156,6 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     ]
 
 
-def files_of_brain(out: Path, i: int) -> list[Path]:
-    """Sheet, scroll through z, reslices and volume of brain i in `out`."""
-    return [out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")]
-
-
 def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
     """Writes all of new brain number i, slices uint8 [32, S, S] in the order of z, into the folder `out`.
 
@@ -169,7 +166,9 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
         title: what the pictures say about the brain.
     Returns the paths of the four, in this order.
     """
-    sheet, gif, across, nifti = files_of_brain(out, i)
+    sheet, gif, across, nifti = (
+        out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
+    )
     write_slices(out, i, slices)
     util.save_picture(sheet, util.brain_sheet(slices, title))
     util.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
@@ -179,30 +178,48 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
 
 
 class Samples:
-    """A folder of new brains that all come from the same weights and settings, which its samples.json tells.
+    """A folder of new brains that all come from the same weights and settings, as its samples.json tells.
 
-    Brains there that an earlier samples.json says come from others are removed, so that scores are never of a mixture.
+    Where that tells of others, the folder is moved aside first: nothing is lost, and no score is of a mixture.
 
     Args:
         out: the folder.
-        made_by: JSON values that say from what the brains come, and how.
+        made_by: JSON values that decide what a brain of a given number looks like.
+    Raises UserError where samples.json cannot be read, and for the current folder if it would have to move.
     """
 
     def __init__(self, out: Path, made_by: dict):
-        self.out, self.record = out, {"made_by": json.loads(json.dumps(made_by)), "brains": {}}
-        before = json.loads((out / "samples.json").read_text()) if (out / "samples.json").is_file() else self.record
-        if before["made_by"] == self.record["made_by"]:
-            self.record = before
-            return
-        for i in map(int, before["brains"]):
-            for file in [*files_of_brain(out, i), *out.glob(f"case_{i:03d}_slice_*.nii.png")]:
-                file.unlink(missing_ok=True)
-        print(f"removed {len(before['brains'])} brains of other weights or settings from {out}")
+        self.out, self.file = out, out / "samples.json"
+        self.record = {"made_by": json.loads(json.dumps(made_by)), "brains": {}}
+        if self.file.is_file():
+            try:
+                before = json.loads(self.file.read_text())
+                made_by, brains = before["made_by"], before["brains"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self.file} is no record of samples; remove it, or choose another --out") from None
+            if made_by == self.record["made_by"]:
+                self.record["brains"] = brains
+            else:
+                move_aside(out)
+        self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
+        self._write()
 
-    def add(self, i: int, slices: np.ndarray, title: str, known: dict | None = None) -> None:
-        """Writes brain i, as write_brain, and what is known of the person. Says so."""
-        files = write_brain(self.out, i, slices, title)
+    def _write(self) -> None:
+        util.write_file(self.file, json.dumps(self.record, indent=2).encode())
+
+    def add(self, i: int, slices: np.ndarray, name: str, how: str, known: dict | None = None) -> None:
+        """Writes brain i, as write_brain, with what is known of the person, and says so."""
+        files = ", ".join(file.name for file in write_brain(self.out, i, slices, f"sampled {name}: {how}"))
         self.record["brains"][str(i)] = known or {}
-        util.write_file(self.out / "samples.json", json.dumps(self.record, indent=2).encode())
-        print(f"{title.split(':')[0]}, in {self.out}: {', '.join(f.name for f in files)}, case_{i:03d}_slice_*.nii.png",
-              flush=True)  # fmt: skip
+        self._write()
+        print(f"{name}, in {self.out}: {files}, case_{i:03d}_slice_*.nii.png", flush=True)
+
+
+def move_aside(folder: Path) -> None:
+    """Renames a folder of samples to the first free of folder_1, folder_2, ..., and says so."""
+    if folder.resolve() == Path.cwd():
+        raise UserError("the current folder holds brains of other weights or settings; choose another --out")
+    names = (folder.with_name(f"{folder.name}_{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    print(f"{folder} held brains of other weights or settings: it is now {aside}")

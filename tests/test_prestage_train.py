@@ -14,7 +14,7 @@ import torch
 import prestage_train
 import util
 from logger import read_log
-from model_VAE import load_first_stage
+from model_VAE import VQVAE, load_first_stage
 from prestage_train import cyclical_weight, kl_factor, ramp_weight, reconstruction_loss
 
 TINY = ["--preset", "demo", "--channels", 8, "--batch-size", 4, "--codebook-size", 32, "--latent-channels", 4]
@@ -469,3 +469,22 @@ def test_two_processes_train_one_run(run_script, phantom_folder, tmp_path):
     assert util.load_checkpoint(tmp_path / "model_ckpt/vqvae/last.pt", "prestage_train.py")["step"] == 4
     assert [line["step"] for line in read_log(tmp_path / "log/vqvae")] == [1, 2, 2, 3, 4, 4]
     assert load_first_stage(tmp_path / "model_ckpt/vqvae").description["step"] == 4
+
+
+def test_grain_sees_slices_as_they_are_and_the_decoder_turned_ones(train, monkeypatch):
+    seen, forward = [], VQVAE.forward
+
+    def spy(self, x, z, still=None):
+        seen.append((x, still))
+        return forward(self, x, z, still)
+
+    monkeypatch.setattr(VQVAE, "forward", spy)
+    train("--model", "vqvae", "--steps", 8, "--report-every", 8, "--discriminator-start", 2, "--gan-start", 4)
+    assert [still is not None for _, still in seen] == [False] * 4 + [True] * 4
+
+    def whole_greys(x: torch.Tensor) -> bool:
+        grey = (x + 1) * 127.5
+        return torch.allclose(grey, grey.round(), atol=1e-3)
+
+    for x, still in seen[4:]:
+        assert whole_greys(still) and not whole_greys(x) and (x - still).abs().mean() < 0.3  # the same heads

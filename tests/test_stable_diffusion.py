@@ -535,6 +535,13 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(trained, start, monkeypa
     assert {path: path.read_bytes() for path in Path("model_ckpt/diffusion").iterdir()} == before
 
 
+def test_training_weighs_errors_by_channel(trained):
+    """As the first stage says, and the record of the run tells."""
+    run = json.loads(Path("log/diffusion/run.json").read_text())
+    first_stage, weight = load_first_stage(run["settings"]["first_stage"]), run["channel_weight"]
+    assert weight == first_stage.channel_weight().flatten().tolist() and max(weight) > 1.5 * min(weight)
+
+
 def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
     """The weights carry their first stage: elsewhere, without it and without the data, they draw the same brain."""
     assert run_main(stable_diffusion, "--sample", "--sample-steps", 6, "--out", "here")[0] == 0

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -16,6 +17,7 @@ import volume
 from dataset import list_slices, read_png
 from model_diffusion import LatentDiffusion
 from phantom import phantom_case
+from util import UserError
 
 
 @pytest.fixture(scope="module")
@@ -191,19 +193,29 @@ def test_write_brain_returns_what_it_wrote(head, tmp_path):
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path, capsys):
-    """More brains of the same weights join those there; of others they take their place. Other files are left alone."""
-    slices = small(head, 64)
+    """More brains of the same weights join those there; those of others move aside, and nothing is lost."""
+    slices, out = small(head, 64), tmp_path / "samples"
     for i in (0, 1):
-        volume.Samples(tmp_path, {"weights": "a", "seed": 0}).add(i, slices, f"brain {i}: a head", {"age": 60.0 + i})
-    assert json.loads((tmp_path / "samples.json").read_text())["brains"] == {"0": {"age": 60.0}, "1": {"age": 61.0}}
-    assert len(list(tmp_path.iterdir())) == 2 * (4 + 32) + 1 and "removed" not in capsys.readouterr().out
-    (tmp_path / "brain_000_mine.txt").write_text("notes")
-    (tmp_path / "case_007_slice_0.nii.png").write_text("somebody else's")
-    volume.Samples(tmp_path, {"weights": "b", "seed": 0}).add(3, slices, "brain 3: a head")
-    assert "removed 2 brains" in capsys.readouterr().out
-    left = {path.name for path in tmp_path.iterdir()}
-    assert {"brain_000_mine.txt", "case_007_slice_0.nii.png", "brain_003.png", "case_003_slice_31.nii.png"} <= left
-    assert len(left) == 4 + 32 + 1 + 2
+        volume.Samples(out, {"weights": "a", "seed": 0}).add(i, slices, f"brain {i}", "a head", {"age": str(60 + i)})
+    assert json.loads((out / "samples.json").read_text())["brains"] == {"0": {"age": "60"}, "1": {"age": "61"}}
+    before = {path.name for path in out.iterdir()}
+    assert len(before) == 2 * (4 + 32) + 1 and "held" not in capsys.readouterr().out
+    for other in ("b", "c"):
+        volume.Samples(out, {"weights": other, "seed": 0}).add(3, slices, "brain 3", "a head")
+        assert "it is now" in capsys.readouterr().out
+        assert {path.name[:9] for path in out.iterdir()} == {"brain_003", "case_003_", "samples.j"}
+    assert {path.name for path in (tmp_path / "samples_1").iterdir()} == before
+    assert json.loads((tmp_path / "samples_2/samples.json").read_text())["made_by"]["weights"] == "b"
+
+
+def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    volume.Samples(Path("."), {"weights": "a"})
+    with pytest.raises(UserError, match="choose another --out"):
+        volume.Samples(Path("."), {"weights": "b"})
+    Path("samples.json").write_text("[]")
+    with pytest.raises(UserError, match="no record of samples"):
+        volume.Samples(Path("."), {"weights": "a"})
 
 
 def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypatch, run_main):
