@@ -401,9 +401,7 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     near.axvline(
         limit, color="k", linestyle="--", linewidth=1, label=f"limit {limit:.3f}: {share:.1%} of samples below"
     )
-    near.set(
-        xlabel="distance to the nearest over that to the next five (0: a copy)", ylabel="density", title="copies"
-    )
+    near.set(xlabel="distance to the nearest over that to the next five (0: a copy)", ylabel="density", title="copies")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left" if axis is near else "best")

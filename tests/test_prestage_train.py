@@ -213,7 +213,8 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
     assert "resumed at step 2" in out and differing(weights("straight"), weights("stopped")) == []
     assert differing(weights("vqvae"), faithful(weights("straight"))) == []
     assert (
-        differing(*decoders(weights("straight"))) != [] and weights("straight")["perceptual.grain.head.4.weight"].any()
+        differing(*decoders(weights("straight"))) != []
+        and weights("straight")["perceptual.grain.strength.4.weight"].any()
     )
     digests = {load_first_stage(name).description["digest"] for name in ("vqvae", "straight")}
     assert len(digests) == 1 and settings("straight")["channels"] == 8
