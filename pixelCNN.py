@@ -1,15 +1,15 @@
 """Second stage for codes: a gated PixelCNN learns the grids of a VQ-VAE, code after code, and draws new brains.
 
     python pixelCNN.py                       # trains on model_ckpt/vqvae; the same command resumes
-    python pixelCNN.py --sample --brains 4   # new brains; trains first if nothing was trained yet
+    python pixelCNN.py --sample --brains 4   # new brains; from the released weights if nothing was trained here
 
 The codes of a VQ-VAE-2 (--first-stage) get two networks, p(top) p(bottom | top); those of finite scalar quantisation
 are predicted digit by digit.
 
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
-brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), and process.gif, the grid
-filling row by row.
+brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, the grid
+filling row by row, and samples.json, what they come from.
 """
 
 import argparse

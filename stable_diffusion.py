@@ -1,14 +1,14 @@
 """Second stage: latent diffusion. Learns the latents of a first stage, and decodes new brains.
 
     python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
-    python stable_diffusion.py --sample --brains 4   # new brains; trains first if nothing was trained yet
+    python stable_diffusion.py --sample --brains 4   # new brains; from the released weights if nothing was trained here
 
 A brain is 32 slices, whose noise is correlated along z as their latents are. With --slices 1 the network sees them one
 by one; with more, training shows windows of so many neighbouring slices, which hear of each other.
 
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
 NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices
-(volume.py), and process.gif, the way from noise to brain.
+(volume.py), process.gif, the way from noise to brain, and samples.json, what they come from.
 """
 
 import argparse

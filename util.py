@@ -625,7 +625,7 @@ def check_same_data(name: str, data: dict[str, dict]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides about the last digits."""
+    """Versions of Python, PyTorch and NumPy, which decide about the last digits of results."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
@@ -651,7 +651,7 @@ def describe_samples(weights: Path, args: argparse.Namespace) -> dict:
 
 
 def file_digest(path: Path) -> str:
-    """Of the bytes of a file."""
+    """A digest, 16 hexadecimal digits, of the bytes of a file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
