@@ -99,7 +99,9 @@ def flags() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the UNet in training, against learning few people by heart (default: %(default)s)",
     )
-    add("--no-mirror", dest="mirror", action="store_false", help="train on heads as they are only, not on mirrored ones")
+    add(
+        "--no-mirror", dest="mirror", action="store_false", help="train on heads as they are only, not on mirrored ones"
+    )
     add(
         "--start-from",
         metavar="RUN",
