@@ -93,7 +93,6 @@ class UNet(nn.Module):
     The first layer also sees the `guess` at x_0 of a linear denoiser, without effect at the start. `conditions` names
     what else is known, and embedded, of the person.
     With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
-    `dropout` is that of the residual blocks.
     """
 
     def __init__(
@@ -105,10 +104,8 @@ class UNet(nn.Module):
         unknown_z: bool = False,
         mixing: bool = False,
         conditions: tuple[str, ...] = (),
-        dropout: float = 0.0,
     ):
         super().__init__()
-        level_options = {"mixing": mixing, "dropout": dropout}
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
@@ -122,12 +119,12 @@ class UNet(nn.Module):
                 self.down.append(Downsample(current, current))
                 skips.append(current)
             for _ in range(blocks):
-                self.down.append(Level(current, w, embedding_dim, attention=level > 0, **level_options))
+                self.down.append(Level(current, w, embedding_dim, attention=level > 0, mixing=mixing))
                 skips.append(current := w)
-        self.mid = Level(current, current, embedding_dim, attention=True, **level_options)
+        self.mid = Level(current, current, embedding_dim, attention=True, mixing=mixing)
         for level, w in reversed(list(enumerate(width))):
             for _ in range(blocks + 1):
-                self.up.append(Level(current + skips.pop(), w, embedding_dim, attention=level > 0, **level_options))
+                self.up.append(Level(current + skips.pop(), w, embedding_dim, attention=level > 0, mixing=mixing))
                 current = w
             if level:
                 self.up.append(Upsample(current, current))
@@ -163,11 +160,9 @@ class UNet(nn.Module):
 class Level(nn.Module):
     """A residual block and, if asked, self-attention and mixing of slices."""
 
-    def __init__(
-        self, channels_in: int, channels_out: int, embedding_dim: int, attention: bool, mixing: bool, dropout: float
-    ):
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, attention: bool, mixing: bool):
         super().__init__()
-        self.block = ResBlock(channels_in, channels_out, embedding_dim, dropout)
+        self.block = ResBlock(channels_in, channels_out, embedding_dim)
         self.attention = SelfAttention(channels_out) if attention else nn.Identity()
         self.mixing = SliceMixing(channels_out) if mixing else None
 
@@ -200,7 +195,6 @@ class LatentDiffusion(nn.Module):
         slices_per_brain: Z, how many slices there are of a brain.
         conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
-        dropout: of the UNet in training, against learning few people by heart.
         T: number of steps of the forward process.
     Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
     """
@@ -225,7 +219,6 @@ class LatentDiffusion(nn.Module):
         modes: int = 0,
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
-        dropout: float = 0.0,
         T: int = 1000,
     ):
         super().__init__()
@@ -255,7 +248,6 @@ class LatentDiffusion(nn.Module):
             unknown_z=drop_z > 0,
             mixing=slices > 1,
             conditions=self.conditions,
-            dropout=dropout,
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)

@@ -73,21 +73,19 @@ class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + embedding))), with SiLU as act (He et al. 2016, pre-activation).
 
     The embedding [B, embedding_dim], of z or of time and z, is added to every position after the first convolution.
-    Training drops a share `dropout` of what the second convolution sees.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, dropout: float = 0.0):
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int):
         super().__init__()
         self.norm1, self.conv1 = norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.embed = nn.Linear(embedding_dim, channels_out)
         self.norm2, self.conv2 = norm(channels_out), zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.embed(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 
 

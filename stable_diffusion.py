@@ -93,13 +93,6 @@ def flags() -> argparse.ArgumentParser:
         help="how often training hides z, which --guidance needs (default: %(default)s)",
     )
     add(
-        "--dropout",
-        type=util.fraction,
-        default=0.1,
-        metavar="SHARE",
-        help="of the UNet in training, against learning few people by heart (default: %(default)s)",
-    )
-    add(
         "--no-mirror", dest="mirror", action="store_false", help="train on heads as they are only, not on mirrored ones"
     )
     add(
@@ -588,7 +581,6 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "slices_per_brain": SLICES_PER_CASE,
         "modes": modes,
         "conditions": args.conditions,
-        "dropout": args.dropout,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"

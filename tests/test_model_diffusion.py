@@ -436,16 +436,6 @@ def test_the_unet_takes_any_size(awaken, size):
     assert all(parameter.grad is not None for parameter in unet.parameters())  # nothing in it is idle
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_is_part_of_training_alone(awaken, dropout):
-    model = awaken(tiny_model(dropout=dropout))
-    latent, z = torch.randn(3, 4, 6, 7), torch.arange(3)
-    t, noise = torch.full((3,), 500), torch.randn_like(latent)
-    assert torch.equal(model(latent, z, t, noise, 1), model(latent, z, t, noise, 1))
-    model.train()
-    assert torch.equal(model(latent, z, t, noise, 1), model(latent, z, t, noise, 1)) == (dropout == 0)
-
-
 def test_the_unet_starts_at_zero():
     """The last convolution is zero, so the first loss is that of the mean prediction."""
     x, guess = torch.randn(2, 2, 4, 6, 7)
