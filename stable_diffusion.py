@@ -556,6 +556,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     mean = mean_at_each_z(latents, z_all, SLICES_PER_CASE)
     correlation = slice_correlation(latents[whole]) if len(whole) > 1 else None
+    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
     if args.mirror:
         mirrored, _ = encode_all(first_stage, train_slices, device, args.precision, mirrored=True)
         latents = torch.cat([latents, move_mean(mirrored, z_all, mean)])
@@ -564,7 +565,6 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     # network
     together = SLICES_PER_CASE if args.slices > 1 else 1  # the linear denoiser sees whole brains, the UNet windows
-    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
     torch.manual_seed(args.seed)
     model_kwargs = {
         "latent_shape": first_stage.latent_shape,
