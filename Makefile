@@ -1,4 +1,4 @@
-# make demo    a fresh clone to pictures of new heads, 7 to 8 minutes on 2 CPU cores; no data, no GPU
+# make demo    a fresh clone to pictures of new heads, 6 to 8 minutes on 2 CPU cores; no data, no GPU
 # make test    a fresh clone to green tests
 # make clean   removes what the demo made
 

@@ -93,9 +93,6 @@ def flags() -> argparse.ArgumentParser:
         help="how often training hides z, which --guidance needs (default: %(default)s)",
     )
     add(
-        "--no-mirror", dest="mirror", action="store_false", help="train on heads as they are only, not on mirrored ones"
-    )
-    add(
         "--start-from",
         metavar="RUN",
         help="begin with the weights of this run or file, on the same first stage and of the same sizes, where one of "
@@ -381,28 +378,15 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
 
 
 @torch.no_grad()
-def encode_all(
-    first_stage: Autoencoder, data: Slices, device: torch.device, precision: str, mirrored: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Latents float32 [N, C, h, w] and z int64 [N] of a whole split, or of its mirror images, kept on the device."""
+def encode_all(first_stage: Autoencoder, data: Slices, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
+    """Latents float32 [N, C, h, w] and z int64 [N] of a whole split, kept on the device."""
     latents = []
     parts = torch.arange(len(data)).split(64)
-    what = f"{data.split}, mirrored" if mirrored else data.split
-    for index in tqdm(parts, desc=f"encode {what}", unit="batch", disable=None):
+    for index in tqdm(parts, desc=f"encode {data.split}", unit="batch", disable=None):
         x, z, _ = data.batch(index, device)
-        x = x.flip(2) if mirrored else x  # rows run from left to right
         with util.autocast(device, precision):
             latents.append(first_stage.encode(x, z))
     return torch.cat(latents), data.z.to(device)
-
-
-def move_mean(latents: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    """Latents [N, C, h, w] at z [N] with their mean at each z made the `mean` [Z, C, h, w].
-
-    Heads are not symmetrical on average; mirrored ones differ from the mean of all as some head may, but from its
-    mirror image.
-    """
-    return latents + (mean - mean_at_each_z(latents, z, len(mean)))[z]
 
 
 @torch.no_grad()
@@ -554,17 +538,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     real = held_out_slices.whole_brains()[:8]
     real_neighbours = {"real/adjacent_ssim": float(adjacent_ssim(real).mean())} if len(real) else {}
 
-    mean = mean_at_each_z(latents, z_all, SLICES_PER_CASE)
-    correlation = slice_correlation(latents[whole]) if len(whole) > 1 else None
-    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
-    if args.mirror:
-        mirrored, _ = encode_all(first_stage, train_slices, device, args.precision, mirrored=True)
-        latents = torch.cat([latents, move_mean(mirrored, z_all, mean)])
-        starts, z_all, people = torch.cat([starts, starts + len(z_all)]), z_all.repeat(2), people.repeat(2, 1)
-        whole = torch.cat([whole, whole + len(train_slices)])
-
     # network
     together = SLICES_PER_CASE if args.slices > 1 else 1  # the linear denoiser sees whole brains, the UNet windows
+    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
     torch.manual_seed(args.seed)
     model_kwargs = {
         "latent_shape": first_stage.latent_shape,
@@ -587,9 +563,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
     model.channel_weight.copy_(first_stage.channel_weight())
-    model.linear.mean.copy_(mean)
-    if correlation is not None:
-        model.slice_correlation.copy_(correlation)
+    model.linear.mean.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
+    if len(whole) > 1:
+        model.slice_correlation.copy_(slice_correlation(latents[whole]))
     if modes:
         model.linear.set_modes(*principal_modes(latents[whole], model.slice_correlation, modes))
         model.linear.set_people(latents[whole], people[whole[:, 0]], model.slice_correlation)

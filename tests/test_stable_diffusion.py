@@ -16,20 +16,11 @@ import prestage_train
 import stable_diffusion
 import util
 from dataset import list_slices, load_slices
-from linear_denoiser import mean_at_each_z
 from logger import read_log
 from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from stable_diffusion import (
-    BrainNoise,
-    around_windows,
-    decode_brain,
-    encode_all,
-    move_mean,
-    sample_latents,
-    window_starts,
-)
+from stable_diffusion import BrainNoise, around_windows, decode_brain, sample_latents, window_starts
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
@@ -424,33 +415,6 @@ def test_windows_are_neighbouring_slices_of_one_case(phantom_folder):
         assert (data.case[around].view(-1, 32) == data.case[index[:, :1]]).all()
     single, shown = around_windows(torch.tensor([70, 3]), 1)
     assert single.tolist() == [70, 3] and shown is None
-
-
-def test_mirrored_latents_are_those_of_the_picture_turned_over(phantom_folder, first_stage):
-    """Left and right change places, which is up and down in a slice; anterior stays where it is."""
-    model, data = load_first_stage(first_stage), load_slices(phantom_folder, "validate", 64)
-    plain, z = encode_all(model, data, CPU, "fp32")
-    mirrored, z_mirrored = encode_all(model, data, CPU, "fp32", mirrored=True)
-    assert torch.equal(z, z_mirrored) and not torch.allclose(mirrored, plain, atol=1e-3)
-    data.images = data.images.flip(1)
-    assert torch.allclose(encode_all(model, data, CPU, "fp32")[0], mirrored, atol=1e-5)
-
-
-def test_mirrored_heads_differ_from_the_mean_of_all_as_from_their_own():
-    latents, z, mean = torch.randn(24, 2, 3, 3), torch.arange(4).repeat(6), torch.randn(4, 2, 3, 3)
-    moved = move_mean(latents, z, mean)
-    assert torch.allclose(mean_at_each_z(moved, z, 4), mean, atol=1e-5)
-    assert torch.allclose(moved[:4] - moved[4:8], latents[:4] - latents[4:8], atol=1e-5)
-
-
-@pytest.mark.parametrize("flags, heads", [([], 6), (["--no-mirror"], 3)])
-def test_training_shows_heads_and_their_mirror_images(start, monkeypatch, flags, heads):
-    """Every window of two slices of the three heads, of which each begins 33, and of their mirror images."""
-    counts, batch_index = [], util.batch_index
-    monkeypatch.setattr(util, "batch_index", lambda *args: counts.append(args[3]) or batch_index(*args))
-    status, _, errors = start("--name", "other", *flags)
-    assert status == 0, errors
-    assert set(counts) == {33 * heads}
 
 
 def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folder, first_stage, tmp_path):
