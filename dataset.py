@@ -239,7 +239,7 @@ class Slices:
         index = index.to(self.images.device)
         x = to_float(self.images[index].to(device, non_blocking=True))[:, None]
         if augment is not None:
-            x = random_affine(x, augment)
+            x = move(x, random_moves(len(x), augment))
         return x, self.z[index.cpu()].to(device), self.case[index.cpu()].to(device)
 
     def describe(self) -> dict:
@@ -379,18 +379,27 @@ def _refuse_swapped(pixels: np.ndarray, kind: str, folder: Path) -> None:
         raise UserError(f"the masks in {folder} hold more than 0, 85, 170 and 255; are they the images?")
 
 
-def random_affine(
-    x: Tensor, generator: torch.Generator, degrees: float = 4, scale: float = 0.04, shift: float = 0.012
+def random_moves(count: int, generator: torch.Generator) -> Tensor:
+    """float32 [count, 4], even in [-1, 1]: how far `move` turns, scales and shifts pictures, 0 is not at all."""
+    return (2 * torch.rand(4, count, generator=generator) - 1).T
+
+
+def move(
+    x: Tensor, moves: Tensor, degrees: float = 4, scale: float = 0.04, shift: float = 0.012, mode: str = "bilinear"
 ) -> Tensor:
-    """Turns by up to `degrees`, scales by up to 1 +- `scale`, shifts by up to `shift` of the side; x [B, 1, H, W]."""
-    turn, grow, down, right = (2 * torch.rand(4, len(x), generator=generator) - 1).to(x.device)
+    """Turns by up to `degrees`, scales by up to 1 +- `scale`, shifts by up to `shift` of the side; x [B, C, H, W].
+
+    moves [B, 4] says how far of that: turn, scale, shift down and right. `mode` is grid_sample's: bilinear smooths a
+    little, bicubic less, and may leave [-1, 1].
+    """
+    turn, grow, down, right = moves.T.to(x.device)
     angle, grow = turn * degrees * np.pi / 180, 1 + grow * scale
     cos, sin = angle.cos() * grow, angle.sin() * grow
     matrix = torch.stack(
         [torch.stack([cos, -sin, 2 * shift * right], 1), torch.stack([sin, cos, 2 * shift * down], 1)], 1
     )
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is black, which is -1
+    return F.grid_sample(x + 1, grid, mode=mode, align_corners=False) - 1  # outside is black, which is -1
 
 
 # ------------------------------------------------------------------------------------------------------- the check-up

@@ -42,6 +42,7 @@ RECIPES = {
 
 # What a model can know of a person, and the values it can have, or None for any number (years).
 CONDITIONS: dict[str, tuple[float, ...] | None] = {"age": None, "sex": (0, 1), "cdr": (0, 0.5, 1, 2)}
+MOVES = 4  # numbers that say how training moved a head, see dataset.move
 
 # ---------------------------------------------------------------------------------------------------- noise schedules
 
@@ -93,6 +94,8 @@ class UNet(nn.Module):
     The first layer also sees the `guess` at x_0 of a linear denoiser, without effect at the start. `conditions` names
     what else is known, and embedded, of the person.
     With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
+    With `moved`, training moves heads and says how far, so that samples are of heads where they are (augmentation
+    conditioning, Karras et al. 2022, appendix F.2); it starts without effect.
     """
 
     def __init__(
@@ -104,12 +107,14 @@ class UNet(nn.Module):
         unknown_z: bool = False,
         mixing: bool = False,
         conditions: tuple[str, ...] = (),
+        moved: bool = False,
     ):
         super().__init__()
         width = [channels * m for m in channel_multipliers]
         embedding_dim = 4 * channels
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
         self.embed_people = nn.ModuleDict({name: embed_condition(embedding_dim, name) for name in conditions})
+        self.embed_moves = zero(nn.Linear(MOVES, embedding_dim, bias=False)) if moved else None
         self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
         self.stem_guess = zero(nn.Conv2d(latent_channels, width[0], 3, padding=1, bias=False))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -131,18 +136,28 @@ class UNet(nn.Module):
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
     def forward(
-        self, x: Tensor, guess: Tensor, t: Tensor, z: Tensor, slices: int = 1, people: Tensor | None = None
+        self,
+        x: Tensor,
+        guess: Tensor,
+        t: Tensor,
+        z: Tensor,
+        slices: int = 1,
+        people: Tensor | None = None,
+        moves: Tensor | None = None,
     ) -> Tensor:
         """x and guess [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
 
         With mixing, every `slices` of the batch are contiguous slices of one brain. `people` [B, conditions] holds the
-        conditions in their order, NaN where one is not known; None if none is.
+        conditions in their order, NaN where one is not known; None if none is. moves: [B, 4] as in dataset.move, or
+        None for heads that were not moved.
         """
         embedding = self.embed_t(t) + self.embed_z(z)
         for k, (name, embed) in enumerate(self.embed_people.items()):
             value = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
             # in decades: the sines of single years would tell every person of a small data set from all others
             embedding = embedding + embed(value / 10 if name == "age" else value)
+        if moves is not None and self.embed_moves is not None:
+            embedding = embedding + self.embed_moves(moves)
         h = self.stem(x) + self.stem_guess(guess)
         skips = [h]
         for part in self.down:
@@ -195,6 +210,7 @@ class LatentDiffusion(nn.Module):
         slices_per_brain: Z, how many slices there are of a brain.
         conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
+        moved: whether training shows moved heads too, and the UNet hears how far they were.
         T: number of steps of the forward process.
     Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
     """
@@ -219,6 +235,7 @@ class LatentDiffusion(nn.Module):
         modes: int = 0,
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
+        moved: bool = False,
         T: int = 1000,
     ):
         super().__init__()
@@ -248,6 +265,7 @@ class LatentDiffusion(nn.Module):
             unknown_z=drop_z > 0,
             mixing=slices > 1,
             conditions=self.conditions,
+            moved=moved,
         )
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
@@ -281,6 +299,7 @@ class LatentDiffusion(nn.Module):
         slices: int | None = None,
         people: Tensor | None = None,
         shown: Tensor | None = None,
+        moves: Tensor | None = None,
     ) -> Tensor:
         """Loss of each latent, float32 [B], at random steps and noise unless given.
 
@@ -292,6 +311,7 @@ class LatentDiffusion(nn.Module):
             people: [B, conditions], the same for all slices of a brain; see UNet.
             shown: int64 [n], what the UNet sees of the batch, and n losses are of: as many slices, one after the
                 other, of each brain. Of what it does not see it has the linear denoiser's guess. Default: all.
+            moves: [B, 4], how far each was moved; default: not at all.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
@@ -302,11 +322,11 @@ class LatentDiffusion(nn.Module):
         alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
         guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
-        seen = [latent, noise, alpha, sigma, x, guess, t, z, people]
+        seen = [latent, noise, alpha, sigma, x, guess, t, z, people, moves]
         if shown is not None:
             seen = [None if part is None else part[shown] for part in seen]
-        latent, noise, alpha, sigma, x, guess, t, z, people = seen
-        output = self.unet(x, guess, t, z, len(x) // brains, people).float()
+        latent, noise, alpha, sigma, x, guess, t, z, people, moves = seen
+        output = self.unet(x, guess, t, z, len(x) // brains, people, moves).float()
         target = {
             "v": alpha * noise - sigma * latent,
             "eps": noise,

@@ -24,7 +24,17 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 import util
-from dataset import CONTENT_BOX, MASK_VALUES, SLICES_PER_CASE, Slices, find_data, load_slices, random_affine, to_float
+from dataset import (
+    CONTENT_BOX,
+    MASK_VALUES,
+    SLICES_PER_CASE,
+    Slices,
+    find_data,
+    load_slices,
+    move,
+    random_moves,
+    to_float,
+)
 from logger import Logger
 from module import Downsample, Upsample, norm
 
@@ -149,7 +159,7 @@ def training_batch(data: Slices, index: Tensor, generator: torch.Generator) -> t
     Half of the batches are sharp, a quarter blurred by a gaussian of up to 2 pixels, a quarter reduced to 128 or 64 px.
     """
     x, z, _ = data.batch(index)
-    moved = random_affine(torch.cat([x, 2 * tissue_shares(data.masks[index]) - 1], 1), generator)
+    moved = move(torch.cat([x, 2 * tissue_shares(data.masks[index]) - 1], 1), random_moves(len(x), generator))
     x, shares = moved[:, :1], (moved[:, 1:] + 1) / 2
     kind, strength = torch.rand(2, generator=generator).tolist()
     if kind < 0.25:

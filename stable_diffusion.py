@@ -25,7 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import util
-from dataset import PEOPLE_TABLE, SEXES, SLICES_PER_CASE, Slices, find_data, load_slices, people_table, to_uint8
+from dataset import (
+    PEOPLE_TABLE,
+    SEXES,
+    SLICES_PER_CASE,
+    Slices,
+    find_data,
+    load_slices,
+    move,
+    people_table,
+    random_moves,
+    to_uint8,
+)
 from linear_denoiser import mean_at_each_z, principal_modes, slice_correlation
 from logger import Logger
 from metrics import adjacent_ssim
@@ -103,6 +114,14 @@ def flags() -> argparse.ArgumentParser:
         type=util.positive_int,
         metavar="S",
         help=f"neighbouring slices of a brain that training shows together, up to {SLICES_PER_CASE}; 1 is a 2-D model",
+    )
+    add(
+        "--moved-heads",
+        type=util.whole_number,
+        default=0,
+        metavar="N",
+        help="times that training sees every head turned, scaled and shifted a little, beside once as it is; the "
+        "network is told how, and draws heads where they are (default: %(default)s)",
     )
     add(
         "--slice-noise",
@@ -378,15 +397,26 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
 
 
 @torch.no_grad()
-def encode_all(first_stage: Autoencoder, data: Slices, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
-    """Latents float32 [N, C, h, w] and z int64 [N] of a whole split, kept on the device."""
+def encode_all(
+    first_stage: Autoencoder, data: Slices, device: torch.device, precision: str, moves: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Latents float32 [N, C, h, w] and z int64 [N] of a whole split, kept on the device; moved by moves [N, 4]."""
     latents = []
     parts = torch.arange(len(data)).split(64)
     for index in tqdm(parts, desc=f"encode {data.split}", unit="batch", disable=None):
         x, z, _ = data.batch(index, device)
+        if moves is not None:
+            x = move(x, moves[index], mode="bicubic").clamp(-1, 1)
         with util.autocast(device, precision):
             latents.append(first_stage.encode(x, z))
     return torch.cat(latents), data.z.to(device)
+
+
+def head_moves(data: Slices, copies: int, seed: int) -> list[Tensor]:
+    """How far each of `copies` of a split is moved, float32 [N, 4] as in dataset.move, a head as a whole."""
+    cases, case = data.case.unique(return_inverse=True)
+    generators = (torch.Generator().manual_seed(util.mix_seed(seed, "moves", copy)) for copy in range(copies))
+    return [random_moves(len(cases), generator)[case] for generator in generators]
 
 
 @torch.no_grad()
@@ -501,10 +531,10 @@ def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> No
         missing, unexpected = model.unet.load_state_dict(prior.unet.state_dict(), strict=False)
     except RuntimeError:
         missing, unexpected = [], ["weights of other shapes"]
-    if unexpected or any(".mixing." not in name for name in missing):
+    if unexpected or any(".mixing." not in name and name != "embed_moves.weight" for name in missing):
         raise UserError(
             f"--start-from {run} is another network; give the same --channels, --channel-multipliers, --blocks, "
-            "--conditions and, but for 0, --drop-z"
+            "--conditions and, but for 0, --drop-z and --moved-heads"
         )
 
 
@@ -523,12 +553,17 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     )
     args.conditions = choose_conditions(args.conditions, folder)
 
-    # data: every slice is encoded once
+    # data: every slice is encoded once, and once more for every time that training moves it
     train_slices = load_slices(folder, "train", first_stage.image_size, device)
     held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
     latents, z_all = encode_all(first_stage, train_slices, device, args.precision)
     held_out, held_out_z = encode_all(first_stage, held_out_slices, device, args.precision)
+    copies = head_moves(train_slices, args.moved_heads, args.seed)
+    moved = [encode_all(first_stage, train_slices, device, args.precision, moves)[0] for moves in copies]
+    moves = torch.cat([torch.zeros(len(latents), 4), *copies]).to(device)
+    shown_latents = torch.cat([latents, *moved])
     starts = window_starts(train_slices, args.slices)
+    starts = torch.cat([starts + copy * len(latents) for copy in range(1 + len(copies))])
     if args.slices > 1:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
     people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
@@ -557,6 +592,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         "slices_per_brain": SLICES_PER_CASE,
         "modes": modes,
         "conditions": args.conditions,
+        "moved": args.moved_heads > 0,
     }
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
@@ -630,12 +666,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         windows = util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)
         index, shown = around_windows(starts[windows], args.slices)
+        slice_ = index % len(latents)  # where it was before it was moved
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            loss = forward(latents[index], z_all[index], None, None, together, people[index], shown).mean()
+            batch = shown_latents[index], z_all[slice_], None, None, together, people[slice_], shown, moves[index]
+            loss = forward(*batch).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

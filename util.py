@@ -169,6 +169,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    return 0 if text == "0" else positive_int(text)
+
+
 def seed(text: str) -> int:
     """argparse type: an integer that NumPy and PyTorch take as a seed."""
     if not text.isdecimal() or (value := int(text)) >= 2**63:

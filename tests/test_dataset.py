@@ -20,8 +20,9 @@ from dataset import (
     Slices,
     check_folder,
     load_slices,
+    move,
     people_table,
-    random_affine,
+    random_moves,
     read_people,
     read_png,
     to_float,
@@ -202,10 +203,10 @@ def test_augmentation_keeps_the_outside_exactly_black():
     top, left, height, width = 10, 6, 44, 52  # every head at 64 px
     x = torch.full((64, 1, 64, 64), -1.0)
     x[:, :, top : top + height, left : left + width] = 1
-    moved = random_affine(x, torch.Generator().manual_seed(0))
+    moved = move(x, random_moves(64, torch.Generator().manual_seed(0)))
     assert moved.min() == -1 and moved.max() <= 1
     x[:] = -1
-    assert torch.equal(random_affine(x, torch.Generator().manual_seed(0)), x)
+    assert torch.equal(move(x, random_moves(64, torch.Generator().manual_seed(0))), x)
 
 
 def test_augmentation_never_mirrors_and_moves_only_a_little():
@@ -213,7 +214,7 @@ def test_augmentation_never_mirrors_and_moves_only_a_little():
     row, column = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     for r, c in ((12.0, 16.0), (12.0, 48.0), (52.0, 16.0), (32.0, 8.0)):
         spot = torch.exp(-((row - r) ** 2 + (column - c) ** 2) / 8)
-        moved = random_affine(2 * spot.expand(100, 1, 64, 64) - 1, torch.Generator().manual_seed(3))[:, 0] + 1
+        moved = move(2 * spot.expand(100, 1, 64, 64) - 1, random_moves(100, torch.Generator().manual_seed(3)))[:, 0] + 1
         at = torch.stack([(moved * g).sum((1, 2)) / moved.sum((1, 2)) for g in (row, column)], 1)
         distance = (at - torch.tensor([r, c])).norm(dim=1)
         assert distance.max() < 5 and distance.std() > 0.2
