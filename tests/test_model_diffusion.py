@@ -35,7 +35,7 @@ def tiny_model(prediction: str = "v", **changes) -> LatentDiffusion:
 def perfect(model: LatentDiffusion, latent: torch.Tensor, noise: torch.Tensor, error: torch.Tensor | float = 0.0):
     """The model with a network that knows latent and noise, and is wrong about the latent by `error`."""
 
-    def forward(x, guess, t, z, slices, people):
+    def forward(x, guess, t, z, slices, people, moves=None):
         alpha, sigma = model.alpha[t].view(-1, 1, 1, 1), model.sigma[t].view(-1, 1, 1, 1)
         x0 = latent + error
         implied = noise - alpha / sigma * error  # the noise for which x is still alpha x0 + sigma noise
@@ -251,7 +251,7 @@ def test_hiding_z_is_part_of_training_alone(awaken, prediction):
     model, seen = awaken(tiny_model(prediction, drop_z=0.25)), []
     model.linear.mean.normal_()
     forward = model.unet.forward
-    model.unet.forward = lambda x, guess, t, z, slices, people: (seen.append(z), forward(x, guess, t, z))[1]
+    model.unet.forward = lambda x, guess, t, z, *more: (seen.append(z), forward(x, guess, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
     model(latent, z)
     model.train()
@@ -282,7 +282,7 @@ def test_guidance_goes_beyond_the_better_model():
 def test_steps_are_drawn_from_the_whole_process():
     """Training sees t = 0 and t = T - 1, and noise of unit variance."""
     model, seen = tiny_model(T=5), []
-    model.unet.forward = lambda x, guess, t, z, slices, people: (seen.append((x, t)), torch.zeros_like(x))[1]
+    model.unet.forward = lambda x, guess, t, *more: (seen.append((x, t)), torch.zeros_like(x))[1]
     model(torch.zeros(500, 4, 6, 7), torch.zeros(500, dtype=torch.long))
     x, t = seen[0]
     assert torch.equal(torch.bincount(t), torch.full((5,), 100))  # at even distances
@@ -460,6 +460,21 @@ def test_the_unet_hears_of_t_and_z_and_never_of_its_neighbours(awaken):
     assert torch.equal(unet(x, guess, t, z), unet(x, 0 * guess, t, z))
 
 
+def test_the_unet_hears_how_a_head_was_moved(awaken):
+    """It starts as the network that does not; where nothing is said, the head was not moved. The loss says it."""
+    plain = awaken(tiny_model())
+    model = tiny_model(moved=True)
+    assert model.unet.load_state_dict(plain.unet.state_dict(), strict=False).missing_keys == ["embed_moves.weight"]
+    latent, noise, moves = torch.randn(2, 4, 6, 7), torch.randn(2, 4, 6, 7), torch.tensor([[0.0] * 4, [0.5, 0, 0, -1]])
+    batch = latent, torch.tensor([3, 30]), torch.tensor([300, 700]), noise
+    assert torch.equal(model(*batch, moves=moves), plain(*batch))
+    torch.nn.init.normal_(model.unet.embed_moves.weight)
+    loss = model(*batch, moves=moves)
+    assert loss[0] == plain(*batch)[0] and (loss[1] - plain(*batch)[1]).abs() > 1e-4
+    assert torch.allclose(model(*batch, moves=moves, shown=torch.tensor([1])), loss[1:])
+    assert torch.equal(model(*batch), plain(*batch))
+
+
 # ------------------------------------------------------------------------------------------------------- whole brains
 
 
@@ -484,7 +499,7 @@ def test_slices_of_a_brain_train_at_one_step_and_are_hidden_together(awaken):
     model, seen = awaken(tiny_model(slices=4, drop_z=0.5, T=20)).train(), []
     model.slice_correlation.copy_(torch.full((32, 32), 0.25).fill_diagonal_(1))
     forward = model.unet.forward
-    model.unet.forward = lambda x, guess, t, z, slices, people: (
+    model.unet.forward = lambda x, guess, t, z, slices, *more: (
         seen.append((x, t, z, slices)),
         forward(x, guess, t, z, slices),
     )[1]

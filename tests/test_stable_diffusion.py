@@ -15,7 +15,7 @@ from PIL import Image
 import prestage_train
 import stable_diffusion
 import util
-from dataset import list_slices, load_slices
+from dataset import list_slices, load_slices, move
 from logger import read_log
 from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
@@ -287,7 +287,12 @@ def test_few_brains_are_validated_at_many_steps(awaken):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--recipe", "ddpm", "--slices", 1], ["--recipe", "edm", "--drop-z", 0, "--slice-noise", "own"]]
+    "flags",
+    [
+        ["--moved-heads", 2],
+        ["--recipe", "ddpm", "--slices", 1],
+        ["--recipe", "edm", "--drop-z", 0, "--slice-noise", "own"],
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     """Stopped after every single step, with everything else that happens at a stop in between."""
@@ -415,6 +420,32 @@ def test_windows_are_neighbouring_slices_of_one_case(phantom_folder):
         assert (data.case[around].view(-1, 32) == data.case[index[:, :1]]).all()
     single, shown = around_windows(torch.tensor([70, 3]), 1)
     assert single.tolist() == [70, 3] and shown is None
+
+
+def test_training_sees_every_head_moved_as_a_whole_and_told(start, phantom_folder, first_stage, monkeypatch):
+    """Once as it is, and as often as asked for in another place: what is said of it is what was done to it."""
+    seen, forward = [], LatentDiffusion.forward
+
+    def watched(self, latent, z, t=None, *rest):
+        if self.training:
+            seen.append((latent, z, rest[-1]))
+        return forward(self, latent, z, t, *rest)
+
+    monkeypatch.setattr(LatentDiffusion, "forward", watched)
+    flags = ["--moved-heads", 2, "--slices", 16, "--batch-size", 16, "--steps", 40, "--precision", "fp32"]
+    status, _, errors = start(*flags)
+    assert status == 0, errors
+    data, codes, found = load_slices(phantom_folder, "train", 64), load_first_stage(first_stage), set()
+    for latent, z, moves in seen:
+        assert torch.equal(z, torch.arange(32)) and (moves == moves[0]).all()
+        for case in range(3):
+            x, z, _ = data.batch(torch.arange(32 * case, 32 * case + 32))
+            x = move(x, moves, mode="bicubic").clamp(-1, 1) if moves.any() else x
+            if torch.allclose(codes.encode(x, z), latent, atol=1e-4):
+                found.add((case, *moves[0].tolist()))
+    assert len(found) == 9 and len({head[1:] for head in found}) == 7  # 3 heads as they are, and 6 that were moved
+    again = stable_diffusion.head_moves(data, 1, seed=0)[0]
+    assert {tuple(moves) for moves in again.tolist()} < {head[1:] for head in found}  # copies do not hang on how many
 
 
 def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folder, first_stage, tmp_path):
@@ -564,7 +595,9 @@ def test_a_model_of_single_slices_goes_on_as_one_that_mixes_them(trained, start,
     noise, z = torch.randn(8, *before.latent_shape), torch.arange(8)
     for a, b in zip(before.denoise(noise, 500, z), mixing.eval().denoise(noise, 500, z), strict=True):
         assert torch.equal(a, b)
-    assert start("--name", "mixed", "--slices", 4, "--start-from", "single")[0] == 0
+    assert start("--name", "mixed", "--slices", 4, "--start-from", "single", "--moved-heads", 1)[0] == 0
+    status, _, errors = start("--name", "still", "--slices", 4, "--start-from", "mixed")
+    assert status == 2 and len(errors.splitlines()) == 1 and "--moved-heads" in errors
     status, _, errors = start("--name", "wide", "--slices", 4, "--start-from", "single", "--channels", 24)
     assert status == 2 and len(errors.splitlines()) == 1 and "--channels" in errors
     inside.description["digest"] = "another"
