@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import sheets
 import util
 from phantom import phantom_case
 from util import UserError
@@ -523,7 +524,7 @@ def contact_sheet(folder: Path) -> Image.Image:
     if not rows:
         raise UserError("there is no slice to show")
     captions = [f"z = {z}" for _ in rows for z in wanted]
-    return util.sheet(
+    return sheets.sheet(
         rows,
         title=f"{folder.name}: cases down, slice index z across; anterior is right, grey 0..255",
         row_names=names,
@@ -565,7 +566,7 @@ def main() -> None:
     report, problems = check_folder(folder)
     print("\n".join(report))
     try:
-        util.save_picture(args.out, contact_sheet(folder))
+        sheets.save_picture(args.out, contact_sheet(folder))
         print(f"contact sheet: {args.out}")
     except (UserError, ValueError) as error:
         problems.append(f"no contact sheet: {error}")

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import runs
+import sheets
 import util
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from floors import score_floors
@@ -197,8 +199,8 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         return description["kind"] in PRIORS and trained_on == model.description["digest"]
 
     if run is None:
-        own, released = util.run_weights("pixelcnn"), util.RELEASED / "pixelcnn.safetensors"
-        fitting = [path for path in (own, released) if path.is_file() and fits(util.load_weights(path)[1])]
+        own, released = runs.run_weights("pixelcnn"), runs.RELEASED / "pixelcnn.safetensors"
+        fitting = [path for path in (own, released) if path.is_file() and fits(runs.load_weights(path)[1])]
         if not fitting:
             first_stage = model.description["path"]
             print(
@@ -358,7 +360,7 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
     ) / f"reconstruction_{args.split}{'_perceptual' if args.decoder == 'perceptual' else ''}"
     report = {"weights": str(weights), "decoder": args.decoder, "data": data.describe(), "result": result, "rows": rows}
     util.write_file(out.with_suffix(".json"), json.dumps(report, indent=2, allow_nan=False).encode())
-    util.save_picture(out.with_suffix(".png"), draw(rows, result, args.split))
+    sheets.save_picture(out.with_suffix(".png"), draw(rows, result, args.split))
     print(f"{table(rows)}\n\n{ledger(result)}")
     print(f"scores: {out}.json and .png")
 

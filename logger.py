@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import sheets
 import util
 from util import UserError
 
@@ -93,7 +94,7 @@ class Logger:
         """Saves NAME_vis/name.png and returns the path."""
         path = self.pictures / f"{name}.png"
         if not self.quiet:
-            util.save_picture(path, image)
+            sheets.save_picture(path, image)
         return path
 
     def pause(self) -> None:
@@ -208,7 +209,7 @@ def main() -> None:
     if not runs:
         raise UserError(f"nothing to draw in {', '.join(map(str, args.log_dirs))}; train longer")
     out = args.out or args.log_dirs[0] / "curves.png"
-    util.save_picture(out, draw_curves(runs, args.x, args.smooth))
+    sheets.save_picture(out, draw_curves(runs, args.x, args.smooth))
     for name, lines in runs.items():
         print(f"{name}: {lines[-1]['step']} steps in {lines[-1]['seconds']:.0f} s")
     print(f"curves: {out}")

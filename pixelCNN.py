@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import runs
+import sheets
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
@@ -342,7 +344,7 @@ def load_prior(
     run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
 ) -> tuple[PixelCNN | PixelCNN2, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file of this script, frozen. Raises UserError if it is none."""
-    kind = util.load_weights(util.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
+    kind = runs.load_weights(runs.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
     return load_second_stage(run, PRIORS.get(kind, PixelCNN), device, decoder)
 
 
@@ -418,7 +420,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    samples = Samples(out, util.describe_samples(weights, args))
+    samples = Samples(out, runs.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -430,7 +432,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         samples.add(i, slices, f"brain {i}", f"seed {args.seed}, PixelCNN, {how}, one noise for all z")
         if i == 0:
             shown = [4, 12, 20, 28]
-            util.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)
+            sheets.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)
             print(f"codes filling row by row, slices z = {shown}: {out}/process.gif")
 
 
@@ -502,7 +504,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
-    args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
+    args = runs.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     first_stage = load_first_stage(args.first_stage, device)
     if not isinstance(first_stage, VQVAE | VQVAE2):
         raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
@@ -540,11 +542,11 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start, best, stale = 0, math.inf, 0
     if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint, SCRIPT)
+        state = runs.load_checkpoint(checkpoint, SCRIPT)
         start, best, stale = state["step"], state["best"], state["stale"]
-        util.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
-        util.fill_model(model, state["model"], checkpoint)
-        util.fill_model(ema, state["ema"], checkpoint)
+        runs.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
+        runs.fill_model(model, state["model"], checkpoint)
+        runs.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {start}")
     forward = model
@@ -552,10 +554,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         forward = DistributedDataParallel(model, find_unused_parameters=True)
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
-    util.check_same_data(args.name, data)
+    runs.check_same_data(args.name, data)
     parameters = sum(p.numel() for p in model.parameters())
     nats_per_code = math.log(2) / sum(math.prod(grid) for grid in model.grids)  # of one bit per image
-    run = util.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
+    run = runs.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:
         print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
         return
@@ -573,7 +575,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
             "first_stage": first_stage.description["digest"],
         }
         state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        util.save_checkpoint(checkpoint, state)
+        runs.save_checkpoint(checkpoint, state)
         if improved or not weights.exists():
             description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
             save_second_stage(weights, ema, first_stage, description)
@@ -581,7 +583,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     def draw(step: int) -> None:
         slices = decode_codes(first_stage, sample_brain(ema, args.seed, 0, 1.0, device))
         title = f"sampled after {step} steps: seed {args.seed}, one noise for all z"
-        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
+        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', sheets.brain_sheet(slices, title))}")
 
     # training
     step = start
@@ -635,11 +637,11 @@ def main() -> None:
     args, typed = util.parse_flags(flags())
     args.name = args.name or "pixelcnn"
     util.start_processes()
-    released = util.RELEASED / "pixelcnn.safetensors"
-    weights = util.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    released = runs.RELEASED / "pixelcnn.safetensors"
+    weights = runs.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
     if weights is None:
         train(args, typed)
-        weights = util.run_weights(args.name)
+        weights = runs.run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, weights)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import runs
+import sheets
 import util
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
 from logger import Logger
@@ -109,7 +111,7 @@ def draw_reconstructions(model: Autoencoder, data: Slices, device: torch.device,
     difference = (128 + 5 * (fake - real)).clamp(0, 255)
     rows = [part.to(torch.uint8).numpy() for part in (real, fake, difference)]
     captions = [f"case {c}, z = {i}" for c, i in zip(case.tolist(), z.tolist())] + [""] * 12
-    return util.sheet(
+    return sheets.sheet(
         rows,
         title=f"{data.split} slices after {step} steps; difference x5, grey is none",
         captions=captions,
@@ -124,7 +126,7 @@ def draw_prior(model: Autoencoder, device: torch.device, seed: int, step: int):
     latent = model.prior_latent(1, torch.Generator().manual_seed(seed)).expand(32, -1, -1, -1)
     slices = to_uint8(model.decode(latent.to(device), torch.arange(32, device=device)))[:, 0].cpu().numpy()
     prior = "N(0, 1)" if isinstance(model, VAE) else "the code distribution"
-    return util.brain_sheet(slices, f"decoded draw from {prior} after {step} steps: no second stage yet")
+    return sheets.brain_sheet(slices, f"decoded draw from {prior} after {step} steps: no second stage yet")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -334,7 +336,7 @@ def main() -> None:
     if args.start_from and not args.name:
         raise UserError(f"--start-from {args.start_from} makes a first stage of its own: give it a --name")
     args.name = args.name or args.model
-    args = util.open_run(SCRIPT, args, typed, default_preset)
+    args = runs.open_run(SCRIPT, args, typed, default_preset)
     base = load_first_stage(args.start_from) if args.start_from else None
     args = follow_base(args, typed, base) if base else args
     folder = find_data(args.data)
@@ -362,13 +364,13 @@ def main() -> None:
     model, model_kwargs = build_on(base, args) if base else build(args, train.content_box())
     discriminator = PatchDiscriminator(channels=args.discriminator_channels)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
-    state = util.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
+    state = runs.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
     start = state["step"] if state else 0
     # averages of the adaptive weight and of the discriminator's mean logits; what the guard knows
     gan = state["gan"] if state else {"balance": None, "anchors": torch.zeros(2), "scale": 1.0, "fidelity": None}
     if state:
-        util.fill_model(model, state["model"], checkpoint)
-        util.fill_model(discriminator, state["discriminator"], checkpoint)
+        runs.fill_model(model, state["model"], checkpoint)
+        runs.fill_model(discriminator, state["discriminator"], checkpoint)
     elif not base:
         start_from_data(model, train)
     model.use_decoder("perceptual" if start > faithful else "fidelity")
@@ -400,8 +402,8 @@ def main() -> None:
         torch._functorch.config.donated_buffer = False  # adaptive_weight walks the graph before backward does
     forward, judge = wrapped(model), wrapped(discriminator)
     data = {"train": train.describe(), "validate": held_out.describe()}
-    util.check_same_data(args.name, data)
-    run = util.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
+    runs.check_same_data(args.name, data)
+    run = runs.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def report(step: int, scores: dict[str, float]) -> None:
@@ -419,7 +421,7 @@ def main() -> None:
                 ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
             if good is not None:
                 good.load_state_dict(ema.decoder.state_dict(), strict=False)
-        util.save_checkpoint(
+        runs.save_checkpoint(
             checkpoint,
             {
                 "script": SCRIPT,
@@ -436,7 +438,7 @@ def main() -> None:
         weights = ema.state_dict()
         if good is not None:
             weights |= {f"perceptual.{name}": tensor for name, tensor in good.state_dict().items()}
-        util.save_weights(
+        runs.save_weights(
             checkpoint.with_name("model.safetensors"),
             weights,
             {

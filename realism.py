@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import sheets
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, list_slices, load_slices, read_png
 from metrics import (
@@ -449,7 +450,7 @@ def draw_nearest(pairs: list[dict], brains: Tensor, cases: list[int], train: Sli
     title = "the samples nearest to a training slice, by distance over that to the next five brains "
     title += f"(0: a copy, 1: a new head); limit {limit:.2f}, {copies} of those shown are below"
     zoom = max(1, 192 // brains.shape[-1])
-    return util.sheet(
+    return sheets.sheet(
         [np.stack(row) for row in rows],
         title=title,
         row_names=["sample", "nearest", "difference"],
@@ -492,13 +493,13 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     }
     out, name = args.out or samples, f"samples_{args.split}"
     util.write_file(out / f"{name}.json", json.dumps(report, indent=2, allow_nan=False).encode())
-    util.save_picture(
+    sheets.save_picture(
         out / f"{name}.png",
         draw_samples(
             result, measures, f"{result['brains']} brains of {samples} beside as many real ones ({args.split})"
         ),
     )
-    util.save_picture(out / f"{name}_nearest.png", draw_nearest(pairs, brains, cases, train, limit))
+    sheets.save_picture(out / f"{name}_nearest.png", draw_nearest(pairs, brains, cases, train, limit))
     util.write_file(out / f"{name}.md", page(report, name).encode())
     rows = [row for group in sample_rows(result).values() for row in group]
     print(markdown_table(["score", "samples", f"real ({args.split})", "samples / real", "verdict"], rows))

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import runs
+import sheets
 import util
 from dataset import (
     PEOPLE_TABLE,
@@ -375,7 +377,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how += f", {noise} noise"
     how += f", {first_stage.decoder_in_use} decoder"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    samples = Samples(out, util.describe_samples(weights, args))
+    samples = Samples(out, runs.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -389,7 +391,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
         if i == 0:
             shown = [4, 12, 20, 28]
             frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in path]
-            util.save_gif(out / "process.gif", frames, seconds=4)
+            sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slices z = {shown}: {out}/process.gif")
 
 
@@ -542,7 +544,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
-    args = util.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
+    args = runs.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     args = follow_recipe(args)
     check_slices(args)
     first_stage = load_first_stage(args.first_stage, device)
@@ -609,18 +611,18 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
     if checkpoint.exists():
-        state = util.load_checkpoint(checkpoint, SCRIPT)
+        state = runs.load_checkpoint(checkpoint, SCRIPT)
         start = state["step"]
-        util.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
-        util.fill_model(model, state["model"], checkpoint)
-        util.fill_model(ema, state["ema"], checkpoint)
+        runs.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
+        runs.fill_model(model, state["model"], checkpoint)
+        runs.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {start}")
     forward = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
-    util.check_same_data(args.name, data)
-    run = util.describe_run(
+    runs.check_same_data(args.name, data)
+    run = runs.describe_run(
         SCRIPT,
         args,
         data,
@@ -634,7 +636,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
-        util.save_checkpoint(
+        runs.save_checkpoint(
             checkpoint,
             {
                 "script": SCRIPT,
@@ -657,7 +659,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         scores["sample/adjacent_ssim"] = float(adjacent_ssim(torch.from_numpy(slices)[None]).mean())
         logger.report(step, scores | real_neighbours)
         title = f"sampled after {step} steps: seed {args.seed}, dpm in 20 steps"
-        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', util.brain_sheet(slices, title))}")
+        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', sheets.brain_sheet(slices, title))}")
 
     # training
     step = start
@@ -703,11 +705,11 @@ def main() -> None:
     if args.sample_steps > 1000:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
     util.start_processes()
-    released = util.RELEASED / "stable_diffusion.safetensors"
-    weights = util.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    released = runs.RELEASED / "stable_diffusion.safetensors"
+    weights = runs.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
     if weights is None:
         train(args, typed)
-        weights = util.run_weights(args.name)
+        weights = runs.run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, weights)
 

@@ -1,4 +1,4 @@
-"""What every script shares: flags and presets, runs and checkpoints, seeds and steps, mathematics without layers.
+"""What every script shares: flags and presets, devices and processes, seeds and steps, mathematics without layers.
 
 Randomness is a function of (seed, step, rank) and the order of the data of (seed, epoch), so a resumed run repeats an
 uninterrupted one without any generator state on disk.
@@ -8,11 +8,8 @@ import argparse
 import errno
 import hashlib
 import io
-import json
 import math
 import os
-import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -20,13 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,34 +67,6 @@ PRESETS: dict[str, dict[str, tuple]] = {
     },
 }
 PRESET_NAMES = ("demo", "small", "base")
-
-RELEASED = Path(__file__).parent / "pretrained"  # weights that come with the project
-
-# What belongs to one start of a script and not to the run: neither recorded nor inherited by the next start.
-OF_ONE_START = {
-    "minutes",
-    "device",
-    "compile",
-    "sample",
-    "out",
-    "brains",
-    "sampler",
-    "sample_steps",
-    "eta",
-    "guidance",
-    "weak",
-    "age",
-    "sex",
-    "cdr",
-    "unknown_person",
-    "temperature",
-    "top_p",
-    "decoder",
-}
-# What a run has and --sample may change.
-FREE_IN_SAMPLING = {"seed", "precision", "slice_noise"}
-# What may change from start to start without making the run another experiment.
-FREE_ON_RESUME = OF_ONE_START | {"data", "steps", "report_every", "patience"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,6 +213,20 @@ def run_script(script: str, flags: list) -> None:
         raise UserError(f"{script} failed, see above; change what it says, or remove the run it was to train")
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _complain(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
@@ -372,6 +351,12 @@ class TrainingSteps:
                 signal.signal(s, handler)
 
 
+def stop_unfinished(step: int, steps: TrainingSteps) -> None:
+    """Says how to continue, and exits: with status 130 after Ctrl-C, 0 after the time limit."""
+    print(f"stopped after {step} of {steps.stop} steps; the same command continues")
+    sys.exit(130 if steps.interrupted else 0)
+
+
 def any_process(flag: bool) -> bool:
     """True when the flag is set in any of torchrun's processes."""
     if not dist.is_initialized():
@@ -421,260 +406,6 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float = 0.999
         kept.copy_(current)
 
 
-# ------------------------------------------------------------------------------------------- files, runs, checkpoints
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes a training state of tensors, numbers, strings and containers of these."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Reads what `script` saved, never running code from the file. Raises UserError on anything else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train the run first, or name another") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} is no readable checkpoint ({type(error).__name__}); delete it or choose another --name"
-        ) from None
-    if not isinstance(state, dict) or state.get("script") != script:
-        raise UserError(f"{path} is no checkpoint of {script}; delete it or choose another --name")
-    return state
-
-
-def stop_unfinished(step: int, steps: TrainingSteps) -> None:
-    """Says how to continue, and exits: with status 130 after Ctrl-C, 0 after the time limit."""
-    print(f"stopped after {step} of {steps.stop} steps; the same command continues")
-    sys.exit(130 if steps.interrupted else 0)
-
-
-def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> None:
-    """Writes a safetensors file whose metadata holds `description` (JSON values: the model's kind, keywords, ...)."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"project": "stable-diffusion-on-oasis", "description": json.dumps(description)}
-    write_file(path, safetensors.torch.save(weights, metadata))
-
-
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Reads (weights, description) from a file of save_weights. Raises UserError when it is not one."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.offset_keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train one first, or give the path of a .safetensors file") from None
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is no readable safetensors file ({type(error).__name__}); is the copy whole?"
-        ) from None
-    if metadata.get("project") != "stable-diffusion-on-oasis" or "description" not in metadata:
-        raise UserError(
-            f"{path} was not written by this project; give a model.safetensors from model_ckpt/ or pretrained/"
-        )
-    return weights, json.loads(metadata["description"])
-
-
-def find_weights(run: str | Path, train_with: str) -> Path:
-    """The weights meant by a file, a run's folder or a run's name (model_ckpt/NAME/model.safetensors).
-
-    Raises UserError, advising the command `train_with`, when there are none.
-    """
-    path = Path(run)
-    if path.is_file():
-        return path
-    for weights in (path / "model.safetensors", run_weights(run)):
-        if weights.is_file():
-            return weights
-    raise UserError(
-        f"there are no weights at {run}: no such file, and no model_ckpt/{path.name}/model.safetensors; "
-        f"train them with: {train_with}"
-    )
-
-
-def fill_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module:
-    """Loads weights into a model, every key and shape, or raises UserError."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise UserError(f"{path} holds weights of another model; name the run that fits this script") from None
-    return model
-
-
-def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def check_same_first_stage(name: str, trained_on: str, given: str) -> None:
-    """Raises UserError when a second stage's checkpoint was made with another first stage than the one given."""
-    if trained_on != given:
-        raise UserError(
-            f"run {name} was trained on another first stage than --first-stage names now; choose another --name"
-        )
-
-
-def digest_of(weights: dict[str, Tensor]) -> str:
-    """16 hexadecimal digits that tell one set of weights from another."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_run(script: str, name: str, typed: dict) -> dict | None:
-    """The recorded settings of run `name`, None if there is no such run.
-
-    Raises UserError when log/NAME belongs to something else or a typed setting contradicts the run.
-    """
-    if Path(name).name != name:
-        raise UserError(f"--name {name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis")
-    log = Path("log") / name
-    if not (log / "run.json").is_file():
-        for folder in (log, Path("model_ckpt") / name):
-            if folder.exists() and any(folder.iterdir()):
-                raise UserError(
-                    f"{folder} is not empty and no run of ours (log/{name}/run.json is missing); "
-                    "choose another --name or remove the folder"
-                )
-        return None
-    try:
-        recorded = json.loads((log / "run.json").read_text())
-        settings, owner = recorded["settings"], recorded["script"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{log}/run.json is no description of a run; choose another --name or remove {log}") from None
-    if owner != script:
-        raise UserError(f"{log} is a run of {owner}; choose another --name")
-    for flag, value in typed.items():
-        value = list(value) if isinstance(value, tuple) else value
-        if flag not in FREE_ON_RESUME and flag in settings and settings[flag] != value:
-            raise UserError(
-                f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
-                f"{settings[flag]}; leave the flag out, or choose another --name"
-            )
-    return settings
-
-
-def run_weights(name: str) -> Path:
-    """Where run `name` keeps its weights."""
-    return Path("model_ckpt") / name / "model.safetensors"
-
-
-def weights_to_sample(script: str, args: argparse.Namespace, typed: dict, released: Path) -> Path | None:
-    """What --sample draws from: the weights of run args.name, or the file that --name is.
-
-    Where nothing of one's own was trained, neither this run nor its first stage, and no setting of training is typed,
-    the `released` weights. None otherwise: training comes first. Says which. Raises UserError when a setting of
-    training is typed that the trained run does not have.
-    """
-    settings = {flag: value for flag, value in typed.items() if flag not in OF_ONE_START | FREE_IN_SAMPLING}
-    if Path(args.name).is_file():
-        return Path(args.name)
-    if run_weights(args.name).is_file():
-        if (Path("log") / args.name / "run.json").is_file():  # weights alone are enough to sample
-            read_run(script, args.name, settings)
-        return run_weights(args.name)
-    if not settings and not run_weights(args.first_stage).is_file() and released.is_file():
-        print(f"nothing was trained here yet: sampling the released weights, pretrained/{released.name}")
-        return released
-    print(f"there is no trained run {args.name} yet: training it first, then sampling")
-    return None
-
-
-def open_run(
-    script: str, args: argparse.Namespace, typed: dict, preset: Callable[[argparse.Namespace], str]
-) -> argparse.Namespace:
-    """Completes the settings of a training run: those typed, else the existing run's, else the preset's, else plain.
-
-    Args:
-        script: file name of the training script, which owns the run.
-        args, typed: from parse_flags; args.name is set.
-        preset: gives the default of --preset for a new run.
-    Raises UserError as read_run.
-    """
-    settings = read_run(script, args.name, typed)
-    if settings is None:
-        args.preset = args.preset or preset(args)
-        return argparse.Namespace(**{**vars(args), **preset_settings(script, args.preset), **typed})
-    settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - OF_ONE_START}
-    return argparse.Namespace(**{**vars(args), **settings, **typed})
-
-
-def check_same_data(name: str, data: dict[str, dict]) -> None:
-    """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}."""
-    path = Path("log") / name / "run.json"
-    recorded = json.loads(path.read_text())["data"] if path.is_file() else data
-    for split in data:
-        if recorded[split]["digest"] != data[split]["digest"]:
-            raise UserError(
-                f"run {name} was trained on other {split} slices, those of {recorded[split]['folder']}; "
-                "give them with --data, or choose another --name"
-            )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, PyTorch and NumPy, which decide about the last digits of results."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def commit_of_code() -> str:
-    """The commit of these files, with -dirty where they were changed since."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    return commit or "not a git checkout"
-
-
-def describe_samples(weights: Path, args: argparse.Namespace) -> dict:
-    """What decides how sampled brain i looks: the digests of the weights, and the settings of sampling."""
-    of_the_start = {"minutes", "device", "compile", "sample", "out", "brains"}
-    names = (OF_ONE_START | FREE_IN_SAMPLING) - of_the_start
-    settings = {name: value for name, value in sorted(vars(args).items()) if name in names}
-    if settings.get("weak"):
-        settings["weak"] = file_digest(find_weights(settings["weak"], "--weak"))
-    return {"weights": file_digest(weights), "settings": settings}
-
-
-def file_digest(path: Path) -> str:
-    """A digest, 16 hexadecimal digits, of the bytes of a file."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
-def describe_run(script: str, args: argparse.Namespace, data: dict, **more) -> dict:
-    """What run.json records: settings, data digest, versions, commit and machine."""
-    return {
-        "script": script,
-        "settings": {flag: value for flag, value in vars(args).items() if flag not in OF_ONE_START},
-        "data": data,
-        **more,
-        "commit": commit_of_code(),
-        "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "device": describe_device(pick_device(args.device)),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
 # -------------------------------------------------------------------------------------------------------- mathematics
 
 
@@ -721,68 +452,3 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     var_x, var_y, cov = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
     return (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
-def sheet(
-    rows: list[np.ndarray],
-    *,
-    title: str,
-    row_names: list[str] | None = None,
-    captions: list[str] | None = None,
-    zoom: int = 1,
-) -> Image.Image:
-    """Lays pictures out in rows, pixel for pixel, with a title and, if given, a name per row and a caption per picture.
-
-    Args:
-        rows: each uint8 [columns, H, W] or [columns, H, W, 3].
-        captions: one per picture, in reading order; drawn under the pictures.
-        zoom: every pixel becomes zoom x zoom pixels.
-    """
-    font, gap = ImageFont.load_default(15), 4
-    columns, (height, width) = max(len(row) for row in rows), (n * zoom for n in rows[0].shape[1:3])
-    height = height + (18 if captions else 0)
-    left = gap + (max(int(font.getlength(name)) for name in row_names) + 8 if row_names else 0)
-    size = (max(left + columns * (width + gap), int(font.getlength(title)) + 2 * gap), 26 + len(rows) * (height + gap))
-    mode = "RGB" if any(row.ndim == 4 for row in rows) else "L"
-    page = Image.new(mode, size, "white")
-    draw, words = ImageDraw.Draw(page), iter(captions or [])
-    draw.text((gap, 4), title, "black", font)
-    for r, row in enumerate(rows):
-        top = 26 + r * (height + gap)
-        if row_names:
-            draw.text((gap, top + height // 2 - 8), row_names[r], "black", font)
-        for c, picture in enumerate(row):
-            at = (left + c * (width + gap), top)
-            picture = Image.fromarray(picture).convert(mode)
-            page.paste(picture.resize((width, picture.height * zoom), Image.Resampling.NEAREST), at)
-            if captions:
-                draw.text((at[0], at[1] + height - 17), next(words), "black", ImageFont.load_default(12))
-    return page
-
-
-def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
-    """The 32 slices of one brain, uint8 [32, S, S], as 4 rows of 8 in the order of z; anterior is right."""
-    rows = list(slices.reshape(4, 8, *slices.shape[1:]))
-    zoom = max(1, 128 // slices.shape[1])
-    return sheet(rows, title=title, captions=[f"z = {z}" for z in range(32)], zoom=zoom)
-
-
-def save_picture(path: Path, picture) -> None:
-    """Writes a PIL image or a matplotlib figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(buffer, "PNG")
-    else:
-        picture.savefig(buffer, format="png", dpi=110)
-    write_file(path, buffer.getvalue())
-
-
-def save_gif(path: Path, frames: list[np.ndarray], seconds: float) -> None:
-    """Writes frames, uint8 [H, W] each, as a GIF that loops for ever and rests for 2 s on its last frame."""
-    duration = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
-    buffer = io.BytesIO()
-    imageio.imwrite(buffer, np.stack(frames), extension=".gif", duration=duration, loop=0)
-    write_file(path, buffer.getvalue())

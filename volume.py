@@ -21,6 +21,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+import runs
+import sheets
 import util
 from dataset import CONTENT_BOX, write_slices
 from util import UserError
@@ -145,7 +147,7 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     zoom = max(1, FIELD // slices.shape[1])
     return [
         np.asarray(
-            util.sheet(
+            sheets.sheet(
                 [coarse[z : z + 1].astype(np.uint8)],
                 title=f"{name}: z = {z} mm",
                 captions=["anterior right, left up"],
@@ -170,9 +172,9 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
         out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
     )
     write_slices(out, i, slices)
-    util.save_picture(sheet, util.brain_sheet(slices, title))
-    util.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
-    util.save_picture(across, reslices(slices, title))
+    sheets.save_picture(sheet, sheets.brain_sheet(slices, title))
+    sheets.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
+    sheets.save_picture(across, reslices(slices, title))
     util.write_file(nifti, gzip.compress(to_nifti(slices).to_bytes(), mtime=0))  # no clock in the file
     return [sheet, gif, across, nifti]
 
@@ -201,7 +203,7 @@ class Samples:
                 self.record["brains"] = brains
             else:
                 move_aside(out)
-        self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
+        self.record |= {"commit": runs.commit_of_code(), "versions": runs.versions()}
         self._write()
 
     def _write(self) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import stable_diffusion
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, people_table, read_people
@@ -106,7 +107,7 @@ def main() -> None:
     axis.set(xlabel="age, years", ylabel="CSF per slice, mm$^2$", title=f"{len(age)} people of validate")
     axis.legend()
     axis.grid(alpha=0.3)
-    util.save_picture(args.out, figure)
+    sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

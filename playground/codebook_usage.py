@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
 from evaluate import brain_positions
@@ -93,7 +94,7 @@ def main() -> None:
     axis.set_title(f"the {min(64, K)} most used codes, {model.factor} x {model.factor} pixels each, at z = 15")
     for axis in (above, below):
         axis.set(xticks=[], yticks=[])
-    util.save_picture(args.out, figure)
+    sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import util
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from metrics import mean_scores, slice_scores
@@ -318,7 +319,7 @@ def draw(folder: Path) -> None:
     )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    util.save_picture(folder / "equal_time.png", figure)
+    sheets.save_picture(folder / "equal_time.png", figure)
     print(f"picture: {folder / 'equal_time.png'}")
 
 

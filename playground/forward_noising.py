@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import util
 from dataset import find_data, load_slices, to_uint8
 from model_diffusion import SCHEDULES, noise_levels
@@ -58,8 +59,8 @@ def main() -> None:
     title = f"forward process, case {int(case)}, z = {int(z)}: x_t = alpha x_0 + sigma noise, T = 1000; "
     title += f"latent rows decoded by {args.first_stage}; " if first_stage else ""
     title += "grey -1..1, clipped; anterior right"
-    page = util.sheet(rows, title=title, row_names=names, captions=captions, zoom=max(1, 192 // x.shape[-1]))
-    util.save_picture(args.out, page)
+    page = sheets.sheet(rows, title=title, row_names=names, captions=captions, zoom=max(1, 192 // x.shape[-1]))
+    sheets.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
@@ -173,7 +174,7 @@ def main() -> None:
         )
     case = (data.case == data.case[0]).nonzero()[:, 0]
     real = [data.images[case[data.z[case] == z][0]].cpu().numpy() for z in SHOWN]
-    util.save_picture(args.out, draw(results, variances, heads, real, args))
+    sheets.save_picture(args.out, draw(results, variances, heads, real, args))
     print(f"picture: {args.out}")
 
 

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import stable_diffusion
 import util
 from dataset import find_data, load_slices
@@ -70,7 +71,7 @@ def main() -> None:
     title = f"neighbouring slices after {description['step']:,} training steps, seed {args.seed}, "
     title += f"dpm in {args.sample_steps} steps; anterior right"
     zoom = max(1, 192 // first_stage.image_size)
-    util.save_picture(args.out, util.sheet(rows, title=title, row_names=list(groups), captions=captions, zoom=zoom))
+    sheets.save_picture(args.out, sheets.sheet(rows, title=title, row_names=list(groups), captions=captions, zoom=zoom))
     print(f"picture: {args.out}")
 
 

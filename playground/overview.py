@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+import sheets
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion, sample_ddim, sampling_times
@@ -78,7 +79,7 @@ def main() -> None:
         )
     prior, decoder, _ = load_second_stage(args.prior, LatentDiffusion, "cpu", decoder=None)
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
-    util.save_picture(args.out, draw(first_stage, data, prior, decoder, args.seed))
+    sheets.save_picture(args.out, draw(first_stage, data, prior, decoder, args.seed))
     print(f"picture: {args.out}")
 
 

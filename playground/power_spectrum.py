@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
 from metrics import RINGS, mean_scores, radial_spectrum, slice_scores
@@ -84,7 +85,7 @@ def main() -> None:
                 cell.set_title(f"z = {int(data.z[index[i]])}", fontsize=9)
         row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
     right.suptitle(f"the middle {side // 4} x {side // 4} pixels, grey 0..255", fontsize=10)
-    util.save_picture(args.out, figure)
+    sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import sheets
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion
@@ -53,8 +54,8 @@ def main() -> None:
     names = [f"real, case {int(case[0])}", "reconstructed", "new, diffusion", "new, PixelCNN"]
     captions = [f"z = {n}" for _ in rows for n in SHOWN]
     title = f"real, reconstructed and new slices; seed {args.seed}; grey 0..255, anterior is right"
-    page = util.sheet(rows, title=title, row_names=names, captions=captions, zoom=256 // x.shape[-1])
-    util.save_picture(args.out, page)
+    page = sheets.sheet(rows, title=title, row_names=names, captions=captions, zoom=256 // x.shape[-1])
+    sheets.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

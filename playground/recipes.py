@@ -24,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import stable_diffusion
 import util
 from dataset import find_data, load_slices
@@ -136,9 +137,9 @@ def main() -> None:
         errors[recipe] = denoising_error(model, latents, z)
         brains = draw_brains(model, first_stage, args)
         scores[recipe] = score_samples(brains, known, held_out, scorer, described["digest"])[0]
-        util.save_picture(
+        sheets.save_picture(
             args.out.with_name(f"{args.out.stem}_{recipe}.png"),
-            util.brain_sheet(brains[0].numpy(), f"recipe {recipe} after {args.steps} steps"),
+            sheets.brain_sheet(brains[0].numpy(), f"recipe {recipe} after {args.steps} steps"),
         )
     rows = []
     for score, (what, unit, _) in SAMPLE_SCORES.items():
@@ -151,7 +152,7 @@ def main() -> None:
     print(markdown_table(["score", *scores, "real"], rows))
     report = {"steps": args.steps, "brains": args.brains, "noise": NOISE.tolist(), "errors": errors, "scores": scores}
     util.write_file(args.out.with_suffix(".json"), json.dumps(report, indent=2).encode())
-    util.save_picture(args.out, draw(errors, scores, args))
+    sheets.save_picture(args.out, draw(errors, scores, args))
     print(f"picture: {args.out}, scores: {args.out.with_suffix('.json')}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
@@ -66,7 +67,7 @@ def training_record(name: str) -> dict:
 def first_stage_of(weights: dict[str, Tensor], description: dict, path: Path) -> Autoencoder:
     """The autoencoder of a first stage's weights, or of a second stage's, which hold their first stage."""
     if description["kind"] not in MODELS:
-        weights, description = util.part_of(weights, "first_stage."), description["first_stage"]
+        weights, description = runs.part_of(weights, "first_stage."), description["first_stage"]
     return build_first_stage(dict(description), {name: tensor.float() for name, tensor in weights.items()}, path)
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     if args.file.suffix != ".safetensors":
         raise UserError(f"{args.file} must end in .safetensors")
     path = Path(args.run) if Path(args.run).is_file() else Path("model_ckpt") / args.run / "model.safetensors"
-    weights, description = util.load_weights(path)
+    weights, description = runs.load_weights(path)
     record = description.get("training") or training_record(args.run)
     if args.first_stage:
         weights, description = with_first_stage(weights, description, args.first_stage)
@@ -156,7 +157,7 @@ def main() -> None:
             "raise it, train a smaller model, or leave the perceptual decoder out with --without-perceptual"
         )
     print_change(before, after, load_slices(find_data(args.data), "validate", after.image_size))
-    util.save_weights(args.file, released, description)
+    runs.save_weights(args.file, released, description)
 
     # the card
     shape = after.latent_shape

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sheets
 import stable_diffusion
 import util
 from dataset import find_data, load_slices
@@ -87,14 +88,14 @@ def main() -> None:
         "scores": scores,
     }
     util.write_file(args.out.with_suffix(".json"), json.dumps(report, indent=2).encode())
-    page = util.sheet(
+    page = sheets.sheet(
         [group[0][SHOWN].numpy() for group in brains.values()],
         title=f"one brain by each sampler, {description['step']} training steps, seed {args.seed}; anterior right",
         row_names=list(brains),
         captions=[f"z = {z}" for _ in brains for z in SHOWN],
         zoom=max(1, 256 // first_stage.image_size),
     )
-    util.save_picture(args.out, page)
+    sheets.save_picture(args.out, page)
     print(f"picture: {args.out}, scores: {args.out.with_suffix('.json')}")
 
 

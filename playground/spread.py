@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import sheets
 import stable_diffusion
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
@@ -130,7 +131,7 @@ def main() -> None:
     right.axhline(1, color="grey", linewidth=0.8)
     right.set(xlabel="component of whole brains", ylabel="sd of samples over sd of people")
     right.set_title(f"Spread of {args.brains} sampled brains over that of {len(new)} held-out people")
-    util.save_picture(args.out, figure)
+    sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 
 

@@ -18,6 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs
+import sheets
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, has_masks, load_slices, to_uint8
 from metrics import mean_scores, slice_scores
@@ -32,11 +34,11 @@ def load_discriminator(weights: Path, device: torch.device) -> PatchDiscriminato
     checkpoint, name = weights.with_name("last.pt"), weights.resolve().parent.name
     if not checkpoint.is_file() or not (Path("log") / name / "run.json").is_file():
         return f"{checkpoint} and log/{name}/run.json are needed"
-    settings, state = util.read_run(TRAINED_BY, name, {}), util.load_checkpoint(checkpoint, TRAINED_BY)
+    settings, state = runs.read_run(TRAINED_BY, name, {}), runs.load_checkpoint(checkpoint, TRAINED_BY)
     if settings["gan_weight"] == 0 or state["step"] <= settings["discriminator_start"]:
         return f"run {name} has not trained one after {state['step']} steps"
     discriminator = PatchDiscriminator(channels=settings["discriminator_channels"])
-    util.fill_model(discriminator, state["discriminator"], checkpoint)
+    runs.fill_model(discriminator, state["discriminator"], checkpoint)
     return discriminator.eval().requires_grad_(False).to(device)
 
 
@@ -109,8 +111,8 @@ def main() -> None:
     )
     title += "wrong ones; change against the right z, mid-grey is none; anterior right"
     zoom = max(1, 192 // model.image_size)
-    page = util.sheet([r.numpy() for r in rows], title=title, row_names=names, captions=captions, zoom=zoom)
-    util.save_picture(args.out, page)
+    page = sheets.sheet([r.numpy() for r in rows], title=title, row_names=names, captions=captions, zoom=zoom)
+    sheets.save_picture(args.out, page)
     print(f"picture: {args.out}")
 
 

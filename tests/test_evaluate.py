@@ -10,7 +10,7 @@ from PIL import Image
 
 import dataset
 import evaluate
-import util
+import runs
 from evaluate import brain_positions, code_statistics, ledger, score_codec, score_reconstruction, table
 from metrics import all_scores, bootstrap_interval, entropy_bits, radial_spectrum
 from model_VAE import VAE, VQVAE, VQVAE2, latent_digest, save_second_stage
@@ -231,7 +231,7 @@ def run_of(tmp_path):
 
     def save(model, kind: str, kwargs: dict, name: str = "mine") -> dict:
         description = {"kind": kind, "model_kwargs": kwargs, "step": 0}
-        util.save_weights(tmp_path / f"model_ckpt/{name}/model.safetensors", model.state_dict(), description)
+        runs.save_weights(tmp_path / f"model_ckpt/{name}/model.safetensors", model.state_dict(), description)
         return description | {"digest": latent_digest(model.state_dict())}
 
     return save

@@ -14,7 +14,7 @@ from torch import Tensor
 import dataset
 import evaluate
 import realism
-import util
+import runs
 from metrics import thumbnails
 from phantom import phantom_case
 from realism import SAMPLE_SCORES, nearest_pairs, score_samples, verdict
@@ -137,7 +137,7 @@ def drawn(heads, phantom_folder, tmp_path) -> Path:
             dataset.write_slices(tmp_path / f"oasis/keras_png_slices_{split}", case, brain.numpy())
     for case, brain in enumerate(heads[16:20]):
         dataset.write_slices(tmp_path / "mine_vis/samples", case, brain.numpy())
-    util.save_weights(
+    runs.save_weights(
         tmp_path / "net.safetensors",
         Scorer(channels=(8, 8), features=8).state_dict(),
         {

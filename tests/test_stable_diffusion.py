@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import prestage_train
+import runs
 import stable_diffusion
 import util
 from dataset import list_slices, load_slices, move
@@ -89,7 +90,7 @@ def settings(*flags):
 
 def differing(name: str, other: str) -> list[str]:
     """Names of tensors in two runs' model.safetensors that are not the same to the last bit."""
-    a, b = (util.load_weights(Path(f"model_ckpt/{run}/model.safetensors"))[0] for run in (name, other))
+    a, b = (runs.load_weights(Path(f"model_ckpt/{run}/model.safetensors"))[0] for run in (name, other))
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
 
@@ -303,7 +304,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
         assert (f"resumed at step {step - 1}" in out) == (step > 1)
     assert differing("straight", "stopped") == []
     one, other = (
-        util.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "stable_diffusion.py")
+        runs.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "stable_diffusion.py")
         for name in ("straight", "stopped")
     )
     assert one["step"] == 3 and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -347,7 +348,7 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     refused("--first-stage gone", "contradicts", flags=gone)
     refused("diffusion", "no first stage", flags=["--first-stage", "diffusion", "--name", "new"])
     description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
-    util.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
+    runs.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
     refused("is a vae, no diffusion", flags=["--sample", "--name", "vae"])
     refused("--first-stage vae", "contradicts", flags=["--first-stage", "vae"])
     refused("--prediction eps", "contradicts", flags=["--first-stage", first_stage, "--prediction", "eps"])
@@ -360,10 +361,10 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     Path("broken.safetensors").write_bytes(first_stage.read_bytes()[:-99])
     refused("broken.safetensors", flags=["--first-stage", "broken.safetensors", "--name", "new"])
 
-    tensors, description = util.load_weights(first_stage)
+    tensors, description = runs.load_weights(first_stage)
     keep = first_stage.read_bytes()
     try:  # the same path, but trained further
-        util.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
+        runs.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
         status, _, errors = start("--steps", 4)
         assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
     finally:
@@ -618,4 +619,4 @@ def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tm
     done = run_script("stable_diffusion.py", *flags, launcher=launcher, threads=1, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run diffusion:") == 1 and done.stdout.count("step 3 ") == 1
-    assert util.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt", "stable_diffusion.py")["step"] == 3
+    assert runs.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt", "stable_diffusion.py")["step"] == 3

@@ -1,0 +1,195 @@
+"""Laws of runs.py: what a run leaves on disk, and what a resumed one takes from there."""
+
+import argparse
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import prestage_train
+import runs
+import util
+from util import UserError
+
+
+def test_checkpoint_round_trip(tmp_path):
+    parameter = nn.Parameter(torch.randn(3, 4).to(torch.bfloat16))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    state = {"script": "x.py", "step": 3, "balance": 0.25, "name": "run", "x": parameter.detach()}
+    state["optimizer"] = optimizer.state_dict()
+    runs.save_checkpoint(tmp_path / "last.pt", state)
+    back = runs.load_checkpoint(tmp_path / "last.pt", "x.py")
+    assert (back["step"], back["balance"], back["name"]) == (3, 0.25, "run") and torch.equal(back["x"], state["x"])
+    assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+class Trap:
+    """Unpickling it makes a folder: what an attacker would do, only harmless."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_load_checkpoint_never_runs_code_from_the_file(tmp_path, legacy):
+    path, sign = tmp_path / "last.pt", tmp_path / "code ran"
+    if legacy:
+        path.write_bytes(pickle.dumps({"script": "x.py", "step": Trap(sign)}))
+    else:
+        torch.save({"script": "x.py", "step": Trap(sign)}, path)
+    with pytest.raises(UserError, match="last.pt"):
+        runs.load_checkpoint(path, "x.py")
+    assert not sign.exists()
+
+
+def test_load_checkpoint_refuses_damaged_files_and_those_of_others(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match="last.pt"):
+        runs.load_checkpoint(path, "x.py")
+    for state in ({"script": "y.py", "step": 1}, {"step": 1}, [1, 2], torch.zeros(2)):
+        runs.save_checkpoint(path, state)
+        with pytest.raises(UserError, match="last.pt is no checkpoint of x.py"):
+            runs.load_checkpoint(path, "x.py")
+    runs.save_checkpoint(path, {"script": "x.py", "x": torch.randn(100)})
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", b"hello\n", bytes(1000)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="last.pt"):
+            runs.load_checkpoint(path, "x.py")
+
+
+def test_weights_round_trip_with_their_description(tmp_path):
+    """Whatever the memory format; every number of the description comes back."""
+    weights = {f"conv{k}": torch.randn(4, 3, k, k).to(memory_format=torch.channels_last) for k in (1, 2)}
+    weights["view"] = torch.randn(6, 4).T
+    description = {"kind": "vae", "model_kwargs": {"channels": 8, "rate": 0.1, "box": [1, 2]}, "step": 3}
+    runs.save_weights(tmp_path / "m.safetensors", weights, description)
+    back, told = runs.load_weights(tmp_path / "m.safetensors")
+    assert told == description and back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_load_weights_refuses_what_is_not_ours(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        runs.load_weights(path)
+    runs.save_weights(path, {"w": torch.randn(50)}, {"kind": "vae"})
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:20], b"", b"hello", bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no readable safetensors"):
+            runs.load_weights(path)
+    for metadata in ({"format": "pt"}, None, {"project": "stable-diffusion-on-oasis"}):
+        path.write_bytes(safetensors.torch.save({"w": torch.zeros(1)}, metadata))
+        with pytest.raises(UserError, match="model.safetensors"):
+            runs.load_weights(path)
+
+
+def test_digest_tells_weights_apart():
+    weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
+    other = {"a": torch.arange(4.0), "b": torch.tensor([1, 1 + 2**-23])}  # one bit
+    assert runs.digest_of(weights) == runs.digest_of(dict(reversed(weights.items())))
+    assert len({runs.digest_of(w) for w in (weights, other, {"c": weights["a"], "b": weights["b"]})}) == 3
+
+
+def test_the_digest_is_of_the_numbers_and_not_of_their_memory_format():
+    """Models are trained channels-last; 1x1 convolutions are the tensors whose strides are peculiar then."""
+    for shape in ((4, 3, 2, 2), (4, 3, 1, 1), (4, 1, 2, 2), (3,), ()):
+        plain = torch.randn(shape)
+        other = plain.to(memory_format=torch.channels_last) if len(shape) == 4 else plain.clone()
+        assert runs.digest_of({"w": plain}) == runs.digest_of({"w": other})
+
+
+def test_find_weights_takes_a_file_a_folder_or_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    util.write_file(tmp_path / "model_ckpt/mine/model.safetensors", b"")
+    for run in ("mine", "model_ckpt/mine", tmp_path / "model_ckpt/mine", "model_ckpt/mine/model.safetensors"):
+        assert runs.find_weights(run, "").resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
+    with pytest.raises(UserError, match="yours.*python train.py yours"):
+        runs.find_weights("yours", "python train.py yours")
+
+
+def test_fill_model_wants_every_key_and_shape(tmp_path):
+    weights = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    assert torch.equal(runs.fill_model(nn.Linear(3, 2), weights, tmp_path).weight, weights["weight"])
+    for wrong in (
+        {"weight": weights["weight"]},
+        weights | {"more": torch.zeros(1)},
+        weights | {"bias": torch.zeros(3)},
+    ):
+        with pytest.raises(UserError, match="another model"):
+            runs.fill_model(nn.Linear(3, 2), wrong, tmp_path / "last.pt")
+
+
+def open_run(*typed: str, preset: str = "demo") -> argparse.Namespace:
+    args, typed = util.parse_flags(prestage_train.flags(), ["--device", "cpu", *typed])
+    args.name = args.name or "run"
+    return runs.open_run("prestage_train.py", args, typed, lambda new: preset)
+
+
+def record(args: argparse.Namespace, script: str = "prestage_train.py") -> None:
+    util.write_file(util.Path("log/run/run.json"), json.dumps({"script": script, "settings": vars(args)}).encode())
+
+
+def test_open_run_takes_typed_before_recorded_before_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = util.preset_settings("prestage_train.py", "demo")
+    new = open_run("--channels", "8", "--codebook", "loss")
+    assert (new.channels, new.codebook, new.preset) == (8, "loss", "demo")
+    assert (new.batch_size, new.steps) == (demo["batch_size"], demo["steps"])
+    record(new)
+    again = open_run("--steps", "9", preset="base")
+    assert (again.channels, again.codebook, again.preset, again.steps) == (8, "loss", "demo", 9)
+    assert json.dumps(vars(again)) == json.dumps(vars(new) | {"steps": 9})  # the record has lists for tuples
+
+
+def test_a_typed_preset_beats_the_default_and_a_typed_flag_beats_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = open_run("--preset", "base", "--image-size", "128", preset="demo")
+    assert vars(args) | util.preset_settings("prestage_train.py", "base") | {"image_size": 128} == vars(args)
+    assert args.preset == "base"
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--channels", "16"), ("--channel-multipliers", "2"), ("--seed", "1"), ("--model", "vae")]
+    + [("--kl-weight", "0.5"), ("--preset", "small")],
+)
+def test_a_contradiction_names_the_flag(tmp_path, monkeypatch, flag, value):
+    monkeypatch.chdir(tmp_path)
+    record(open_run("--channels", "8"))
+    open_run("--channels", "8", "--channel-multipliers", "1", "2", "--seed", "0")  # the same values again are none
+    with pytest.raises(UserError) as error:
+        open_run(flag, value)
+    assert flag in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
+
+
+def test_open_run_refuses_what_is_not_its_own(tmp_path, monkeypatch):
+    """A run of another script, a log that describes nothing, and folders that somebody else filled."""
+    monkeypatch.chdir(tmp_path)
+    record(open_run(), script="pixelCNN.py")
+    with pytest.raises(UserError, match="pixelCNN.py"):
+        open_run()
+    for text in ("", "[]", "{}", '{"script": "prestage_train.py"}', "not JSON"):
+        (tmp_path / "log/run/run.json").write_text(text)
+        with pytest.raises(UserError, match="run.json"):
+            open_run()
+    (tmp_path / "log/run/run.json").rename(tmp_path / "log/run/notes.txt")
+    with pytest.raises(UserError, match="log/run"):
+        open_run()
+    util.write_file(tmp_path / "model_ckpt/fresh/thesis.txt", b"precious")
+    with pytest.raises(UserError, match="model_ckpt/fresh"):
+        open_run("--name", "fresh")
+    for name in ("../elsewhere", "a/b", "/tmp"):  # --name is no path: it becomes part of three
+        with pytest.raises(UserError, match="--name"):
+            open_run("--name", name)
