@@ -11,7 +11,6 @@ Layout (keras_png_slices_data, OASIS-1 as released for teaching):
 This file alone knows the pixel range and where the head lies.
 """
 
-import csv
 import hashlib
 import itertools
 import math
@@ -33,6 +32,7 @@ from torch import Tensor
 
 import sheets
 import util
+from people import PEOPLE_TABLE, read_people
 from phantom import phantom_case
 from util import UserError
 
@@ -44,10 +44,6 @@ PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
 # Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
 # pixels around them for augmentation; at 64 and 128 pixels the same box scaled down.
 CONTENT_BOX = (32, 16, 192, 224)  # top, left, height, width
-# Of the people: what of the table is read, and as which number. CDR is the Clinical Dementia Rating.
-PEOPLE_TABLE = "oasis_cross-sectional.csv"
-PEOPLE_COLUMNS = {"age": "Age", "sex": "M/F", "cdr": "CDR"}
-SEXES = {"F": 0.0, "M": 1.0}
 NAME = re.compile(r"(case|seg)_(\d+)_slice_(\d+)\.nii\.png")
 
 
@@ -120,30 +116,6 @@ def people_table(folder: Path) -> Path | None:
     """The table of people that belongs to a data folder, in it or one folder up; the phantom's must be in it."""
     places = [folder] if is_phantom(folder) else [folder, folder.resolve().parent]
     return next((place / PEOPLE_TABLE for place in places if (place / PEOPLE_TABLE).is_file()), None)
-
-
-def read_people(table: Path) -> dict[int, dict[str, float]]:
-    """{case: {"age" in years, "sex" as SEXES has it, "cdr"}} of the table, NaN where it says nothing.
-
-    Raises UserError where it is no such table.
-    """
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:  # the release begins with a byte-order mark
-            rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError("no rows")
-        people = {}
-        for row in rows:
-            if match := re.fullmatch(r"OAS1_(\d+)_MR1", row["ID"]):
-                cells = {name: row[column].strip() for name, column in PEOPLE_COLUMNS.items()}
-                cells["sex"] = SEXES[cells["sex"]] if cells["sex"] else ""
-                people[int(match[1])] = {name: float(cell) if cell != "" else math.nan for name, cell in cells.items()}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{table} has no ID, Age, M/F and CDR as OASIS has them ({error}); copy it again, or train without "
-            "--conditions"
-        ) from None
-    return people
 
 
 def has_masks(folder: Path, split: str) -> bool:

@@ -23,6 +23,7 @@ from module import (
     norm,
     zero,
 )
+from people import CONDITIONS
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")
@@ -40,8 +41,6 @@ RECIPES = {
     "edm": ("edm", "v", "plain", "log-normal"),  # Karras et al. 2022 and 2024
 }
 
-# What a model can know of a person, and the values it can have, or None for any number (years).
-CONDITIONS: dict[str, tuple[float, ...] | None] = {"age": None, "sex": (0, 1), "cdr": (0, 0.5, 1, 2)}
 MOVES = 4  # numbers that say how training moved a head, see dataset.move
 
 # ---------------------------------------------------------------------------------------------------- noise schedules

@@ -14,7 +14,6 @@ NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices,
 import argparse
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,8 +27,6 @@ import runs
 import sheets
 import util
 from dataset import (
-    PEOPLE_TABLE,
-    SEXES,
     SLICES_PER_CASE,
     Slices,
     find_data,
@@ -43,7 +40,6 @@ from linear_denoiser import mean_at_each_z, principal_modes, slice_correlation
 from logger import Logger
 from metrics import adjacent_ssim
 from model_diffusion import (
-    CONDITIONS,
     PREDICTIONS,
     RECIPES,
     SCHEDULES,
@@ -60,11 +56,21 @@ from model_diffusion import (
     sample_heun,
 )
 from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
+from people import (
+    CONDITIONS,
+    PEOPLE_TABLE,
+    SEXES,
+    count_people,
+    describe_people,
+    draw_person,
+    in_letters,
+    person_of,
+    words_for,
+)
 from util import UserError
 from volume import Samples
 
 SCRIPT = Path(__file__).name
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, lie evenly however many there are
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
 MODES = 24  # of the linear denoiser, or a quarter of the brains where these are few
 
@@ -254,83 +260,6 @@ def sample_latents(
     return path
 
 
-def describe_people(people: Tensor, conditions: list[str]) -> dict[str, list[float]]:
-    """What training saw of each condition, from people [N, K]: [lowest, highest] age, and the values of the others."""
-    seen = {}
-    for name, values in zip(conditions, people.T, strict=True):
-        known = values[~values.isnan()].unique().tolist()  # in order
-        seen[name] = known if CONDITIONS[name] else known[:1] + known[-1:]
-    return seen
-
-
-def person_of(args: argparse.Namespace, description: dict) -> dict[str, float]:
-    """What --age, --sex and --cdr say, as numbers. Raises UserError for what the model never saw."""
-    asked = {"age": args.age, "sex": SEXES.get(args.sex), "cdr": args.cdr}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    seen, typed = description.get("people", {}), {"age": args.age, "sex": args.sex, "cdr": args.cdr}
-    for name, value in asked.items():
-        if not seen.get(name):
-            raise UserError(
-                f"--{name} {typed[name]}: the model was trained without; train one with --conditions {name} on data "
-                f"with {PEOPLE_TABLE}"
-            )
-        known = seen[name][0] <= value <= seen[name][-1] if name == "age" else value in seen[name]
-        if not known:
-            words = f"ages {seen[name][0]:g} to {seen[name][-1]:g}" if name == "age" else f"no such {name}"
-            raise UserError(f"--{name} {typed[name]}: the model was trained on {words}")
-    return asked
-
-
-def decade(age: float) -> float:
-    """In years, where its ten years begin."""
-    return age // 10 * 10
-
-
-def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]]:
-    """How many there are of each kind among people [n, K]: [{condition: value, ..., "count": how many}, ...].
-
-    Of ages only the decade counts. What is not known is left out.
-    """
-    kinds = Counter()
-    for person in people.tolist():
-        known = {name: value for name, value in zip(conditions, person, strict=True) if not math.isnan(value)}
-        kinds[tuple((name, decade(value) if name == "age" else value) for name, value in known.items())] += 1
-    return [{**dict(kind), "count": count} for kind, count in sorted(kinds.items())]
-
-
-def draw_person(asked: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
-    """What is asked for and, beside it, what people of the training set have who are like that, drawn by their number.
-
-    A function of (seed, brain). The kinds lie in a row in the order of age, and each brain is a golden ratio of the row
-    beyond the one before, so that few brains too are of all ages. Where nobody is like that, only what is asked for.
-    """
-    wanted = {name: decade(value) if name == "age" else value for name, value in asked.items()}
-    kinds = [kind for kind in description.get("people_counts", []) if wanted.items() <= kind.items()]
-    if not kinds:
-        return asked
-    generator, start = util.brain_generator(seed, brain, "person"), util.brain_generator(seed, 0, "people")
-    share = (float(torch.rand((), generator=start, dtype=torch.float64)) + brain * GOLDEN) % 1
-    below = torch.tensor([float(kind["count"]) for kind in kinds], dtype=torch.float64).cumsum(0)
-    kind = kinds[int((below <= share * below[-1]).sum())]
-    person = {name: value for name, value in kind.items() if name != "count"}
-    if "age" in person:
-        youngest, oldest = description["people"]["age"]
-        age = person["age"] + int(torch.randint(10, (), generator=generator))
-        person["age"] = min(max(age, youngest), oldest)
-    return person | asked
-
-
-def in_letters(person: dict[str, float]) -> dict[str, str]:
-    """Such as {"age": "64", "sex": "F", "cdr": "0.5"}."""
-    letter = {value: name for name, value in SEXES.items()}
-    return {name: letter[value] if name == "sex" else f"{value:g}" for name, value in person.items()}
-
-
-def words_for(person: dict[str, float]) -> list[str]:
-    """Such as ["age 64", "sex F", "cdr 0.5"]."""
-    return [f"{name} {value}" for name, value in in_letters(person).items()]
-
-
 def load_weak(args: argparse.Namespace, model: LatentDiffusion, description: dict) -> LatentDiffusion | None:
     """The run of --weak, if there is one, to guide `model` away from. Raises UserError where the two do not fit."""
     if args.guidance == 1:
@@ -369,7 +298,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
             f"--slice-noise matched: {weights} was trained on too few whole cases to know it; choose another"
         )
     weak = load_weak(args, model, description)
-    asked = person_of(args, description)
+    asked = person_of({"age": args.age, "sex": args.sex, "cdr": args.cdr}, description)
     how = args.sampler if args.sampler == "ddpm" else f"{args.sampler} in {args.sample_steps} steps"
     if args.guidance != 1:
         how += f", guidance {args.guidance:g}" + (f" from {args.weak}" if weak else "")

@@ -24,7 +24,8 @@ from dataset import find_data, load_slices
 from metrics import adjacent_ssim
 from model_diffusion import SLICE_NOISE, LatentDiffusion
 from model_VAE import load_second_stage
-from stable_diffusion import decode_brain, draw_person, sample_latents
+from people import draw_person
+from stable_diffusion import decode_brain, sample_latents
 from util import UserError
 
 SHOWN = range(12, 20)

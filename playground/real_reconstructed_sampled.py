@@ -18,8 +18,9 @@ import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
+from people import draw_person
 from pixelCNN import PixelCNN, decode_codes, sample_brain
-from stable_diffusion import decode_brain, draw_person, sample_latents
+from stable_diffusion import decode_brain, sample_latents
 from stable_diffusion import flags as diffusion_flags
 
 SHOWN = [2, 7, 12, 17, 22, 27]

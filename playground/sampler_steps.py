@@ -25,9 +25,10 @@ import util
 from dataset import find_data, load_slices
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
+from people import draw_person
 from realism import SAMPLE_SCORES, markdown_table, score_samples
 from scorer import find_scorer
-from stable_diffusion import decode_brain, draw_person, sample_latents
+from stable_diffusion import decode_brain, sample_latents
 
 SHOWN = [2, 7, 12, 17, 22, 27]
 

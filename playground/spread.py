@@ -25,7 +25,8 @@ import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
-from stable_diffusion import draw_person, encode_all, sample_latents
+from people import draw_person
+from stable_diffusion import encode_all, sample_latents
 from util import UserError
 
 GROUPS = ((0, 1), (1, 3), (3, 6), (6, 12), (12, 24))  # of components, strongest first

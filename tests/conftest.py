@@ -12,6 +12,7 @@ import torch
 
 import dataset
 import util
+from people import PEOPLE_TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +61,7 @@ def people_folder(noise_folder) -> Path:
     rows += ["OAS1_0001_MR1,F,R,74,2,1344,0.74,1.3,N/A,29,0.5,3", "OAS1_0002_MR1,M,R,20,,1800,0.84,1.0,N/A,,,"]
     rows += ["OAS1_0003_MR1,F,R,55,4,1147,0.81,1.5,N/A,29,0,1"]
     rows += ["OAS1_0002_MR2,M,R,21,,1800,0.84,1.0,26,,,"]  # a second visit, of which there are no slices
-    (noise_folder / dataset.PEOPLE_TABLE).write_text("\ufeff" + "\n".join(rows) + "\n", encoding="utf-8")
+    (noise_folder / PEOPLE_TABLE).write_text("\ufeff" + "\n".join(rows) + "\n", encoding="utf-8")
     return noise_folder
 
 

@@ -15,19 +15,17 @@ from PIL import Image
 import dataset
 import prestage_train
 from dataset import (
-    PEOPLE_TABLE,
-    SEXES,
     Slices,
     check_folder,
     load_slices,
     move,
     people_table,
     random_moves,
-    read_people,
     read_png,
     to_float,
     to_uint8,
 )
+from people import PEOPLE_TABLE, SEXES, read_people
 from util import UserError
 
 
@@ -447,15 +445,6 @@ def test_the_table_lies_beside_the_splits_or_one_folder_up(people_folder):
     assert people_table(people_folder) == table
     table.unlink()
     assert people_table(people_folder) is None
-
-
-@pytest.mark.parametrize("text", ["ID,Age\nOAS1_0001_MR1,3", "ID,M/F,Age,CDR\nOAS1_0001_MR1,X,3,", "a;b\n1;2", "\x00"])
-def test_a_table_of_another_kind_is_one_line(people_folder, text):
-    """It names the file and the way out."""
-    (people_folder / PEOPLE_TABLE).write_text(text)
-    with pytest.raises(UserError, match=f"{PEOPLE_TABLE}.*--conditions") as error:
-        read_people(people_folder / PEOPLE_TABLE)
-    assert "\n" not in str(error.value)
 
 
 def test_whole_brains_are_those_with_all_slices(noise_folder):

@@ -514,36 +514,6 @@ def test_a_model_learns_of_people_what_the_table_tells(run_main, people_folder, 
     assert "nothing is learned of age" in run_main(stable_diffusion, *run, "--name", "new", *ONE_STEP)[1]
 
 
-PEOPLE_COUNTS = [{"age": 20.0, "sex": 0.0, "count": 6}, {"age": 70.0, "sex": 1.0, "cdr": 0.5, "count": 2}]
-
-
-def test_people_are_counted_by_kind_and_decade():
-    """What is not known is left out, so that drawing among kinds draws what is unknown as often as in training."""
-    people = torch.tensor([[24, 0, torch.nan]] * 4 + [[29, 0, torch.nan]] * 2 + [[71, 1, 0.5], [79, 1, 0.5]])
-    assert stable_diffusion.count_people(people, ["age", "sex", "cdr"]) == PEOPLE_COUNTS
-    assert stable_diffusion.count_people(torch.zeros(3, 0), []) == [{"count": 3}]
-
-
-def test_people_are_drawn_as_often_as_they_are_in_training():
-    """What is asked for stays, the rest is that of people who are like that; all of it follows from seed and brain."""
-    description = {"people_counts": PEOPLE_COUNTS, "people": {"age": [22.0, 75.0]}}
-
-    def drawn(**asked):
-        return [stable_diffusion.draw_person(asked, description, 0, brain) for brain in range(400)]
-
-    people = drawn()
-    young = [person for person in people if person["sex"] == 0]
-    assert len(young) in (299, 300, 301) and all("cdr" not in person and "count" not in person for person in young)
-    assert {person["age"] for person in young} == set(range(22, 30))
-    assert {person["age"] for person in people if person["sex"] == 1} == set(range(70, 76))
-    assert sum(person["sex"] == 0 for person in people[:8]) in (5, 6, 7)  # few are spread evenly too
-    assert people == drawn()
-    assert all(person["age"] == 72 and person["cdr"] == 0.5 for person in drawn(age=72))
-    assert drawn(age=72, sex=0)[0] == {"age": 72, "sex": 0}  # there is nobody like that
-    assert stable_diffusion.draw_person({}, {}, 0, 0) == {}  # a model without people
-    assert stable_diffusion.words_for({"age": 72.0, "sex": 1, "cdr": 0.5}) == ["age 72", "sex M", "cdr 0.5"]
-
-
 def test_a_person_changes_the_brain(awaken):
     """Each condition does, what is not said is unknown, and guidance moves away from knowing nothing."""
     model = awaken(tiny_prior(conditions=("age", "sex", "cdr"), slices=4), 0.2)

@@ -1,0 +1,46 @@
+"""Laws of people.py: the table, and whom samples are of."""
+
+import pytest
+import torch
+
+from people import PEOPLE_TABLE, count_people, draw_person, read_people, words_for
+from util import UserError
+
+
+@pytest.mark.parametrize("text", ["ID,Age\nOAS1_0001_MR1,3", "ID,M/F,Age,CDR\nOAS1_0001_MR1,X,3,", "a;b\n1;2", "\x00"])
+def test_a_table_of_another_kind_is_one_line(people_folder, text):
+    """It names the file and the way out."""
+    (people_folder / PEOPLE_TABLE).write_text(text)
+    with pytest.raises(UserError, match=f"{PEOPLE_TABLE}.*--conditions") as error:
+        read_people(people_folder / PEOPLE_TABLE)
+    assert "\n" not in str(error.value)
+
+
+PEOPLE_COUNTS = [{"age": 20.0, "sex": 0.0, "count": 6}, {"age": 70.0, "sex": 1.0, "cdr": 0.5, "count": 2}]
+
+
+def test_people_are_counted_by_kind_and_decade():
+    """What is not known is left out, so that drawing among kinds draws what is unknown as often as in training."""
+    people = torch.tensor([[24, 0, torch.nan]] * 4 + [[29, 0, torch.nan]] * 2 + [[71, 1, 0.5], [79, 1, 0.5]])
+    assert count_people(people, ["age", "sex", "cdr"]) == PEOPLE_COUNTS
+    assert count_people(torch.zeros(3, 0), []) == [{"count": 3}]
+
+
+def test_people_are_drawn_as_often_as_they_are_in_training():
+    """What is asked for stays, the rest is that of people who are like that; all of it follows from seed and brain."""
+    description = {"people_counts": PEOPLE_COUNTS, "people": {"age": [22.0, 75.0]}}
+
+    def drawn(**asked):
+        return [draw_person(asked, description, 0, brain) for brain in range(400)]
+
+    people = drawn()
+    young = [person for person in people if person["sex"] == 0]
+    assert len(young) in (299, 300, 301) and all("cdr" not in person and "count" not in person for person in young)
+    assert {person["age"] for person in young} == set(range(22, 30))
+    assert {person["age"] for person in people if person["sex"] == 1} == set(range(70, 76))
+    assert sum(person["sex"] == 0 for person in people[:8]) in (5, 6, 7)  # few are spread evenly too
+    assert people == drawn()
+    assert all(person["age"] == 72 and person["cdr"] == 0.5 for person in drawn(age=72))
+    assert drawn(age=72, sex=0)[0] == {"age": 72, "sex": 0}  # there is nobody like that
+    assert draw_person({}, {}, 0, 0) == {}  # a model without people
+    assert words_for({"age": 72.0, "sex": 1, "cdr": 0.5}) == ["age 72", "sex M", "cdr 0.5"]
