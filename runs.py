@@ -202,12 +202,12 @@ def open_run(
         preset: gives the default of --preset for a new run.
     Raises UserError as read_run.
     """
-    settings = read_run(script, args.name, typed)
-    if settings is None:
-        args.preset = args.preset or preset(args)
-        return argparse.Namespace(**{**vars(args), **util.preset_settings(script, args.preset), **typed})
+    recorded = read_run(script, args.name, typed)
+    if recorded is None:
+        recorded = {"preset": args.preset or preset(args)}
+    settings = util.preset_settings(script, recorded["preset"]) | recorded
     settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - OF_ONE_START}
-    return argparse.Namespace(**{**vars(args), **settings, **typed})
+    return argparse.Namespace(**vars(args) | settings | typed)
 
 
 def weights_to_sample(script: str, args: argparse.Namespace, typed: dict, released: Path) -> Path | None:

@@ -126,10 +126,9 @@ def flags() -> argparse.ArgumentParser:
     add(
         "--moved-heads",
         type=util.whole_number,
-        default=0,
         metavar="N",
         help="times that training sees every head turned, scaled and shifted a little, beside once as it is; the "
-        "network is told how, and draws heads where they are (default: %(default)s)",
+        "network is told how, and draws heads where they are. For long runs: few heads are soon learned by heart",
     )
     add(
         "--slice-noise",

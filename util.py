@@ -54,6 +54,7 @@ PRESETS: dict[str, dict[str, tuple]] = {
         "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
         "blocks": (1, 2, 2),
         "slices": (8, 1, 8),
+        "moved_heads": (0, 0, 6),
         "learning_rate": (1e-3, 5e-4, 2e-4),
         "report_every": (500, 400, 5000),
     },

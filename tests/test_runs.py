@@ -151,6 +151,9 @@ def test_open_run_takes_typed_before_recorded_before_preset(tmp_path, monkeypatc
     again = open_run("--steps", "9", preset="base")
     assert (again.channels, again.codebook, again.preset, again.steps) == (8, "loss", "demo", 9)
     assert json.dumps(vars(again)) == json.dumps(vars(new) | {"steps": 9})  # the record has lists for tuples
+    del new.patch  # as of a run from before there was this flag
+    record(new)
+    assert open_run().patch == demo["patch"]
 
 
 def test_a_typed_preset_beats_the_default_and_a_typed_flag_beats_the_preset(tmp_path, monkeypatch):
