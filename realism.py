@@ -389,6 +389,7 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
             low, high = spread.quantile(torch.tensor([0.025, 0.975]).double(), dim=0) / 100
             areas.fill_between(range(SLICES_PER_CASE), low, high, color=color, alpha=0.12, linewidth=0)
     areas.set(xlabel="slice index z", ylabel="area, cm²", title="tissue areas as read by the scorer")
+    areas.set_ylim(bottom=0)
     curves(neighbours, range(SLICES_PER_CASE - 1), {label: part["adjacent"] for label, part in both.items()})
     neighbours.set(xlabel="slice index z", ylabel="SSIM of slices z and z + 1", title="neighbouring slices")
     mean, cycles = reference["reslice"].mean(0), torch.arange(1, SLICES_PER_CASE) / (2 * SLICES_PER_CASE)
@@ -402,10 +403,12 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     near.axvline(
         limit, color="k", linestyle="--", linewidth=1, label=f"limit {limit:.3f}: {share:.1%} of samples below"
     )
-    near.set(xlabel="distance to the nearest over that to the next five (0: a copy)", ylabel="density", title="copies")
+    near.set(xlabel="distance to nearest brain / to the next five; 0: a copy", ylabel="density", title="copies")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper left" if axis is near else "best")
+        axis.legend(fontsize=8)
+    near.legend(fontsize=8, loc="upper left")
+    areas.legend(fontsize=8, loc="lower center", ncols=3)
     return figure
 
 

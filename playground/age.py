@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sheets
 import stable_diffusion
 import util
-from dataset import SLICES_PER_CASE, find_data, load_slices, people_table
+from dataset import SLICES_PER_CASE, find_data, load_slices, people_table, write_slices
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
 from people import read_people
@@ -51,6 +51,12 @@ def main() -> None:
     add("--guidance", type=float, default=1.0, help="as in stable_diffusion.py (default: %(default)s, off)")
     util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add(
+        "--slices",
+        type=Path,
+        metavar="DIR",
+        help="write the heads of these people there too, for evaluate.py --samples",
+    )
     add("--out", type=Path, default=Path("playground_vis/age.png"), help="picture (default: %(default)s)")
     args = parser.parse_args()
     device, folder = util.pick_device(args.device), find_data(args.data)
@@ -81,12 +87,14 @@ def main() -> None:
     youngest, oldest = description["people"]["age"]
     ages = [years for years in AGES if youngest <= years <= oldest]
     head = [sample(0, {"age": years}) for years in tqdm(ages, desc="one head", disable=None)]
-    groups = {
-        "real": np.array([area(data.images[data.case == case].cpu()) for case in cases]),
-        "sampled": np.array(
-            [area(sample(1 + n, people[case])) for n, case in enumerate(tqdm(cases, desc="heads", disable=None))]
-        ),
-    }
+    sampled = []
+    for n, case in enumerate(tqdm(cases, desc="heads", disable=None)):
+        slices = sample(1 + n, people[case])
+        sampled.append(area(slices))
+        if args.slices:
+            write_slices(args.slices, n, slices.numpy())
+    real = [area(data.images[data.case == case].cpu()) for case in cases]
+    groups = {"real": np.array(real), "sampled": np.array(sampled)}
 
     figure = plt.figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
