@@ -32,6 +32,7 @@ from tqdm import tqdm
 import runs
 import sheets
 import util
+from autoencoder import Autoencoder
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from floors import score_floors
 from metrics import (
@@ -48,7 +49,7 @@ from metrics import (
     summarise,
     with_interval,
 )
-from model_VAE import Autoencoder, load_first_stage
+from model_VAE import load_first_stage
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
 from quantizer import digits_of
 from realism import evaluate_samples

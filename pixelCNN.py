@@ -28,9 +28,10 @@ from tqdm import tqdm
 import runs
 import sheets
 import util
+from autoencoder import Autoencoder
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
-from model_VAE import VQVAE, VQVAE2, Autoencoder, load_first_stage, load_second_stage, save_second_stage
+from model_VAE import VQVAE, VQVAE2, load_first_stage, load_second_stage, save_second_stage
 from module import Embedding, Upsample
 from quantizer import digits_of
 from util import UserError

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import runs
 import sheets
 import util
+from autoencoder import Autoencoder
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
 from logger import Logger
 from metrics import COUNTABLE, code_usage, mean_scores, slice_scores
@@ -34,7 +35,7 @@ from model_discriminator import (
     generator_loss,
     lecam_penalty,
 )
-from model_VAE import MODELS, VAE, VQVAE, Autoencoder, load_first_stage
+from model_VAE import MODELS, VAE, VQVAE, load_first_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import runs
 import sheets
 import util
+from autoencoder import Autoencoder
 from dataset import (
     SLICES_PER_CASE,
     Slices,
@@ -55,7 +56,7 @@ from model_diffusion import (
     sample_dpm,
     sample_heun,
 )
-from model_VAE import Autoencoder, load_first_stage, load_second_stage, save_second_stage
+from model_VAE import load_first_stage, load_second_stage, save_second_stage
 from people import (
     CONDITIONS,
     PEOPLE_TABLE,

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sheets
 import stable_diffusion
 import util
+from autoencoder import Autoencoder
 from dataset import find_data, load_slices
 from model_diffusion import RECIPES, LatentDiffusion
-from model_VAE import Autoencoder, load_second_stage
+from model_VAE import load_second_stage
 from realism import SAMPLE_SCORES, markdown_table, score_samples
 from scorer import find_scorer
 from stable_diffusion import decode_brain, encode_all, sample_latents

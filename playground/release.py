@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import runs
 import util
+from autoencoder import Autoencoder
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
 from metrics import slice_scores
-from model_VAE import MODELS, Autoencoder, build_first_stage, latent_digest, load_first_stage
+from model_VAE import MODELS, build_first_stage, latent_digest, load_first_stage
 from util import UserError
 
 EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")

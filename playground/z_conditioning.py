@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runs
 import sheets
 import util
+from autoencoder import Autoencoder
 from dataset import SLICES_PER_CASE, Slices, find_data, has_masks, load_slices, to_uint8
 from metrics import mean_scores, slice_scores
 from model_discriminator import PatchDiscriminator
-from model_VAE import Autoencoder, load_first_stage
+from model_VAE import load_first_stage
 
 TRAINED_BY = "prestage_train.py"
 
