@@ -362,15 +362,13 @@ def move(
 ) -> Tensor:
     """Turns by up to `degrees`, scales by up to 1 +- `scale`, shifts by up to `shift` of the side; x [B, C, H, W].
 
-    moves [B, 4] says how far of that: turn, scale, shift down and right. `mode` is grid_sample's: bilinear smooths a
+    moves [B, 4] says how far of that: turn, shrink, shift up and left. `mode` is grid_sample's: bilinear smooths a
     little, bicubic less, and may leave [-1, 1].
     """
-    turn, grow, down, right = moves.T.to(x.device)
-    angle, grow = turn * degrees * np.pi / 180, 1 + grow * scale
-    cos, sin = angle.cos() * grow, angle.sin() * grow
-    matrix = torch.stack(
-        [torch.stack([cos, -sin, 2 * shift * right], 1), torch.stack([sin, cos, 2 * shift * down], 1)], 1
-    )
+    turn, shrink, up, left = moves.T.to(x.device)
+    angle, shrink = turn * degrees * np.pi / 180, 1 + shrink * scale
+    cos, sin = angle.cos() * shrink, angle.sin() * shrink
+    matrix = torch.stack([torch.stack([cos, -sin, 2 * shift * left], 1), torch.stack([sin, cos, 2 * shift * up], 1)], 1)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, mode=mode, align_corners=False) - 1  # outside is black, which is -1
 

@@ -1,4 +1,4 @@
-"""The first stage: VAE, VQVAE and VQVAE2, made of an autoencoder and a quantiser, and the files that hold them.
+"""The models of the first stage, VAE, VQVAE and VQVAE2, and the files of both stages.
 
 What `encode` returns has mean 0 and standard deviation 1 per channel over the training set.
 """

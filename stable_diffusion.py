@@ -41,6 +41,7 @@ from linear_denoiser import mean_at_each_z, principal_modes, slice_correlation
 from logger import Logger
 from metrics import adjacent_ssim
 from model_diffusion import (
+    MOVES,
     PREDICTIONS,
     RECIPES,
     SCHEDULES,
@@ -129,7 +130,8 @@ def flags() -> argparse.ArgumentParser:
         type=util.whole_number,
         metavar="N",
         help="times that training sees every head turned, scaled and shifted a little, beside once as it is; the "
-        "network is told how, and draws heads where they are. For long runs: few heads are soon learned by heart",
+        "network is told how, and draws heads where they are. For long runs: few heads are soon learned by heart. All "
+        "are encoded at every start",
     )
     add(
         "--slice-noise",
@@ -344,7 +346,7 @@ def encode_all(
 
 
 def head_moves(data: Slices, copies: int, seed: int) -> list[Tensor]:
-    """How far each of `copies` of a split is moved, float32 [N, 4] as in dataset.move, a head as a whole."""
+    """How far each of so many copies of a split is moved, float32 [N, 4] as in dataset.move, a head as a whole."""
     cases, case = data.case.unique(return_inverse=True)
     generators = (torch.Generator().manual_seed(util.mix_seed(seed, "moves", copy)) for copy in range(copies))
     return [random_moves(len(cases), generator)[case] for generator in generators]
@@ -451,7 +453,9 @@ def check_slices(args: argparse.Namespace) -> None:
 
 
 def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> None:
-    """Gives a new model the networks of `run`. Mixing of slices, if that has none, stays as it starts: without effect.
+    """Gives a new model the networks of `run`.
+
+    Mixing of slices and what hears of moves, if `run` has none, stay as they start: without effect.
 
     Raises UserError where first stage or sizes differ.
     """
@@ -462,10 +466,12 @@ def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> No
         missing, unexpected = model.unet.load_state_dict(prior.unet.state_dict(), strict=False)
     except RuntimeError:
         missing, unexpected = [], ["weights of other shapes"]
-    if unexpected or any(".mixing." not in name and name != "embed_moves.weight" for name in missing):
+    hears_of_moves = "embed_moves.weight"  # may be missing here or there: heads that are not moved do without
+    missing, unexpected = (set(names) - {hears_of_moves} for names in (missing, unexpected))
+    if unexpected or any(".mixing." not in name for name in missing):
         raise UserError(
             f"--start-from {run} is another network; give the same --channels, --channel-multipliers, --blocks, "
-            "--conditions and, but for 0, --drop-z and --moved-heads"
+            "--conditions and --drop-z, of which 0 goes with 0 alone; --slices may go from 1 to more, not back"
         )
 
 
@@ -484,17 +490,12 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     )
     args.conditions = choose_conditions(args.conditions, folder)
 
-    # data: every slice is encoded once, and once more for every time that training moves it
+    # data: every slice is encoded once
     train_slices = load_slices(folder, "train", first_stage.image_size, device)
     held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
     latents, z_all = encode_all(first_stage, train_slices, device, args.precision)
     held_out, held_out_z = encode_all(first_stage, held_out_slices, device, args.precision)
-    copies = head_moves(train_slices, args.moved_heads, args.seed)
-    moved = [encode_all(first_stage, train_slices, device, args.precision, moves)[0] for moves in copies]
-    moves = torch.cat([torch.zeros(len(latents), 4), *copies]).to(device)
-    shown_latents = torch.cat([latents, *moved])
     starts = window_starts(train_slices, args.slices)
-    starts = torch.cat([starts + copy * len(latents) for copy in range(1 + len(copies))])
     if args.slices > 1:
         held_out_slices.check_whole_cases(f"--slices {args.slices}")
     people, held_out_people = (data.people(args.conditions).to(device) for data in (train_slices, held_out_slices))
@@ -562,6 +563,13 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     if start >= args.steps:
         print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
         return
+
+    # and once more for every time that training moves it: copies of the split follow each other
+    moves = head_moves(train_slices, args.moved_heads, args.seed)
+    moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
+    all_latents = torch.cat([latents, *moved])
+    all_moves = torch.cat([torch.zeros(len(latents), MOVES), *moves]).to(device)
+    starts = torch.cat([starts + copy * len(latents) for copy in range(1 + args.moved_heads)])
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
@@ -597,14 +605,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         windows = util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)
         index, shown = around_windows(starts[windows], args.slices)
-        slice_ = index % len(latents)  # where it was before it was moved
+        unmoved = index % len(latents)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            batch = shown_latents[index], z_all[slice_], None, None, together, people[slice_], shown, moves[index]
-            loss = forward(*batch).mean()
+            known = z_all[unmoved], None, None, together, people[unmoved], shown, all_moves[index]
+            loss = forward(all_latents[index], *known).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

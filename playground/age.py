@@ -5,7 +5,8 @@
 Left: one head, the same noise, only the requested age differs; three of its slices, anterior right. Right: the area of
 cerebrospinal fluid, mean over the 32 slices, against age, of the real validation cases and of as many sampled heads,
 each with the age, sex and CDR of one of those cases and a noise of its own. Both are measured by scorer.py's network,
-which knows no age. Printed: Pearson's correlation of either, with 95 % intervals by bootstrap over heads.
+which knows no age. Printed: Pearson's correlation of either, with 95 % intervals by bootstrap over heads. With
+--heads-to DIR, evaluate.py --samples DIR then scores heads of the very people that they are compared with.
 """
 
 import sys
@@ -51,14 +52,11 @@ def main() -> None:
     add("--guidance", type=float, default=1.0, help="as in stable_diffusion.py (default: %(default)s, off)")
     util.add_decoder_flag(parser, None, "perceptual where there is one")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add(
-        "--slices",
-        type=Path,
-        metavar="DIR",
-        help="write the heads of these people there too, for evaluate.py --samples",
-    )
+    add("--heads-to", type=Path, metavar="DIR", help="write the sampled heads of the right-hand plot there as slices")
     add("--out", type=Path, default=Path("playground_vis/age.png"), help="picture (default: %(default)s)")
     args = parser.parse_args()
+    if args.heads_to and args.heads_to.is_dir() and any(args.heads_to.iterdir()):
+        raise UserError(f"--heads-to {args.heads_to} is not empty: heads would mix; choose another folder")
     device, folder = util.pick_device(args.device), find_data(args.data)
     table = people_table(folder)
     if table is None:
@@ -91,8 +89,8 @@ def main() -> None:
     for n, case in enumerate(tqdm(cases, desc="heads", disable=None)):
         slices = sample(1 + n, people[case])
         sampled.append(area(slices))
-        if args.slices:
-            write_slices(args.slices, n, slices.numpy())
+        if args.heads_to:
+            write_slices(args.heads_to, n, slices.numpy())
     real = [area(data.images[data.case == case].cpu()) for case in cases]
     groups = {"real": np.array(real), "sampled": np.array(sampled)}
 

@@ -1,4 +1,4 @@
-"""Laws of model_VAE.py: the autoencoders against algebra, their two decoders, files against memory."""
+"""Laws of autoencoder.py and model_VAE.py: the autoencoders against algebra, two decoders, files against memory."""
 
 import copy
 import math

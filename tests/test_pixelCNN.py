@@ -17,7 +17,6 @@ from PIL import Image
 import pixelCNN
 import prestage_train
 import runs
-import util
 from dataset import list_slices, load_slices
 from logger import read_log
 from model_VAE import VAE, VQVAE, load_first_stage
@@ -616,12 +615,6 @@ def test_without_a_run_of_ones_own_the_released_weights_are_sampled(train, run_m
         assert file.read_bytes() == (Path("named") / file.name).read_bytes()
     status, printed, errors = run_main(pixelCNN, "--sample", "--channels", 16)
     assert status == 2 and "training it first" in printed and "no weights at vqvae" in errors
-
-
-def test_every_flag_is_read():
-    """A flag that nothing reads is a promise that nobody keeps."""
-    source = Path(pixelCNN.__file__).read_text() + Path(util.__file__).read_text()
-    assert set(vars(pixelCNN.flags().parse_args([]))) - set(re.findall(r"\bargs\.(\w+)", source)) == set()
 
 
 def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tmp_path):

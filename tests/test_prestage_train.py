@@ -445,13 +445,6 @@ def test_the_preset_follows_the_data_on_a_cpu(run_main, noise_folder, monkeypatc
     assert f"preset {preset}," in out
 
 
-def test_every_flag_is_read():
-    """A flag that nothing reads is a promise that nobody keeps."""
-    source = Path(prestage_train.__file__).read_text() + Path(util.__file__).read_text()
-    read = set(re.findall(r"\bargs\.(\w+)", source))
-    assert set(vars(prestage_train.flags().parse_args([]))) - read == set()
-
-
 def test_the_help_names_every_flag_and_its_default():
     text = " ".join(prestage_train.flags().format_help().split())
     plain = vars(prestage_train.flags().parse_args([]))

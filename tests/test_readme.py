@@ -45,11 +45,11 @@ def test_files_that_the_readme_names_exist():
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_declared_flag_is_read(name):
-    """A flag that nothing reads is a lie; `args.flag` must stand somewhere in the script or in util."""
+    """A flag that nothing reads is a lie; `args.flag` must stand somewhere in the script or in runs.py."""
     module = importlib.import_module(name)
     flags = vars(module.flags().parse_args([]))
     read = set()
-    for file in (f"{name}.py", "util.py"):
+    for file in (f"{name}.py", "runs.py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
                 read.add(node.attr)
