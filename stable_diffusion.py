@@ -567,9 +567,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     # and once more for every time that training moves it: copies of the split follow each other
     moves = head_moves(train_slices, args.moved_heads, args.seed)
     moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
-    all_latents = torch.cat([latents, *moved])
-    all_moves = torch.cat([torch.zeros(len(latents), MOVES), *moves]).to(device)
-    starts = torch.cat([starts + copy * len(latents) for copy in range(1 + args.moved_heads)])
+    latents = torch.cat([latents, *moved])
+    moves = torch.cat([torch.zeros(len(z_all), MOVES), *moves]).to(device)
+    starts = torch.cat([starts + copy * len(z_all) for copy in range(1 + args.moved_heads)])
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
@@ -605,14 +605,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         torch.manual_seed(util.mix_seed(args.seed, step, rank))
         windows = util.batch_index(args.seed, step, args.batch_size // args.slices, len(starts), rank, world)
         index, shown = around_windows(starts[windows], args.slices)
-        unmoved = index % len(latents)
+        unmoved = index % len(z_all)
         rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         with util.autocast(device, args.precision):
-            known = z_all[unmoved], None, None, together, people[unmoved], shown, all_moves[index]
-            loss = forward(all_latents[index], *known).mean()
+            known = z_all[unmoved], None, None, together, people[unmoved], shown, moves[index]
+            loss = forward(latents[index], *known).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
