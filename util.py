@@ -137,7 +137,9 @@ def positive_int(text: str) -> int:
 
 def whole_number(text: str) -> int:
     """argparse type: an integer of at least 0."""
-    return 0 if text == "0" else positive_int(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+    return int(text)
 
 
 def seed(text: str) -> int:

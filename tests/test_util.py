@@ -1,5 +1,6 @@
 """Laws of util.py: flags, seeds, steps, and the mathematics."""
 
+import argparse
 import errno
 import math
 import os
@@ -217,6 +218,14 @@ def test_a_flag_out_of_range_is_one_line_and_status_2(run_script, typed):
 def test_every_kind_of_flag_has_a_range(run_main, flag, value):
     status, _, errors = run_main(prestage_train, flag, value)
     assert status == 2 and len(errors.splitlines()) == 1 and flag in errors
+
+
+def test_a_number_from_0_on_says_so():
+    """Zero is one of them, and what is refused is told where they begin."""
+    assert (util.whole_number("0"), util.whole_number("6")) == (0, 6)
+    for text in ("-1", "x", "1.5", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="from 0 on"):
+            util.whole_number(text)
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda", "cuda:7", "mps", "meta"])
