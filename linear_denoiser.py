@@ -6,6 +6,9 @@ brain at once, which convolutions learn slowly: a network that has to find out b
 ventricles, guesses too near to the mean, and its samples are too much alike.
 """
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +97,13 @@ class LinearDenoiser(nn.Module):
         self.register_buffer("left", torch.ones(modes))  # variance of c_k that people do not explain
         self.register_buffer("cosines", cosines(COSINES, slices_per_brain), persistent=False)
 
+    def fit(self, latents: Tensor, people: Tensor, correlation: Tensor) -> None:
+        """Learns mean, modes and what people [n, conditions] tell of them from latents [n, Z, C, h, w] of n brains."""
+        self.mean.copy_(latents.mean(0))
+        if len(self.modes):
+            self.set_modes(*principal_modes(latents, correlation, len(self.modes)))
+            self.set_people(latents, people, correlation)
+
     def set_modes(self, modes: Tensor, rest: float) -> None:
         """Takes what principal_modes found."""
         self.modes.copy_(modes.flatten(1, 2))
@@ -166,3 +176,40 @@ class LinearDenoiser(nn.Module):
             c = (noise * before + alpha * left * seen) / (noise + alpha**2 * left * power)
             c = c.masked_fill(z[::Z, None].isnan(), 0)
             return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
+
+
+class CrossFitted:
+    """For each training brain, the guess of a linear denoiser that has not seen it.
+
+    The modes of n brains lie nearer to these than to any other brain: a network trained beside them would trust the
+    guess more than it deserves when new heads are drawn. So the brains are dealt into folds, and each fold gets the
+    guess of a denoiser fitted on all others (cross-fitting, Chernozhukov et al. 2018, "Double/debiased machine
+    learning", definition 3.1).
+
+    Args:
+        denoiser: fitted on all brains; the folds' ones are like it.
+        latents: [n, Z, C, h, w].
+        people: [n, conditions].
+        correlation: [C, Z, Z], of the noise.
+        folds: how many, or n where brains are fewer.
+    """
+
+    def __init__(self, denoiser: LinearDenoiser, latents: Tensor, people: Tensor, correlation: Tensor, folds: int = 10):
+        self.denoisers = [copy.deepcopy(denoiser) for _ in range(min(folds, len(latents)))]
+        for fold, other in enumerate(self.denoisers):
+            seen = torch.arange(len(latents), device=latents.device) % len(self.denoisers) != fold
+            other.fit(latents[seen], people[seen], correlation)
+
+    def of(self, brains: Tensor) -> Callable[..., Tensor]:
+        """What takes the place of LinearDenoiser.forward for a batch of these brains, int64 [B / slices] in 0 .. n - 1.
+
+        The folds' denoisers hear in turn of the brains that are theirs.
+        """
+        folds = [self.denoisers[brain % len(self.denoisers)] for brain in brains.tolist()]
+
+        def guess(x, alpha, sigma, z, slices, correlation, people=None):  # as in LinearDenoiser.forward
+            people = [None] * len(folds) if people is None else people.split(slices)
+            parts = zip(folds, x.split(slices), alpha.split(slices), sigma.split(slices), z.split(slices), people)
+            return torch.cat([own(x, a, s, z, slices, correlation, person) for own, x, a, s, z, person in parts])
+
+        return guess

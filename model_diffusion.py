@@ -299,6 +299,7 @@ class LatentDiffusion(nn.Module):
         people: Tensor | None = None,
         shown: Tensor | None = None,
         moves: Tensor | None = None,
+        linear: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Loss of each latent, float32 [B], at random steps and noise unless given.
 
@@ -311,6 +312,8 @@ class LatentDiffusion(nn.Module):
             shown: int64 [n], what the UNet sees of the batch, and n losses are of: as many slices, one after the
                 other, of each brain. Of what it does not see it has the linear denoiser's guess. Default: all.
             moves: [B, 4], how far each was moved; default: not at all.
+            linear: what guesses at x_0 in place of the model's linear denoiser, which has seen all training brains; see
+                linear_denoiser.CrossFitted.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
@@ -320,7 +323,7 @@ class LatentDiffusion(nn.Module):
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
-        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
+        guess = (linear or self.linear)(x, alpha, sigma, z, slices, self.slice_correlation, people)
         seen = [latent, noise, alpha, sigma, x, guess, t, z, people, moves]
         if shown is not None:
             seen = [None if part is None else part[shown] for part in seen]

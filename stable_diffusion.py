@@ -37,7 +37,7 @@ from dataset import (
     random_moves,
     to_uint8,
 )
-from linear_denoiser import mean_at_each_z, principal_modes, slice_correlation
+from linear_denoiser import CrossFitted, mean_at_each_z, slice_correlation
 from logger import Logger
 from metrics import adjacent_ssim
 from model_diffusion import (
@@ -534,9 +534,11 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     model.linear.mean.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
     if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
+    cross_fitted = None
     if modes:
-        model.linear.set_modes(*principal_modes(latents[whole], model.slice_correlation, modes))
-        model.linear.set_people(latents[whole], people[whole[:, 0]], model.slice_correlation)
+        known = latents[whole], people[whole[:, 0]], model.slice_correlation
+        model.linear.fit(*known)
+        cross_fitted = CrossFitted(model.linear, *known)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
@@ -612,7 +614,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
         with util.autocast(device, args.precision):
             known = z_all[unmoved], None, None, together, people[unmoved], shown, moves[index]
-            loss = forward(latents[index], *known).mean()
+            linear = cross_fitted and cross_fitted.of(unmoved[::together] // together)
+            loss = forward(latents[index], *known, linear).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
