@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from linear_denoiser import COSINES, LinearDenoiser, mean_at_each_z, principal_modes, slice_correlation
+from linear_denoiser import (
+    COSINES,
+    CrossFitted,
+    LinearDenoiser,
+    mean_at_each_z,
+    principal_modes,
+    slice_correlation,
+)
 from module import cosines
 
 
@@ -94,8 +101,7 @@ def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_pictu
     K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 1.5 * torch.randn(3, COSINES, *shape)
     known, new, z = draw(100, true, mean, K, 0.3), draw(50, true, mean, K, 0.3, seed=1), torch.arange(Z).repeat(50)
     denoiser = LinearDenoiser(shape, 3, Z)
-    denoiser.mean.copy_(mean_at_each_z(known.flatten(0, 1), torch.arange(Z).repeat(100), Z))
-    denoiser.set_modes(*principal_modes(known, slice_correlation(known), 3))
+    denoiser.fit(known, torch.empty(100, 0), slice_correlation(known))
     x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
     alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
     x = alpha * x0 + sigma * noise
@@ -133,9 +139,7 @@ def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing
     brains = rest + torch.einsum("qa,n,qchw->nachw", cosines(COSINES, Z), c, true[0])
     people = torch.stack([age, torch.full((300,), torch.nan)], dim=1)  # of the second nothing is known
     denoiser = LinearDenoiser(shape, 1, Z, conditions=2)
-    denoiser.mean.copy_(brains.mean(0))
-    denoiser.set_modes(*principal_modes(brains, K, 1))
-    denoiser.set_people(brains, people, K)
+    denoiser.fit(brains, people, K)
     assert denoiser.left.item() == pytest.approx(0.16 / 0.97, abs=0.06)
 
     def guess(x, age, alpha):
@@ -152,3 +156,47 @@ def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing
     assert torch.allclose(guess(noise, None, 1e-4), denoiser.mean, atol=1e-2)
     seen = [guess(0.995 * brains[0], a, 0.995) for a in (25.0, 85.0, None)]
     assert all((a - b).square().mean() < 0.02 * expected.square().mean() for a in seen for b in seen)
+
+
+def test_a_cross_fitted_guess_comes_from_other_brains_alone():
+    """It is that of a denoiser fitted without the brain's fold, brain by brain of a batch, with or without people."""
+    torch.manual_seed(0)
+    Z, shape = 8, (2, 4, 5)
+    K, people = fading(Z, 0.8, 0.5), torch.randn(7, 2)
+    known = draw(7, torch.randn(2, COSINES, *shape), torch.randn(Z, *shape), K, 0.3)
+    denoiser = LinearDenoiser(shape, 2, Z, conditions=2)
+    denoiser.fit(known, people, K)
+    before, fitted = denoiser.modes.clone(), CrossFitted(denoiser, known, people, K, folds=3)
+    brains, others = torch.tensor([4, 0, 2]), ([0, 2, 3, 5, 6], [1, 2, 4, 5], [0, 1, 3, 4, 6])
+    x, z = known[brains].flatten(0, 1) + torch.randn(3 * Z, *shape), torch.arange(Z).repeat(3)
+    level = torch.full((3 * Z, 1, 1, 1), 0.5**0.5)
+    for someone in (people[brains].repeat_interleave(Z, 0), None):
+        guess = fitted.of(brains)(x, level, level, z, Z, K, someone)
+        for place, rest in enumerate(others):
+            own = LinearDenoiser(shape, 2, Z, conditions=2)
+            own.fit(known[rest], people[rest], K)
+            part = slice(place * Z, place * Z + Z)
+            person = None if someone is None else someone[part]
+            assert torch.equal(guess[part], own(x[part], level[part], level[part], z[part], Z, K, person))
+    assert torch.equal(denoiser.modes, before)
+
+
+def test_cross_fitted_errors_on_known_brains_are_those_on_new_ones():
+    """A denoiser that has seen them seems to be better than it is."""
+    torch.manual_seed(0)
+    Z, shape = 8, (2, 4, 5)
+    K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 0.5 * torch.randn(8, COSINES, *shape)
+    known, new = draw(40, true, mean, K, 1.0), draw(200, true, mean, K, 1.0, seed=1)
+    nobody, level = torch.empty(40, 0), torch.tensor(0.5**0.5)
+    denoiser = LinearDenoiser(shape, 8, Z)
+    denoiser.fit(known, nobody, K)
+
+    def error(guess, brains):
+        noise = draw(len(brains), 0 * true, 0 * mean, K, 1.0, seed=2)
+        x, z = level * (brains + noise).flatten(0, 1), torch.arange(Z).repeat(len(brains))
+        levels = level.expand(len(x), 1, 1, 1)
+        return float((guess(x, levels, levels, z, Z, K) - brains.flatten(0, 1)).square().mean())
+
+    cross_fitted = CrossFitted(denoiser, known, nobody, K, folds=20).of(torch.arange(40))
+    assert error(denoiser, known) < 0.75 * error(denoiser, new)
+    assert error(cross_fitted, known) == pytest.approx(error(denoiser, new), rel=0.08)

@@ -1,5 +1,6 @@
 """Laws of stable_diffusion.py: a brain is a function of (seed, number), and what a run promises."""
 
+import copy
 import json
 import shutil
 import sys
@@ -15,12 +16,13 @@ import prestage_train
 import runs
 import stable_diffusion
 import util
-from dataset import list_slices, load_slices, move
+from dataset import list_slices, load_slices, move, write_slices
 from logger import read_log
 from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from stable_diffusion import BrainNoise, around_windows, decode_brain, sample_latents, window_starts
+from people import CONDITIONS
+from stable_diffusion import BrainNoise, around_windows, decode_brain, encode_all, sample_latents, window_starts
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
@@ -428,7 +430,7 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(start, phantom_folde
 
     def watched(self, latent, z, t=None, *rest):
         if self.training:
-            seen.append((latent, z, rest[-1]))
+            seen.append((latent, z, rest[4]))
         return forward(self, latent, z, t, *rest)
 
     monkeypatch.setattr(LatentDiffusion, "forward", watched)
@@ -446,6 +448,40 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(start, phantom_folde
     assert len(found) == 9 and len({head[1:] for head in found}) == 7  # 3 heads as they are, and 6 that were moved
     again = stable_diffusion.head_moves(data, 1, seed=0)[0]
     assert {tuple(moves) for moves in again.tolist()} < {head[1:] for head in found}  # copies do not hang on how many
+
+
+def test_training_hears_the_guess_of_a_denoiser_that_has_not_seen_the_head(
+    train, people_folder, first_stage, monkeypatch
+):
+    """With as few heads as these each has a denoiser of its own, of all others; the weights have that of all."""
+    for case in range(11, 18):
+        pictures = np.random.default_rng(case).integers(0, 256, (32, 64, 64), dtype=np.uint8)
+        write_slices(people_folder / "keras_png_slices_train", case, pictures)
+    calls, forward = [], LatentDiffusion.forward
+
+    def watched(self, latent, z, t=None, noise=None, slices=None, people=None, *rest):
+        if self.training:
+            level = torch.full((len(z), 1, 1, 1), 0.5**0.5)
+            calls.append((latent, rest[-1](latent, level, level, z, slices, self.slice_correlation, people)))
+        return forward(self, latent, z, t, noise, slices, people, *rest)
+
+    monkeypatch.setattr(LatentDiffusion, "forward", watched)
+    flags = ["--data", people_folder, "--slices", 32, "--batch-size", 32, "--steps", 12, "--precision", "fp32"]
+    train(*flags)
+    model, codes, _ = load_second_stage("diffusion", LatentDiffusion, CPU)
+    data = load_slices(people_folder, "train", 64)
+    brains = encode_all(codes, data, CPU, "fp32")[0].unflatten(0, (8, 32))
+    people, z = data.people(CONDITIONS), torch.arange(32)
+    level = torch.full((32, 1, 1, 1), 0.5**0.5)
+    for latent, guess in calls:
+        brain = (brains - latent).flatten(1).abs().amax(1).argmin()
+        rest = torch.arange(8) != brain
+        own = copy.deepcopy(model.linear)
+        own.fit(brains[rest], people.view(8, 32, -1)[rest, 0], model.slice_correlation)
+        person = people.view(8, 32, -1)[brain]
+        given = level, level, z, 32, model.slice_correlation, person
+        assert torch.allclose(guess, own(latent, *given), atol=1e-4)
+        assert (guess - model.linear(latent, *given)).abs().max() > 0.01
 
 
 def test_windows_need_whole_cases_and_whole_batches(start, run_main, noise_folder, first_stage, tmp_path):
