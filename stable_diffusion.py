@@ -452,6 +452,45 @@ def check_slices(args: argparse.Namespace) -> None:
         )
 
 
+def network_settings(args: argparse.Namespace, first_stage: Autoencoder, whole_cases: int) -> dict:
+    """The arguments of LatentDiffusion that these settings mean with so many whole training cases."""
+    return {
+        "latent_shape": first_stage.latent_shape,
+        "channels": args.channels,
+        "channel_multipliers": tuple(args.channel_multipliers),
+        "blocks": args.blocks,
+        "schedule": args.schedule,
+        "prediction": args.prediction,
+        "weighting": args.weighting,
+        "times": args.times,
+        "drop_z": args.drop_z,
+        "slices": args.slices,
+        "slice_noise": args.slice_noise,
+        "slices_per_brain": SLICES_PER_CASE,
+        "modes": min(MODES, whole_cases // 4) if args.slices > 1 and args.slice_noise == "matched" else 0,
+        "conditions": args.conditions,
+        "moved": args.moved_heads > 0,
+    }
+
+
+def measure_latents(
+    model: LatentDiffusion, latents: Tensor, z: Tensor, people: Tensor, whole: Tensor
+) -> CrossFitted | None:
+    """Gives a model what is measured and not trained: mean, correlation along z, and modes of its training latents.
+
+    Returns the linear denoisers that training hears in place of the model's, if that has modes. latents [N, C, h, w]
+    are at z [N] and of people [N, conditions]; whole [n, 32] says where whole brains lie.
+    """
+    model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
+    if len(whole) > 1:
+        model.slice_correlation.copy_(slice_correlation(latents[whole]))
+    if not len(model.linear.modes):
+        return None
+    brains = latents[whole], people[whole[:, 0]], model.slice_correlation
+    model.linear.fit(*brains)
+    return CrossFitted(model.linear, *brains)
+
+
 def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> None:
     """Gives a new model the networks of `run`.
 
@@ -507,38 +546,14 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     # network
     together = SLICES_PER_CASE if args.slices > 1 else 1  # the linear denoiser sees whole brains, the UNet windows
-    modes = min(MODES, len(whole) // 4) if args.slices > 1 and args.slice_noise == "matched" else 0
     torch.manual_seed(args.seed)
-    model_kwargs = {
-        "latent_shape": first_stage.latent_shape,
-        "channels": args.channels,
-        "channel_multipliers": tuple(args.channel_multipliers),
-        "blocks": args.blocks,
-        "schedule": args.schedule,
-        "prediction": args.prediction,
-        "weighting": args.weighting,
-        "times": args.times,
-        "drop_z": args.drop_z,
-        "slices": args.slices,
-        "slice_noise": args.slice_noise,
-        "slices_per_brain": SLICES_PER_CASE,
-        "modes": modes,
-        "conditions": args.conditions,
-        "moved": args.moved_heads > 0,
-    }
+    model_kwargs = network_settings(args, first_stage, len(whole))
     model = LatentDiffusion(**model_kwargs).to(device, memory_format=torch.channels_last)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     if args.start_from and not checkpoint.exists():
         start_from(args.start_from, model, first_stage)
     model.channel_weight.copy_(first_stage.channel_weight())
-    model.linear.mean.copy_(mean_at_each_z(latents, z_all, SLICES_PER_CASE))
-    if len(whole) > 1:
-        model.slice_correlation.copy_(slice_correlation(latents[whole]))
-    cross_fitted = None
-    if modes:
-        known = latents[whole], people[whole[:, 0]], model.slice_correlation
-        model.linear.fit(*known)
-        cross_fitted = CrossFitted(model.linear, *known)
+    cross_fitted = measure_latents(model, latents, z_all, people, whole)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
@@ -567,6 +582,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         return
 
     # and once more for every time that training moves it: copies of the split follow each other
+    if args.moved_heads:
+        print(f"encoding every head {args.moved_heads} times more, moved: as long each time as the first")
     moves = head_moves(train_slices, args.moved_heads, args.seed)
     moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
     latents = torch.cat([latents, *moved])

@@ -6,10 +6,11 @@ What heads differ in most are the principal components of the latents of whole t
 at x_0 moves along them when held-out brains do, at each noise; 1 is all of the way. Dashed is the linear denoiser
 alone, solid the network that hears it. Where all is noise no guess can move; samples whose denoiser moves too late are
 too much alike. Right: the spread of sampled brains along the components over that of held-out people. Printed: both,
-and the squared error of the linear guess over that of the mean head.
+and the squared error of the linear guess over that of the mean head, on held-out and on training heads.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +24,7 @@ import sheets
 import stable_diffusion
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
+from linear_denoiser import CrossFitted
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
 from people import draw_person
@@ -48,17 +50,26 @@ def slopes(guesses: Tensor, truth: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def denoised(model: LatentDiffusion, brains: Tensor, t: int, people: Tensor) -> tuple[Tensor, Tensor]:
-    """(linear guess, network's guess), [n, 32, C, h, w] each, of held-out brains at step t; noise by the number."""
-    z, K, both = torch.arange(SLICES_PER_CASE, device=brains.device), model.slice_correlation, ([], [])
-    alpha, sigma = model._levels(torch.full((SLICES_PER_CASE,), t, device=brains.device))
-    for i, x0 in enumerate(brains):
-        white = torch.randn(x0.shape, generator=util.brain_generator(0, i)).to(x0.device)
-        x = alpha * x0 + sigma * model.correlate(white, z, SLICES_PER_CASE)
-        both[0].append(model.linear(x, alpha, sigma, z, SLICES_PER_CASE, K, people[i].expand(SLICES_PER_CASE, -1)))
-        with util.autocast(x0.device, "auto"):
-            both[1].append(model.denoise(x, t, z, people=people[i].expand(SLICES_PER_CASE, -1))[0])
-    return torch.stack(both[0]), torch.stack(both[1])
+def linear_guess(
+    linear: Callable[..., Tensor], model: LatentDiffusion, brains: Tensor, t: int, people: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x_t, guess at x_0), [n, 32, C, h, w] each, of brains at step t, by `linear` alone; noise by the number."""
+    z = torch.arange(SLICES_PER_CASE, device=brains.device).repeat(len(brains))
+    white = [torch.randn(brains.shape[1:], generator=util.brain_generator(0, i)) for i in range(len(brains))]
+    noise = model.correlate(torch.cat(white).to(brains.device), z, SLICES_PER_CASE)
+    alpha, sigma = model._levels(torch.full(z.shape, t, device=z.device))
+    x = alpha * brains.flatten(0, 1) + sigma * noise
+    people = people[: len(brains)].repeat_interleave(SLICES_PER_CASE, 0)
+    guess = linear(x, alpha, sigma, z, SLICES_PER_CASE, model.slice_correlation, people)
+    return x.view_as(brains), guess.view_as(brains)
+
+
+@torch.no_grad()
+def network_guess(model: LatentDiffusion, x: Tensor, t: int, people: Tensor) -> Tensor:
+    """The same by the network, from x_t [n, 32, C, h, w]."""
+    z = torch.arange(SLICES_PER_CASE, device=x.device)
+    with util.autocast(x.device, "auto"):
+        return torch.stack([model.denoise(b, t, z, people=p.expand(len(z), -1))[0] for b, p in zip(x, people)])
 
 
 def main() -> None:
@@ -91,16 +102,25 @@ def main() -> None:
         """[n, components] of [n, 32, C, h, w]."""
         return (latents - known.mean(0)).flatten(1) @ axes.T
 
+    def over_the_mean(guess: Tensor, brains: Tensor) -> float:
+        return float((guess - brains).square().mean() / (known.mean(0) - brains).square().mean())
+
     # how far guesses move
-    some, moves = new[: args.brains], {"linear": [], "network": []}
+    some, familiar, moves = new[: args.brains], known[: args.brains], {"linear": [], "network": []}
+    fitted = CrossFitted(model.linear, known, people[0], model.slice_correlation)
+    cross_fitted = fitted.of(torch.arange(len(familiar)))
     for ratio in tqdm(RATIOS, desc="denoise", unit="level", disable=None):
         t = int((model.sigma / model.alpha).log().sub(torch.tensor(ratio).log()).abs().argmin())
-        guesses = dict(zip(moves, denoised(model, some, t, people[1]), strict=True))
-        for name, guess in guesses.items():
-            moves[name].append(slopes(along(guess), along(some)))
-        error = (guesses["linear"] - some).square().mean() / (known.mean(0) - some).square().mean()
+        x, guess = linear_guess(model.linear, model, some, t, people[1])
+        for name, of in (("linear", guess), ("network", network_guess(model, x, t, people[1]))):
+            moves[name].append(slopes(along(of), along(some)))
+        seen = [linear_guess(linear, model, familiar, t, people[0])[1] for linear in (model.linear, cross_fitted)]
+        errors = (over_the_mean(guess, some), *(over_the_mean(of, familiar) for of in seen))
         words = "; ".join(f"{name} {' '.join(f'{v:.2f}' for v in moves[name][-1])}" for name in moves)
-        tqdm.write(f"sigma / alpha {ratio:g}: moves {words}; error of the linear guess {error:.3f} of the mean's")
+        tqdm.write(
+            f"sigma / alpha {ratio:g}: moves {words}; error of the linear guess over the mean head's {errors[0]:.3f}, "
+            f"on heads it was fitted on {errors[1]:.3f}, on these in training (cross-fitted) {errors[2]:.3f}"
+        )
 
     # how far samples spread
     settings = stable_diffusion.flags().parse_args([])
