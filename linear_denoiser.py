@@ -8,6 +8,7 @@ ventricles, guesses too near to the mean, and its samples are too much alike.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -201,15 +202,26 @@ class CrossFitted:
             other.fit(latents[seen], people[seen], correlation)
 
     def of(self, brains: Tensor) -> Callable[..., Tensor]:
-        """What takes the place of LinearDenoiser.forward for a batch of these brains, int64 [B / slices] in 0 .. n - 1.
+        """What takes the place of LinearDenoiser.forward for these brains, int64 [B / slices] in 0 .. n - 1."""
+        return partial(self._guess, brains)
 
-        The folds' denoisers hear in turn of the brains that are theirs.
-        """
-        folds = [self.denoisers[brain % len(self.denoisers)] for brain in brains.tolist()]
-
-        def guess(x, alpha, sigma, z, slices, correlation, people=None):  # as in LinearDenoiser.forward
-            people = [None] * len(folds) if people is None else people.split(slices)
-            parts = zip(folds, x.split(slices), alpha.split(slices), sigma.split(slices), z.split(slices), people)
-            return torch.cat([own(x, a, s, z, slices, correlation, person) for own, x, a, s, z, person in parts])
-
-        return guess
+    @torch.compiler.disable  # which folds meet in a batch is chance: each new set of them would be compiled anew
+    def _guess(
+        self,
+        brains: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        z: Tensor,
+        slices: int,
+        correlation: Tensor,
+        people: Tensor | None = None,
+    ) -> Tensor:
+        """As LinearDenoiser.forward, brain by brain with the denoiser of its fold."""
+        known = [None] * len(brains) if people is None else people.split(slices)
+        noised = (part.split(slices) for part in (x, alpha, sigma, z))
+        guesses = []
+        for brain, person, *state in zip(brains.tolist(), known, *noised, strict=True):
+            own = self.denoisers[brain % len(self.denoisers)]
+            guesses.append(own(*state, slices, correlation, person))
+        return torch.cat(guesses)

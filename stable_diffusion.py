@@ -481,10 +481,10 @@ def measure_latents(
     Returns the linear denoisers that training hears in place of the model's, if that has modes. latents [N, C, h, w]
     are at z [N] and of people [N, conditions]; whole [n, 32] says where whole brains lie.
     """
-    model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
     if len(whole) > 1:
         model.slice_correlation.copy_(slice_correlation(latents[whole]))
     if not len(model.linear.modes):
+        model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
         return None
     brains = latents[whole], people[whole[:, 0]], model.slice_correlation
     model.linear.fit(*brains)
@@ -583,7 +583,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
 
     # and once more for every time that training moves it: copies of the split follow each other
     if args.moved_heads:
-        print(f"encoding every head {args.moved_heads} times more, moved: as long each time as the first")
+        print(f"encoding every head {args.moved_heads} times more, moved: {args.moved_heads * len(z_all)} slices")
     moves = head_moves(train_slices, args.moved_heads, args.seed)
     moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
     latents = torch.cat([latents, *moved])

@@ -69,7 +69,7 @@ def network_guess(model: LatentDiffusion, x: Tensor, t: int, people: Tensor) -> 
     """The same by the network, from x_t [n, 32, C, h, w]."""
     z = torch.arange(SLICES_PER_CASE, device=x.device)
     with util.autocast(x.device, "auto"):
-        return torch.stack([model.denoise(b, t, z, people=p.expand(len(z), -1))[0] for b, p in zip(x, people)])
+        return torch.stack([model.denoise(b, t, z, people=people[i].expand(len(z), -1))[0] for i, b in enumerate(x)])
 
 
 def main() -> None:

@@ -200,3 +200,22 @@ def test_cross_fitted_errors_on_known_brains_are_those_on_new_ones():
     cross_fitted = CrossFitted(denoiser, known, nobody, K, folds=20).of(torch.arange(40))
     assert error(denoiser, known) < 0.75 * error(denoiser, new)
     assert error(cross_fitted, known) == pytest.approx(error(denoiser, new), rel=0.08)
+
+
+def test_a_compiled_network_stays_compiled_whichever_folds_meet_in_a_batch():
+    """Brains come together by chance; nothing is compiled again for it."""
+    Z, shape = 8, (2, 4, 5)
+    K, known, nobody = fading(Z, 0.8, 0.5), torch.randn(6, Z, *shape), torch.empty(6, 0)
+    denoiser = LinearDenoiser(shape, 1, Z)
+    denoiser.fit(known, nobody, K)
+    fitted = CrossFitted(denoiser, known, nobody, K, folds=3)
+    level, z = torch.full((3 * Z, 1, 1, 1), 0.5**0.5), torch.arange(Z).repeat(3)
+
+    def double(x, guess):
+        return 2 * guess(x, level, level, z, Z, K)
+
+    compiled = torch.compile(double, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for brains in ([0, 1, 2], [0, 3, 1], [2, 2, 2], [4, 1, 1]):
+            x, guess = known[brains].flatten(0, 1), fitted.of(torch.tensor(brains))
+            assert torch.equal(compiled(x, guess), double(x, guess))
