@@ -158,7 +158,7 @@ def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[st
         scores[f"frechet_{space}"] = lambda i, a=a, b=b: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), n
         scores[f"mmd2_{space}"] = lambda i, blocks=blocks: 1000 * mmd2(*blocks, i), n
         if space == "trained":
-            as_many = b[torch.linspace(0, len(b) - 1, min(n, len(b))).long()]
+            as_many = spread_evenly(b, n)
             for name, values in manifold_scores(a, as_many).items():
                 scores[name] = lambda i, values=values: float(values[i].mean()), len(values)
 
@@ -228,8 +228,8 @@ def score_samples(
     if n < len(brains):
         print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
     chosen = {
-        "reference": (train, known[torch.linspace(0, len(known) - 1, min(REFERENCE, len(known))).long()]),
-        "real": (held_out, real_cases[torch.linspace(0, len(real_cases) - 1, n).long()]),
+        "reference": (train, spread_evenly(known, REFERENCE)),
+        "real": (held_out, spread_evenly(real_cases, n)),
     }
     measures = {name: measure_real(data, cases, scorer, digest) for name, (data, cases) in chosen.items()}
     measures["samples"] = measure(brains[:n], scorer, "samples") | {"diversity": diversity(brains[:n])}
@@ -250,6 +250,11 @@ def whole_cases(data: Slices) -> Tensor:
     if (count == SLICES_PER_CASE).sum() < 2:
         raise UserError(f"{data.split} in {data.folder} has fewer than two whole brains; give more with --data")
     return cases[count == SLICES_PER_CASE]
+
+
+def spread_evenly(cases: Tensor, count: int) -> Tensor:
+    """`count` of cases [n, ...] at even distances, the first and the last among them; all where n is less."""
+    return cases[torch.linspace(0, len(cases) - 1, min(count, len(cases))).long()]
 
 
 # ------------------------------------------------------------------------------------------------- report on samples
