@@ -52,7 +52,7 @@ from metrics import (
 from model_VAE import load_first_stage
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
 from quantizer import digits_of
-from realism import evaluate_samples
+from realism_page import evaluate_samples
 from util import UserError
 
 # ------------------------------------------------------------------------------------------------------ a first stage

@@ -31,7 +31,8 @@ from autoencoder import Autoencoder
 from dataset import find_data, load_slices
 from model_diffusion import RECIPES, LatentDiffusion
 from model_VAE import load_second_stage
-from realism import SAMPLE_SCORES, markdown_table, score_samples
+from realism import SAMPLE_SCORES, score_samples
+from realism_page import markdown_table
 from scorer import find_scorer
 from stable_diffusion import decode_brain, encode_all, sample_latents
 

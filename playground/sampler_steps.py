@@ -26,7 +26,8 @@ from dataset import find_data, load_slices
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
 from people import draw_person
-from realism import SAMPLE_SCORES, markdown_table, score_samples
+from realism import SAMPLE_SCORES, score_samples
+from realism_page import markdown_table
 from scorer import find_scorer
 from stable_diffusion import decode_brain, sample_latents
 

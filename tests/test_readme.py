@@ -95,7 +95,8 @@ def test_imports_go_one_way():
     assert imports["grain"] | imports["linear_denoiser"] <= {"module"}
     assert imports["volume"] <= low | {"dataset"}
     assert imports["metrics"] <= {"util"}
-    assert imports["realism"] <= low | {"dataset", "metrics", "scorer"}
+    assert imports["realism"] <= {"util", "dataset", "metrics", "scorer"}
+    assert imports["realism_page"] <= low | {"realism", "dataset", "metrics", "scorer"}
     assert imports["scorer"] <= low | {"dataset", "logger", "module"}
     parts = {"module", "quantizer", "grain", "linear_denoiser", "people"}
     assert imports["model_discriminator"] | imports["model_diffusion"] | imports["autoencoder"] <= parts

@@ -1,4 +1,4 @@
-"""Laws of realism.py: tests of the tests, on real heads, copies, blur and shuffled slices; what evaluate.py writes."""
+"""Laws of realism.py, tests of the tests: real heads, copies, blur, shuffled slices; and of realism_page.py."""
 
 import json
 import re
@@ -17,7 +17,8 @@ import realism
 import runs
 from metrics import thumbnails
 from phantom import phantom_case
-from realism import SAMPLE_SCORES, nearest_pairs, score_samples, verdict
+from realism import SAMPLE_SCORES, score_samples
+from realism_page import nearest_pairs, verdict
 from scorer import Scorer
 
 
