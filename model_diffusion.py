@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from calibration import Calibration
 from linear_denoiser import LinearDenoiser
 from module import (
     CategoryEmbedding,
@@ -256,6 +257,7 @@ class LatentDiffusion(nn.Module):
         self.slices, self.slice_noise = slices, slice_noise
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
         self.linear = LinearDenoiser(self.latent_shape, modes, slices_per_brain, len(self.conditions))
+        self.calibration = Calibration(self.latent_shape, slices_per_brain)
         self.unet = UNet(
             latent_shape[0],
             channels,
@@ -391,12 +393,22 @@ class LatentDiffusion(nn.Module):
         guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
         output = self.unet(x, guess, t, z, slices, people).float()
         if self.prediction == "v":
-            return alpha * x - sigma * output, sigma * x + alpha * output
-        if self.prediction == "eps":
-            return (x - sigma * output) / alpha, output
-        if self.prediction == "flow":
-            return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
-        return output, (x - alpha * output) / sigma
+            x0, noise = alpha * x - sigma * output, sigma * x + alpha * output
+        elif self.prediction == "eps":
+            x0, noise = (x - sigma * output) / alpha, output
+        elif self.prediction == "flow":
+            x0, noise = (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
+        else:
+            x0, noise = output, (x - alpha * output) / sigma
+        if not self.calibration.measured or slices != len(self.linear.mean) or z.isnan().any():
+            return x0, noise
+        ratio = (sigma / alpha)[0, 0, 0, 0]
+        more = self.calibration(self.less_mean(x, alpha, z), ratio.log()).flatten(0, 1)
+        return x0 + more, noise - more / ratio
+
+    def less_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
+        """Whole brains [n, Z, C, h, w] of latents or x_t [n Z, C, h, w], less alpha times the mean head at z."""
+        return (latent - alpha * self.linear.mean_at(z)).unflatten(0, (-1, len(self.linear.mean)))
 
     def sampling_levels(self) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of the steps that samplers walk: all, or for eps those with alpha of at least 0.006.

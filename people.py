@@ -117,6 +117,11 @@ def draw_person(asked: dict[str, float], description: dict, seed: int, brain: in
     return person | asked
 
 
+def in_numbers(person: dict[str, float], conditions: tuple[str, ...]) -> Tensor:
+    """float32 [K]: what a person has of these conditions, in their order, NaN where it is not known."""
+    return torch.tensor([person.get(name, math.nan) for name in conditions], dtype=torch.float32)
+
+
 def in_letters(person: dict[str, float]) -> dict[str, str]:
     """Such as {"age": "64", "sex": "F", "cdr": "0.5"}."""
     letter = {value: name for name, value in SEXES.items()}

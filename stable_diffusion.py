@@ -13,7 +13,6 @@ NAME_vis/samples or --out DIR, per brain a 4x8 sheet, a GIF through z, reslices,
 
 import argparse
 import copy
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import calibration
 import runs
 import sheets
 import util
@@ -56,6 +56,7 @@ from model_diffusion import (
     sample_ddpm,
     sample_dpm,
     sample_heun,
+    sampling_times,
 )
 from model_VAE import load_first_stage, load_second_stage, save_second_stage
 from people import (
@@ -66,6 +67,7 @@ from people import (
     describe_people,
     draw_person,
     in_letters,
+    in_numbers,
     person_of,
     words_for,
 )
@@ -74,6 +76,7 @@ from volume import Samples
 
 SCRIPT = Path(__file__).name
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
+CALIBRATION_BRAINS = 64  # drawn at the end of training, or as many as there are training brains where these are fewer
 MODES = 24  # of the linear denoiser, or a quarter of the brains where these are few
 
 
@@ -237,8 +240,7 @@ def sample_latents(
     z = torch.arange(SLICES_PER_CASE, device=device).repeat(len(brains))
 
     def denoiser(model: LatentDiffusion, z: Tensor, person: dict[str, float]) -> Denoise:
-        people = torch.tensor([person.get(name, math.nan) for name in model.conditions], device=device)
-        people = people.expand(len(z), -1)
+        people = in_numbers(person, model.conditions).to(device).expand(len(z), -1)
 
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
             with util.autocast(device, args.precision):
@@ -481,14 +483,44 @@ def measure_latents(
     Returns the linear denoisers that training hears in place of the model's, if that has modes. latents [N, C, h, w]
     are at z [N] and of people [N, conditions]; whole [n, 32] says where whole brains lie.
     """
-    if len(whole) > 1:
-        model.slice_correlation.copy_(slice_correlation(latents[whole]))
-    if not len(model.linear.modes):
-        model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
+    model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
+    if len(whole) < 2:
         return None
     brains = latents[whole], people[whole[:, 0]], model.slice_correlation
-    model.linear.fit(*brains)
-    return CrossFitted(model.linear, *brains)
+    model.slice_correlation.copy_(slice_correlation(brains[0]))
+    if len(model.linear.modes):
+        model.linear.fit(*brains)
+    model.calibration.measure_power(brains[0] - model.linear.mean)
+    return CrossFitted(model.linear, *brains) if len(model.linear.modes) else None
+
+
+@torch.no_grad()
+def calibrate(model: LatentDiffusion, description: dict, brains: int, args: argparse.Namespace) -> None:
+    """Measures model.calibration on so many brains that are drawn side by side, of people as samples are of.
+
+    Their noise is not that of any brain that --sample draws.
+    """
+    device, seed = model.alpha.device, util.mix_seed(args.seed, "calibration")
+    z = torch.arange(SLICES_PER_CASE, device=device)
+    known = (draw_person({}, description, seed, i) for i in range(brains))
+    people = [in_numbers(person, model.conditions).to(device).expand(len(z), -1) for person in known]
+    times = sampling_times(model.alpha, model.sigma, calibration.LEVELS)
+    model.calibration.start((model.sigma / model.alpha)[times].log())
+
+    def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        alpha, sigma = model.alpha[t].float(), model.sigma[t].float()
+        parts = zip(x.split(len(z)), people, strict=True)
+        with util.autocast(device, args.precision):
+            x0 = torch.cat([model.denoise(part, t, z, len(z), person)[0] for part, person in parts])
+        difference, guess = (model.less_mean(part, k, z.repeat(brains)) for part, k in ((x, alpha), (x0, 1)))
+        model.calibration.measure(times.index(t), alpha, difference, guess)
+        x0 = x0 + model.calibration(difference, (sigma / alpha).log()).flatten(0, 1)
+        return x0, (x - alpha * x0) / sigma
+
+    noise = BrainNoise(seed, range(brains), model)()
+    steps = sample_dpm(denoise, noise, model.alpha, model.sigma, calibration.LEVELS)
+    for _ in tqdm(steps, desc=f"calibrate on {brains} brains", total=calibration.LEVELS, disable=None):
+        pass
 
 
 def start_from(run: str, model: LatentDiffusion, first_stage: Autoencoder) -> None:
@@ -589,6 +621,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     latents = torch.cat([latents, *moved])
     moves = torch.cat([torch.zeros(len(z_all), MOVES), *moves]).to(device)
     starts = torch.cat([starts + copy * len(z_all) for copy in range(1 + args.moved_heads)])
+    people_seen = {
+        "people": describe_people(people, args.conditions),
+        "people_counts": count_people(people[first_slices], args.conditions),
+    }
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
@@ -604,9 +640,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
             },
         )
         description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
-        description["people"] = describe_people(people, args.conditions)
-        description["people_counts"] = count_people(people[first_slices], args.conditions)
-        save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description)
+        save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description | people_seen)
 
     def report(step: int) -> None:
         quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
@@ -645,6 +679,9 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         if reported and rank == 0:
             logger.flush(step + 1)
             save(step + 1)
+            if step + 1 == args.steps and len(whole) > 1:
+                calibrate(ema, people_seen, min(CALIBRATION_BRAINS, len(whole)), args)
+                save(step + 1)
             report(step + 1)
 
     if not reported and rank == 0:

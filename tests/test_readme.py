@@ -92,13 +92,13 @@ def test_imports_go_one_way():
     assert imports["logger"] <= low
     assert imports["module"] <= {"util"}
     assert imports["quantizer"] == set()
-    assert imports["grain"] | imports["linear_denoiser"] <= {"module"}
+    assert imports["grain"] | imports["linear_denoiser"] | imports["calibration"] <= {"module"}
     assert imports["volume"] <= low | {"dataset"}
     assert imports["metrics"] <= {"util"}
     assert imports["realism"] <= {"util", "dataset", "metrics", "scorer"}
     assert imports["realism_page"] <= low | {"realism", "dataset", "metrics", "scorer"}
     assert imports["scorer"] <= low | {"dataset", "logger", "module"}
-    parts = {"module", "quantizer", "grain", "linear_denoiser", "people"}
+    parts = {"module", "quantizer", "grain", "linear_denoiser", "calibration", "people"}
     assert imports["model_discriminator"] | imports["model_diffusion"] | imports["autoencoder"] <= parts
     assert imports["model_VAE"] <= parts | {"autoencoder", "util", "runs"}  # which also reads its files
     for script in (*TRAINERS, "evaluate"):

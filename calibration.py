@@ -1,0 +1,101 @@
+"""Calibration: samples get as much of every spatial frequency as training heads have.
+
+An exact denoiser keeps a law that a trained one breaks a little. Since the noise of x_t = alpha x_0 + sigma noise is
+independent of x_0, and E[x_0 | x_t] a function of x_t,
+
+    E[ E[x_0 | x_t] x_t ] = E[x_0 x_t] = alpha E[x_0^2]                                                       (1)
+
+for every linear part of x_0 and x_t, both less their mean; and how large a part of x_t becomes on its way from noise
+depends on just this (dx / dln sigma holds x_t and E[x_0 | x_t]). Where a denoiser is unsure along z, it guesses too
+small or follows the noise too far, each step goes on from there, and in the end heads are too much alike in what
+changes slowly, and too lively in between. Pang et al. 2023, "On calibrating diffusion probabilistic models", put the
+mean of a score right by such a law; Ning et al. 2024, "Elucidating the exposure bias in diffusion models", scale the
+guess at each step. Here (1) is put right in 36 bands of frequency and each channel, by numbers measured on the way.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from module import cosines
+
+LEVELS = 20  # of noise, those that sampling in 20 steps walks; between them the numbers are interpolated
+ALONG_Z = (1, 4, 8, 12, 20)  # cosines over the slices at which the second and later bands begin
+IN_PLANE = (0.06, 0.12, 0.2, 0.3, 0.42)  # cycles per latent pixel, likewise
+BANDS = (len(ALONG_Z) + 1) * (len(IN_PLANE) + 1)
+
+
+class Calibration(nn.Module):
+    """x_0 = guess + w (x_t - alpha mean), with a w for each level of noise, channel and band; nothing until measured.
+
+    Args:
+        latent_shape: (C, h, w).
+        slices_per_brain: Z.
+    """
+
+    def __init__(self, latent_shape: tuple[int, int, int], slices_per_brain: int):
+        super().__init__()
+        C, h, w = latent_shape
+        self.register_buffer("power", torch.zeros(C, BANDS))  # of the training brains
+        self.register_buffer("levels", torch.linspace(4, -4, LEVELS))  # ln(sigma / alpha), falling
+        self.register_buffer("weight", torch.zeros(LEVELS, C, BANDS))
+        self.transforms = [cosines(size, size) for size in (slices_per_brain, h, w)]
+        y, x = torch.arange(h)[:, None] / (2 * h), torch.arange(w) / (2 * w)
+        ring = torch.bucketize(torch.hypot(y, x), torch.tensor(IN_PLANE), right=True)
+        along = torch.bucketize(torch.arange(slices_per_brain), torch.tensor(ALONG_Z), right=True)
+        self.register_buffer("band", along[:, None, None] * (len(IN_PLANE) + 1) + ring, persistent=False)  # [Z, h, w]
+
+    def start(self, levels: Tensor) -> None:
+        """Forgets what was measured; from now on it is for these levels ln(sigma / alpha) [LEVELS], falling."""
+        self.levels.copy_(levels)
+        self.weight.zero_()
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to correct by."""
+        return bool((self.weight != 0).any())
+
+    def transform(self, brains: Tensor) -> Tensor:
+        """The orthonormal cosine transform [n, Z, C, h, w] of brains of that shape, along z and in plane."""
+        Z, h, w = (matrix.to(brains) for matrix in self.transforms)
+        return torch.einsum("qa,yh,xw,nachw->nqcyx", Z, h, w, brains)
+
+    def back(self, coefficients: Tensor) -> Tensor:
+        """The inverse of transform."""
+        Z, h, w = (matrix.to(coefficients) for matrix in self.transforms)
+        return torch.einsum("qa,yh,xw,nqcyx->nachw", Z, h, w, coefficients)
+
+    def mean_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """[C, BANDS]: mean of a b over brains and the coefficients of each band, of transformed [n, Z, C, h, w]."""
+        product = (a * b).mean(0).transpose(0, 1).flatten(1)
+        band = self.band.flatten()
+        total = product.new_zeros(len(product), BANDS).index_add_(1, band, product)
+        return total / band.bincount(minlength=BANDS).clamp(min=1)
+
+    def measure_power(self, difference: Tensor) -> None:
+        """Takes E[x_0^2] from what brains differ by from their mean, [n, Z, C, h, w]."""
+        parts = (self.transform(part) for part in difference.split(8))
+        self.power.copy_(sum(self.mean_product(part, part) * len(part) for part in parts) / len(difference))
+
+    def measure(self, level: int, alpha: Tensor, x: Tensor, guess: Tensor) -> None:
+        """Sets w of one level so that (1) holds for these brains.
+
+        x: x_t less alpha times the mean; guess: the guess at x_0 less the mean; [n, Z, C, h, w] each.
+        """
+        product, square = torch.zeros_like(self.power), torch.zeros_like(self.power)
+        for x_part, guess_part in zip(x.split(8), guess.split(8), strict=True):
+            x_bands, guess_bands = self.transform(x_part), self.transform(guess_part)
+            product += self.mean_product(guess_bands, x_bands) * len(x_part) / len(x)
+            square += self.mean_product(x_bands, x_bands) * len(x_part) / len(x)
+        self.weight[level] = (alpha * self.power - product) / square.clamp(min=1e-12)
+
+    def weight_at(self, level: Tensor) -> Tensor:
+        """w [C, BANDS] at ln(sigma / alpha), linear between the levels measured, constant beyond."""
+        above = (self.levels > level).sum().clamp(1, LEVELS - 1)  # levels fall: number `above` is the next below
+        high, low = self.levels[above - 1], self.levels[above]
+        return self.weight[above - 1].lerp(self.weight[above], ((high - level) / (high - low)).clamp(0, 1))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """What to add to the guess, [n, Z, C, h, w], for x_t less alpha times the mean, x of that shape."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight_at(level)[:, self.band].transpose(0, 1)
+            return self.back(weight * self.transform(x.float()))
