@@ -57,12 +57,12 @@ class Calibration(nn.Module):
     def transform(self, brains: Tensor) -> Tensor:
         """The orthonormal cosine transform [n, Z, C, h, w] of brains of that shape, along z and in plane."""
         Z, h, w = (matrix.to(brains) for matrix in self.transforms)
-        return torch.einsum("qa,yh,xw,nachw->nqcyx", Z, h, w, brains)
+        return torch.einsum("qa,nacyx->nqcyx", Z, h @ brains @ w.T)
 
     def back(self, coefficients: Tensor) -> Tensor:
         """The inverse of transform."""
         Z, h, w = (matrix.to(coefficients) for matrix in self.transforms)
-        return torch.einsum("qa,yh,xw,nqcyx->nachw", Z, h, w, coefficients)
+        return torch.einsum("qa,nqcyx->nacyx", Z, h.T @ coefficients @ w)
 
     def mean_product(self, a: Tensor, b: Tensor) -> Tensor:
         """[C, BANDS]: mean of a b over brains and the coefficients of each band, of transformed [n, Z, C, h, w]."""

@@ -41,7 +41,6 @@ from scorer import TISSUES, Scorer, read_slices
 from util import UserError
 
 SPACES = {"trained": "trained encoder", "random": "random network", "texture": "histogram and texture"}
-REFERENCE = 64  # training brains, evenly spread, that both sampled and held-out ones are compared with
 # name: (what it is called, unit, group on the page); the order is that of the page
 SAMPLE_SCORES = {
     **{f"frechet_{space}": (f"Frechet distance, {name}", "", "distance") for space, name in SPACES.items()},
@@ -184,23 +183,20 @@ def score_samples(
         train, held_out: real slices of the samples' size.
         digest: of the scorer's weights.
         resamples: of the bootstrap over brains.
-    Returns (scores, measures): {"brains", "reference_brains", "samples", "real": {score: value, score_interval}}, and
+    Returns (scores, measures): {"brains", "training_brains", "samples", "real": {score: value, score_interval}}, and
     {"samples", "real", "reference", "near", "near_real"}, what the pictures are drawn of.
     """
     known, real_cases = (whole_cases(data) for data in (train, held_out))
     n = min(len(brains), len(real_cases))
     if n < len(brains):
         print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
-    chosen = {
-        "reference": (train, spread_evenly(known, REFERENCE)),
-        "real": (held_out, spread_evenly(real_cases, n)),
-    }
+    chosen = {"reference": (train, known), "real": (held_out, spread_evenly(real_cases, n))}
     measures = {name: measure_real(data, cases, scorer, digest) for name, (data, cases) in chosen.items()}
     measures["samples"] = measure(brains[:n], scorer, "samples") | {"diversity": diversity(brains[:n])}
     small = torch.stack([thumbnails(train.images[train.case == case]) for case in known])
     everyone = torch.stack([held_out.images[held_out.case == case] for case in real_cases])
     measures["near"], measures["near_real"] = (nearest(part.cpu(), small.cpu()) for part in (brains[:n], everyone))
-    result = {"brains": n, "reference_brains": len(chosen["reference"][1]), "training_brains": len(known)}
+    result = {"brains": n, "training_brains": len(known)}
     for name in ("samples", "real"):
         result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
         near = measures["near" if name == "samples" else "near_real"]

@@ -85,9 +85,9 @@ def page(report: dict, name: str) -> str:
     return f"""# Scores of samples
 
 {n} brains of 32 slices from `{report["samples"]["folder"]}`, beside {n} held-out real ones (`{split}`). Both are
-compared in the same way with the same {result["reference_brains"]} training brains; copies are looked for among all
-{result["training_brains"]}. Brackets hold 95 % intervals over brains. "as real" means that the intervals of samples and
-of real brains overlap; that is so in {alike} of {len(SAMPLE_SCORES)} scores.
+compared in the same way with all {result["training_brains"]} training brains. Brackets hold 95 % intervals over brains.
+"as real" means that the intervals of samples and of real brains overlap; that is so in {alike} of {len(SAMPLE_SCORES)}
+scores.
 
 ## Distance from training brains
 

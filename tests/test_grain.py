@@ -86,7 +86,7 @@ def test_white_is_bent_and_the_rest_left_alone():
 
 
 def test_grain_is_smooth_along_z():
-    """White noise after a gaussian of sd s over z correlates by exp(-lag^2 / 4 s^2); in every slice its variance is 1."""
+    """White noise after a gaussian of sd s over z correlates by exp(-lag^2 / 4 s^2); its variance is 1 everywhere."""
     z, covariance = torch.arange(32), torch.cov(noise_of_slices(32, 48, 56).flatten(1))
     wanted = sum(torch.exp(-((z[:, None] - z) ** 2) / (4 * sd**2)) for sd in SMOOTHING) / len(SMOOTHING)
     assert torch.allclose(covariance, wanted, atol=0.1)  # at both ends too
