@@ -204,7 +204,10 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     """Weights that carry their first stage, a description, a log that reads, pictures."""
     model, inside, description = load_second_stage("diffusion", LatentDiffusion, "cpu")
     assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)  # it was measured
-    assert (model.linear.mean.flatten(1).abs().amax(1) > 0).all()  # and so was this
+    assert (model.linear.mean.flatten(1).abs().amax(1) > 0).all()  # and so were this
+    assert model.calibration.measured and (model.calibration.power > 0).any(1).all()  # and this, after the last step
+    checkpoint = runs.load_checkpoint(Path("model_ckpt/diffusion/last.pt"), "stable_diffusion.py")
+    assert not (checkpoint["model"]["calibration.weight"] != 0).any()  # training further begins without
     assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
