@@ -504,11 +504,13 @@ def calibrate(model: LatentDiffusion, description: dict, brains: int, args: argp
     z = torch.arange(SLICES_PER_CASE, device=device)
     known = (draw_person({}, description, seed, i) for i in range(brains))
     people = [in_numbers(person, model.conditions).to(device).expand(len(z), -1) for person in known]
-    times = sampling_times(model.alpha, model.sigma, calibration.LEVELS)
-    model.calibration.start((model.sigma / model.alpha)[times].log())
+    alphas, sigmas = model.sampling_levels()
+    times = sampling_times(alphas, sigmas, calibration.LEVELS)
+    model.calibration.start((sigmas / alphas)[times].log())
+    tqdm.write(f"calibrating: {brains} brains are drawn side by side")
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        alpha, sigma = model.alpha[t].float(), model.sigma[t].float()
+        alpha, sigma = alphas[t].float(), sigmas[t].float()
         parts = zip(x.split(len(z)), people, strict=True)
         with util.autocast(device, args.precision):
             x0 = torch.cat([model.denoise(part, t, z, len(z), person)[0] for part, person in parts])
@@ -518,8 +520,8 @@ def calibrate(model: LatentDiffusion, description: dict, brains: int, args: argp
         return x0, (x - alpha * x0) / sigma
 
     noise = BrainNoise(seed, range(brains), model)()
-    steps = sample_dpm(denoise, noise, model.alpha, model.sigma, calibration.LEVELS)
-    for _ in tqdm(steps, desc=f"calibrate on {brains} brains", total=calibration.LEVELS, disable=None):
+    steps = sample_dpm(denoise, noise, alphas, sigmas, calibration.LEVELS)
+    for _ in tqdm(steps, desc="calibrate", unit="level", total=calibration.LEVELS, disable=None):
         pass
 
 

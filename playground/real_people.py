@@ -41,7 +41,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", metavar="FOLDER", help="as in training")
     add("--image-size", type=int, choices=(64, 128, 256), default=256, help="pixels a side (default: %(default)s)")
-    add("--draws", type=util.positive_int, default=200, help="of real people (default: %(default)s)")
+    add("--draws", type=util.positive_int, default=100, help="of real people (default: %(default)s)")
     add("--seed", type=util.seed, default=0, help="of the draws (default: %(default)s)")
     args = parser.parse_args()
     folder = find_data(args.data)

@@ -22,25 +22,25 @@ def wanted() -> Tensor:
 
 
 class LinearUNet(nn.Module):
-    """Says v of the guess factor alpha P / (alpha^2 P + sigma^2) x_t: of the exact Gaussian denoiser for factor 1."""
+    """Says v, or the noise, of the guess factor alpha P / (alpha^2 P + sigma^2) x_t; for factor 1 it is exact."""
 
     def __init__(self, model: LatentDiffusion, power: Tensor, factor: Tensor):
         super().__init__()
         self.levels, self.calibration = (model.alpha, model.sigma), model.calibration
-        self.power, self.factor = power, factor
+        self.power, self.factor, self.prediction = power, factor, model.prediction
 
     def forward(self, x, guess, t, *rest) -> Tensor:
         alpha, sigma = (level[t[0]].float() for level in self.levels)
         share = self.factor * alpha * self.power / (alpha**2 * self.power + sigma**2)
         coefficients = self.calibration.transform(x.unflatten(0, (-1, 32)))
         x0 = self.calibration.back(share[:, self.calibration.band].transpose(0, 1) * coefficients).flatten(0, 1)
-        return (alpha * x - x0) / sigma
+        return (x - alpha * x0 if self.prediction == "eps" else alpha * x - x0) / sigma
 
 
-def linear_model(wanted: Tensor, factor: Tensor) -> LatentDiffusion:
+def linear_model(wanted: Tensor, factor: Tensor, prediction: str = "v") -> LatentDiffusion:
     """A model of brains whose coefficients are independent, with the power wanted."""
     sizes = {"channels": 8, "channel_multipliers": (1,), "blocks": 1}
-    model = LatentDiffusion(latent_shape=SHAPE, slice_noise="own", **sizes).eval()
+    model = LatentDiffusion(latent_shape=SHAPE, slice_noise="own", prediction=prediction, **sizes).eval()
     model.unet = LinearUNet(model, wanted, factor)
     model.calibration.power.copy_(wanted)
     return model
@@ -85,11 +85,11 @@ def test_an_exact_denoiser_needs_no_calibration(wanted):
     assert ((model.calibration.weight / by_itself).abs()[ratio.flatten() < 3] < 0.2).all()
 
 
-@pytest.mark.parametrize("wrong", [0.8, 1.1])
-def test_samples_of_a_wrong_denoiser_have_the_power_of_training(wanted, wrong):
+@pytest.mark.parametrize("wrong, prediction", [(0.8, "v"), (1.1, "v"), (0.8, "eps")])
+def test_samples_of_a_wrong_denoiser_have_the_power_of_training(wanted, wrong, prediction):
     factor = torch.ones_like(wanted)
     factor[:, 1::2] = wrong  # every other band
-    model = linear_model(wanted, factor)
+    model = linear_model(wanted, factor, prediction)
     before = power_of_samples(model, range(12)) / wanted
     calibrate(model, {}, 32, settings())
     after = power_of_samples(model, range(12)) / wanted
