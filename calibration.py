@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from module import cosines
 
 LEVELS = 20  # of noise, those that sampling in 20 steps walks; between them the numbers are interpolated
+FARTHEST = 10.0  # of these levels: pure noise has an infinite one
 ALONG_Z = (1, 4, 8, 12, 20)  # cosines over the slices at which the second and later bands begin
 IN_PLANE = (0.06, 0.12, 0.2, 0.3, 0.42)  # cycles per latent pixel, likewise
 BANDS = (len(ALONG_Z) + 1) * (len(IN_PLANE) + 1)
@@ -44,9 +45,14 @@ class Calibration(nn.Module):
         along = torch.bucketize(torch.arange(slices_per_brain), torch.tensor(ALONG_Z), right=True)
         self.register_buffer("band", along[:, None, None] * (len(IN_PLANE) + 1) + ring, persistent=False)  # [Z, h, w]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        for name, own in self.state_dict().items():  # weights older than calibration go without
+            state_dict.setdefault(prefix + name, own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def start(self, levels: Tensor) -> None:
         """Forgets what was measured; from now on it is for these levels ln(sigma / alpha) [LEVELS], falling."""
-        self.levels.copy_(levels)
+        self.levels.copy_(levels.clamp(max=FARTHEST))
         self.weight.zero_()
 
     @property
@@ -72,9 +78,9 @@ class Calibration(nn.Module):
         return total / band.bincount(minlength=BANDS).clamp(min=1)
 
     def measure_power(self, difference: Tensor) -> None:
-        """Takes E[x_0^2] from what brains differ by from their mean, [n, Z, C, h, w]."""
+        """Takes E[x_0^2] from what n >= 2 brains differ by from their own mean, [n, Z, C, h, w]."""
         parts = (self.transform(part) for part in difference.split(8))
-        self.power.copy_(sum(self.mean_product(part, part) * len(part) for part in parts) / len(difference))
+        self.power.copy_(sum(self.mean_product(part, part) * len(part) for part in parts) / (len(difference) - 1))
 
     def measure(self, level: int, alpha: Tensor, x: Tensor, guess: Tensor) -> None:
         """Sets w of one level so that (1) holds for these brains.
@@ -90,6 +96,7 @@ class Calibration(nn.Module):
 
     def weight_at(self, level: Tensor) -> Tensor:
         """w [C, BANDS] at ln(sigma / alpha), linear between the levels measured, constant beyond."""
+        level = level.clamp(max=FARTHEST)
         above = (self.levels > level).sum().clamp(1, LEVELS - 1)  # levels fall: number `above` is the next below
         high, low = self.levels[above - 1], self.levels[above]
         return self.weight[above - 1].lerp(self.weight[above], ((high - level) / (high - low)).clamp(0, 1))

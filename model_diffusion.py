@@ -42,6 +42,7 @@ RECIPES = {
     "edm": ("edm", "v", "plain", "log-normal"),  # Karras et al. 2022 and 2024
 }
 
+Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 MOVES = 4  # numbers that say how training moved a head, see dataset.move
 
 # ---------------------------------------------------------------------------------------------------- noise schedules
@@ -393,18 +394,23 @@ class LatentDiffusion(nn.Module):
         guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
         output = self.unet(x, guess, t, z, slices, people).float()
         if self.prediction == "v":
-            x0, noise = alpha * x - sigma * output, sigma * x + alpha * output
-        elif self.prediction == "eps":
-            x0, noise = (x - sigma * output) / alpha, output
-        elif self.prediction == "flow":
-            x0, noise = (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
-        else:
-            x0, noise = output, (x - alpha * output) / sigma
-        if not self.calibration.measured or slices != len(self.linear.mean) or z.isnan().any():
-            return x0, noise
-        ratio = (sigma / alpha)[0, 0, 0, 0]
-        more = self.calibration(self.less_mean(x, alpha, z), ratio.log()).flatten(0, 1)
-        return x0 + more, noise - more / ratio
+            return alpha * x - sigma * output, sigma * x + alpha * output
+        if self.prediction == "eps":
+            return (x - sigma * output) / alpha, output
+        if self.prediction == "flow":
+            return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
+        return output, (x - alpha * output) / sigma
+
+    def calibrated(self, denoise: Denoise, z: Tensor) -> Denoise:
+        """`denoise`, which may be guided, with what self.calibration adds for whole brains, at z [n Z]."""
+
+        def corrected(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            x0, noise = denoise(x, t)
+            alpha, sigma = self.alpha[t].float(), self.sigma[t].float()
+            more = self.calibration(self.less_mean(x, alpha, z), (sigma / alpha).log()).flatten(0, 1)
+            return x0 + more, noise - alpha / sigma * more
+
+        return corrected
 
     def less_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
         """Whole brains [n, Z, C, h, w] of latents or x_t [n Z, C, h, w], less alpha times the mean head at z."""
@@ -420,8 +426,6 @@ class LatentDiffusion(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers
-
-Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 
 
 def guide(denoise: Denoise, weak: Denoise, weight: float) -> Denoise:

@@ -76,7 +76,8 @@ from volume import Samples
 
 SCRIPT = Path(__file__).name
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
-CALIBRATION_BRAINS = 64  # drawn at the end of training, or as many as there are training brains where these are fewer
+CALIBRATION_BRAINS = 64  # drawn at the end of training,
+CALIBRATION_LEAST = 8  # if so many whole training brains say what power heads have
 MODES = 24  # of the linear denoiser, or a quarter of the brains where these are few
 
 
@@ -253,6 +254,8 @@ def sample_latents(
         nothing = torch.full(z.shape, torch.nan, device=device)
         poor = denoiser(weak, z, person or {}) if weak else denoiser(model, nothing, {})
         denoise = guide(denoise, poor, args.guidance)
+    if model.calibration.measured and args.slice_noise in (None, model.slice_noise):
+        denoise = model.calibrated(denoise, z)
     draw = BrainNoise(args.seed, brains, model, args.slice_noise)
     alpha, sigma = min((m.sampling_levels() for m in (model, weak) if m), key=lambda levels: len(levels[0]))
     steps, total = walk(alpha, sigma, denoise, draw, args)
@@ -498,7 +501,8 @@ def measure_latents(
 def calibrate(model: LatentDiffusion, description: dict, brains: int, args: argparse.Namespace) -> None:
     """Measures model.calibration on so many brains that are drawn side by side, of people as samples are of.
 
-    Their noise is not that of any brain that --sample draws.
+    Each step of `dpm` goes on from what the calibrated guesses of the steps before have made. The noise is not that of
+    any brain that --sample draws.
     """
     device, seed = model.alpha.device, util.mix_seed(args.seed, "calibration")
     z = torch.arange(SLICES_PER_CASE, device=device)
@@ -611,23 +615,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         first_stage=first_stage.description,
         channel_weight=model.channel_weight.flatten().tolist(),
     )
-    if start >= args.steps:
-        print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
-        return
-
-    # and once more for every time that training moves it: copies of the split follow each other
-    if args.moved_heads:
-        print(f"encoding every head {args.moved_heads} times more, moved: {args.moved_heads * len(z_all)} slices")
-    moves = head_moves(train_slices, args.moved_heads, args.seed)
-    moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
-    latents = torch.cat([latents, *moved])
-    moves = torch.cat([torch.zeros(len(z_all), MOVES), *moves]).to(device)
-    starts = torch.cat([starts + copy * len(z_all) for copy in range(1 + args.moved_heads)])
     people_seen = {
         "people": describe_people(people, args.conditions),
         "people_counts": count_people(people[first_slices], args.conditions),
     }
-    logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def save(step: int) -> None:
         runs.save_checkpoint(
@@ -643,6 +634,31 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         )
         description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
         save_second_stage(checkpoint.with_name("model.safetensors"), ema, first_stage, description | people_seen)
+
+    def finish(step: int) -> None:
+        """Calibrates what training has made."""
+        if len(whole) < CALIBRATION_LEAST or args.slice_noise == "shared":
+            why = "slices share their noise" if args.slice_noise == "shared" else f"{len(whole)} whole training cases"
+            tqdm.write(f"samples are not calibrated: {why}")
+            return
+        calibrate(ema, people_seen, CALIBRATION_BRAINS, args)
+        save(step)
+
+    if start >= args.steps:
+        if rank == 0 and not ema.calibration.measured:  # it was stopped before
+            finish(start)
+        print(f"run {args.name} has its {start} steps; raise --steps to train it further, or --sample")
+        return
+
+    # and once more for every time that training moves it: copies of the split follow each other
+    if args.moved_heads:
+        print(f"encoding every head {args.moved_heads} times more, moved: {args.moved_heads * len(z_all)} slices")
+    moves = head_moves(train_slices, args.moved_heads, args.seed)
+    moved = (encode_all(first_stage, train_slices, device, args.precision, by)[0] for by in moves)
+    latents = torch.cat([latents, *moved])
+    moves = torch.cat([torch.zeros(len(z_all), MOVES), *moves]).to(device)
+    starts = torch.cat([starts + copy * len(z_all) for copy in range(1 + args.moved_heads)])
+    logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def report(step: int) -> None:
         quick = argparse.Namespace(**{**vars(args), "sampler": "dpm", "sample_steps": 20, "guidance": 1.0})
@@ -681,9 +697,8 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         if reported and rank == 0:
             logger.flush(step + 1)
             save(step + 1)
-            if step + 1 == args.steps and len(whole) > 1:
-                calibrate(ema, people_seen, min(CALIBRATION_BRAINS, len(whole)), args)
-                save(step + 1)
+            if step + 1 == args.steps:
+                finish(step + 1)
             report(step + 1)
 
     if not reported and rank == 0:

@@ -1,6 +1,6 @@
 """Laws of calibration.py, and of the calibration that ends a training of latent diffusion."""
 
-import math
+import copy
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import stable_diffusion
 from calibration import BANDS, LEVELS, Calibration
-from model_diffusion import LatentDiffusion
+from model_diffusion import SCHEDULES, LatentDiffusion
 from stable_diffusion import calibrate, sample_latents
 
 SHAPE = (2, 8, 9)
@@ -26,35 +26,40 @@ class LinearUNet(nn.Module):
 
     def __init__(self, model: LatentDiffusion, power: Tensor, factor: Tensor):
         super().__init__()
-        self.levels, self.calibration = (model.alpha, model.sigma), model.calibration
+        self.levels, self.calibration, self.less_mean = (model.alpha, model.sigma), model.calibration, model.less_mean
         self.power, self.factor, self.prediction = power, factor, model.prediction
 
     def forward(self, x, guess, t, *rest) -> Tensor:
         alpha, sigma = (level[t[0]].float() for level in self.levels)
         share = self.factor * alpha * self.power / (alpha**2 * self.power + sigma**2)
-        coefficients = self.calibration.transform(x.unflatten(0, (-1, 32)))
+        z = ALL_Z.repeat(len(x) // 32)
+        coefficients = self.calibration.transform(self.less_mean(x, alpha, z))
         x0 = self.calibration.back(share[:, self.calibration.band].transpose(0, 1) * coefficients).flatten(0, 1)
+        x0 = x0 - self.less_mean(torch.zeros_like(x), 1, z).flatten(0, 1)
         return (x - alpha * x0 if self.prediction == "eps" else alpha * x - x0) / sigma
 
 
-def linear_model(wanted: Tensor, factor: Tensor, prediction: str = "v") -> LatentDiffusion:
-    """A model of brains whose coefficients are independent, with the power wanted."""
+def linear_model(wanted: Tensor, factor: Tensor, prediction: str = "v", schedule: str = "cosine") -> LatentDiffusion:
+    """A model of brains whose coefficients are independent, with the power wanted; the mean is not 0."""
     sizes = {"channels": 8, "channel_multipliers": (1,), "blocks": 1}
-    model = LatentDiffusion(latent_shape=SHAPE, slice_noise="own", prediction=prediction, **sizes).eval()
+    model = LatentDiffusion(
+        latent_shape=SHAPE, slice_noise="own", prediction=prediction, schedule=schedule, **sizes
+    ).eval()
+    model.linear.mean.copy_(torch.randn(model.linear.mean.shape, generator=torch.Generator().manual_seed(5)))
     model.unet = LinearUNet(model, wanted, factor)
     model.calibration.power.copy_(wanted)
     return model
 
 
-def settings():
-    args = stable_diffusion.flags().parse_args([])
+def settings(*flags):
+    args = stable_diffusion.flags().parse_args([str(flag) for flag in flags])
     args.seed, args.precision = 0, "fp32"
     return args
 
 
-def power_of_samples(model: LatentDiffusion, brains: range) -> Tensor:
-    latents = sample_latents(model, brains, settings(), torch.device("cpu"))[-1].unflatten(0, (-1, 32))
-    coefficients = model.calibration.transform(latents)
+def power_of_samples(model: LatentDiffusion, brains: range, *flags) -> Tensor:
+    latents = sample_latents(model, brains, settings(*flags), torch.device("cpu"))[-1]
+    coefficients = model.calibration.transform(model.less_mean(latents, 1, ALL_Z.repeat(len(brains))))
     return model.calibration.mean_product(coefficients, coefficients)
 
 
@@ -74,48 +79,73 @@ def test_bands_divide_an_orthonormal_transform():
         assert power.argmax(1).tolist() == [band, band]
 
 
-def test_an_exact_denoiser_needs_no_calibration(wanted):
+def test_an_exact_denoiser_is_changed_by_chance_alone(wanted):
     """Law (1): E[guess x_t] is alpha E[x_0^2]."""
     model = linear_model(wanted, torch.ones_like(wanted))
-    calibrate(model, {}, 32, settings())
+    before = power_of_samples(model, range(12)) / wanted
+    calibrate(model, {}, 64, settings())
+    after = power_of_samples(model, range(12)) / wanted
+    assert model.calibration.measured and (after.log() - before.log()).abs().max() < 0.3
     ratio = model.calibration.levels.exp()[:, None, None]
     alpha = (1 + ratio**2).rsqrt()
     by_itself = alpha * wanted / (alpha**2 * wanted + 1 - alpha**2)  # the guess is so many times x_t
-    # what chance leaves in 32 brains; where a band has few coefficients, it is more
     assert ((model.calibration.weight / by_itself).abs()[ratio.flatten() < 3] < 0.2).all()
 
 
-@pytest.mark.parametrize("wrong, prediction", [(0.8, "v"), (1.1, "v"), (0.8, "eps")])
-def test_samples_of_a_wrong_denoiser_have_the_power_of_training(wanted, wrong, prediction):
+@pytest.mark.parametrize(
+    "wrong, prediction, schedule",
+    [(0.8, "v", "cosine"), (1.1, "v", "cosine"), (0.8, "eps", "cosine"), *((0.8, "v", other) for other in SCHEDULES)],
+)
+def test_samples_of_a_wrong_denoiser_have_the_power_of_training(wanted, wrong, prediction, schedule):
     factor = torch.ones_like(wanted)
     factor[:, 1::2] = wrong  # every other band
-    model = linear_model(wanted, factor, prediction)
+    model = linear_model(wanted, factor, prediction, schedule)
     before = power_of_samples(model, range(12)) / wanted
     calibrate(model, {}, 32, settings())
     after = power_of_samples(model, range(12)) / wanted
+    assert model.calibration.weight.isfinite().all()
     assert (after.log().abs() < before.log().abs())[:, 1::2].all()
     assert before[:, 1::2].mean().log().abs() > 0.3  # a fifth too little at each step is far more in the end
     assert after[:, 1::2].mean().log().abs() < 0.06 and after[:, ::2].mean().log().abs() < 0.06
 
 
-def test_it_does_nothing_before_it_is_measured_nor_to_parts_of_brains(wanted):
-    model = linear_model(wanted, torch.ones_like(wanted))
-    x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
-    plain = model.denoise(x, 500, ALL_Z)
-    calibrate(model, {}, 4, settings())
-    calibrated = model.denoise(x, 500, ALL_Z)
-    assert (calibrated[0] - plain[0]).abs().max() > 1e-3
-    nowhere = model.denoise(x, 500, torch.full((32,), math.nan))
-    assert torch.equal(nowhere[0], plain[0]) and torch.equal(nowhere[1], plain[1])
+def test_guidance_does_not_multiply_it(wanted):
+    """Away from itself, any weight gives the samples of weight 1: this network knows nothing of z or people."""
+    factor = torch.full_like(wanted, 0.8)
+    model = linear_model(wanted, factor)
+    model.drop_z = 0.1
+    calibrate(model, {}, 16, settings())
+    plain, guided = (power_of_samples(model, range(3), "--guidance", weight) for weight in (1, 3))
+    assert torch.allclose(plain, guided, rtol=1e-3)
+
+
+def test_samples_of_another_noise_go_without(wanted):
+    model = linear_model(wanted, torch.full_like(wanted, 0.8))
+    before, own = (power_of_samples(model, range(2), "--slice-noise", how) for how in ("shared", "own"))
+    calibrate(model, {}, 8, settings())
+    assert torch.equal(power_of_samples(model, range(2), "--slice-noise", "shared"), before)
+    assert not torch.allclose(power_of_samples(model, range(2), "--slice-noise", "own"), own)
 
 
 def test_guess_and_noise_stay_parts_of_x(wanted):
     model = linear_model(wanted, torch.ones_like(wanted))
     calibrate(model, {}, 4, settings())
     x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(1))
+    denoise = model.calibrated(lambda x, t: model.denoise(x, t, ALL_Z), ALL_Z)
     for t in (30, 500, 900):
-        x0, noise = model.denoise(x, t, ALL_Z)
+        x0, noise = denoise(x, t)
+        assert not torch.allclose(x0, model.denoise(x, t, ALL_Z)[0], atol=1e-3)
         assert torch.allclose(model.alpha[t].float() * x0 + model.sigma[t].float() * noise, x, atol=1e-4)
+
+
+def test_weights_from_before_calibration_load_and_go_without(wanted):
+    model = linear_model(wanted, torch.ones_like(wanted))
+    older = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("calibration.")}
+    calibrated = copy.deepcopy(model)
+    calibrated.calibration.weight.fill_(1)
+    assert model.load_state_dict(older) and not model.calibration.measured
+    calibrated.load_state_dict(model.state_dict())
+    assert not calibrated.calibration.measured
 
 
 def test_weights_are_interpolated_between_levels():

@@ -41,6 +41,15 @@ def run_in(folder: Path, module, *flags) -> None:
         module.main()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_calibration():
+    """Two brains are drawn at the end of trainings, and two training brains are enough for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stable_diffusion, "CALIBRATION_BRAINS", 2)
+        patch.setattr(stable_diffusion, "CALIBRATION_LEAST", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def first_stage(phantom_folder, tmp_path_factory) -> Path:
     """The weights file of a VQ-VAE with latents of 4x6x7, trained for three steps. Read only."""
@@ -314,6 +323,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
     assert one["step"] == 3 and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     assert "has its 3 steps; raise --steps" in train("--name", "stopped", *flags)
     assert "resumed at step 3" in train("--name", "straight", *flags, "--steps", 4)
+
+
+def test_a_run_stopped_before_its_calibration_is_calibrated_by_the_same_command(trained, train):
+    path = Path("model_ckpt/diffusion/last.pt")
+    weights = runs.load_weights(path.with_name("model.safetensors"))[0]
+    state = runs.load_checkpoint(path, "stable_diffusion.py")
+    state["ema"]["calibration.weight"].zero_()
+    runs.save_checkpoint(path, state)
+    assert "calibrating: 2 brains" in train()
+    again = runs.load_weights(path.with_name("model.safetensors"))[0]
+    assert (weights["prior.calibration.weight"] != 0).any()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert "calibrating" not in train()
+
+
+def test_models_of_few_brains_or_shared_noise_are_not_calibrated(train, tmp_path, monkeypatch):
+    assert "not calibrated: slices share their noise" in train("--slice-noise", "shared", "--name", "shared")
+    monkeypatch.setattr(stable_diffusion, "CALIBRATION_LEAST", 4)
+    assert "not calibrated: 3 whole training cases" in train("--name", "few")
+    for name in ("shared", "few"):
+        assert not load_second_stage(name, LatentDiffusion, "cpu")[0].calibration.measured
 
 
 def test_a_limit_of_one_start_is_not_the_next_one_s(train):
