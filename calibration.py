@@ -5,12 +5,13 @@ independent of x_0, and E[x_0 | x_t] a function of x_t,
 
     E[ E[x_0 | x_t] x_t ] = E[x_0 x_t] = alpha E[x_0^2]                                                       (1)
 
-for every linear part of x_0 and x_t, both less their mean; and how large a part of x_t becomes on its way from noise
-depends on just this (dx / dln sigma holds x_t and E[x_0 | x_t]). Where a denoiser is unsure along z, it guesses too
-small or follows the noise too far, each step goes on from there, and in the end heads are too much alike in what
-changes slowly, and too lively in between. Pang et al. 2023, "On calibrating diffusion probabilistic models", put the
-mean of a score right by such a law; Ning et al. 2024, "Elucidating the exposure bias in diffusion models", scale the
-guess at each step. Here (1) is put right in 36 bands of frequency and each channel, by numbers measured on the way.
+for every linear part of x_0, of its guess and of x_t, less their means m, m and alpha m; and how large a part of x_t
+becomes on its way from noise depends on just this (dx / dln sigma holds x_t and the guess). A network that errs, or
+that sees only some slices of the brain, guesses too small or follows the noise too far; each step goes on from there,
+and in the end heads are too much alike in what changes slowly, and too lively in between. Pang et al. 2023, "On
+calibrating diffusion probabilistic models", put the mean of a score right by such a law; Ning et al. 2024, "Elucidating
+the exposure bias in diffusion models", scale the guess at each step. Here (1) is put right in 36 bands of frequency and
+each channel, by numbers measured on the way that samples take.
 """
 
 import torch
