@@ -40,7 +40,8 @@ class Calibration(nn.Module):
         self.register_buffer("power", torch.zeros(C, BANDS))  # of the training brains
         self.register_buffer("levels", torch.linspace(4, -4, LEVELS))  # ln(sigma / alpha), falling
         self.register_buffer("weight", torch.zeros(LEVELS, C, BANDS))
-        self.transforms = [cosines(size, size) for size in (slices_per_brain, h, w)]
+        for name, size in (("along_z", slices_per_brain), ("rows", h), ("columns", w)):  # of the cosine transform
+            self.register_buffer(name, cosines(size, size), persistent=False)
         y, x = torch.arange(h)[:, None] / (2 * h), torch.arange(w) / (2 * w)
         ring = torch.bucketize(torch.hypot(y, x), torch.tensor(IN_PLANE), right=True)
         along = torch.bucketize(torch.arange(slices_per_brain), torch.tensor(ALONG_Z), right=True)
@@ -63,13 +64,11 @@ class Calibration(nn.Module):
 
     def transform(self, brains: Tensor) -> Tensor:
         """The orthonormal cosine transform [n, Z, C, h, w] of brains of that shape, along z and in plane."""
-        Z, h, w = (matrix.to(brains) for matrix in self.transforms)
-        return torch.einsum("qa,nacyx->nqcyx", Z, h @ brains @ w.T)
+        return torch.einsum("qa,nacyx->nqcyx", self.along_z, self.rows @ brains @ self.columns.T)
 
     def back(self, coefficients: Tensor) -> Tensor:
         """The inverse of transform."""
-        Z, h, w = (matrix.to(coefficients) for matrix in self.transforms)
-        return torch.einsum("qa,nqcyx->nacyx", Z, h.T @ coefficients @ w)
+        return torch.einsum("qa,nqcyx->nacyx", self.along_z, self.rows.T @ coefficients @ self.columns)
 
     def mean_product(self, a: Tensor, b: Tensor) -> Tensor:
         """[C, BANDS]: mean of a b over brains and the coefficients of each band, of transformed [n, Z, C, h, w]."""
@@ -79,7 +78,7 @@ class Calibration(nn.Module):
         return total / band.bincount(minlength=BANDS).clamp(min=1)
 
     def measure_power(self, difference: Tensor) -> None:
-        """Takes E[x_0^2] from what n >= 2 brains differ by from their own mean, [n, Z, C, h, w]."""
+        """Takes E[x_0^2] from what n >= 2 brains differ by from their mean, [n, Z, C, h, w]."""
         parts = (self.transform(part) for part in difference.split(8))
         self.power.copy_(sum(self.mean_product(part, part) * len(part) for part in parts) / (len(difference) - 1))
 

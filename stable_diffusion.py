@@ -486,15 +486,16 @@ def measure_latents(
     Returns the linear denoisers that training hears in place of the model's, if that has modes. latents [N, C, h, w]
     are at z [N] and of people [N, conditions]; whole [n, 32] says where whole brains lie.
     """
-    model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
-    if len(whole) < 2:
+    heads = latents[whole]
+    if len(heads) > 1:
+        model.slice_correlation.copy_(slice_correlation(heads))
+        model.calibration.measure_power(heads - heads.mean(0))
+    if not len(model.linear.modes):
+        model.linear.mean.copy_(mean_at_each_z(latents, z, SLICES_PER_CASE))
         return None
-    brains = latents[whole], people[whole[:, 0]], model.slice_correlation
-    model.slice_correlation.copy_(slice_correlation(brains[0]))
-    if len(model.linear.modes):
-        model.linear.fit(*brains)
-    model.calibration.measure_power(brains[0] - model.linear.mean)
-    return CrossFitted(model.linear, *brains) if len(model.linear.modes) else None
+    known = heads, people[whole[:, 0]], model.slice_correlation
+    model.linear.fit(*known)
+    return CrossFitted(model.linear, *known)
 
 
 @torch.no_grad()
@@ -513,18 +514,21 @@ def calibrate(model: LatentDiffusion, description: dict, brains: int, args: argp
     model.calibration.start((sigmas / alphas)[times].log())
     tqdm.write(f"calibrating: {brains} brains are drawn side by side")
 
+    all_z = z.repeat(brains)
+
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        alpha, sigma = alphas[t].float(), sigmas[t].float()
         parts = zip(x.split(len(z)), people, strict=True)
         with util.autocast(device, args.precision):
-            x0 = torch.cat([model.denoise(part, t, z, len(z), person)[0] for part, person in parts])
-        difference, guess = (model.less_mean(part, k, z.repeat(brains)) for part, k in ((x, alpha), (x0, 1)))
-        model.calibration.measure(times.index(t), alpha, difference, guess)
-        x0 = x0 + model.calibration(difference, (sigma / alpha).log()).flatten(0, 1)
-        return x0, (x - alpha * x0) / sigma
+            pairs = [model.denoise(part, t, z, len(z), person) for part, person in parts]
+        x0, noise = (torch.cat(part) for part in zip(*pairs))
+        alpha = alphas[t].float()
+        model.calibration.measure(
+            times.index(t), alpha, model.less_mean(x, alpha, all_z), model.less_mean(x0, 1, all_z)
+        )
+        return x0, noise
 
     noise = BrainNoise(seed, range(brains), model)()
-    steps = sample_dpm(denoise, noise, alphas, sigmas, calibration.LEVELS)
+    steps = sample_dpm(model.calibrated(denoise, all_z), noise, alphas, sigmas, calibration.LEVELS)
     for _ in tqdm(steps, desc="calibrate", unit="level", total=calibration.LEVELS, disable=None):
         pass
 
