@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import sheets
 import util
-from people import PEOPLE_TABLE, read_people
-from phantom import phantom_case
+from heads.people import PEOPLE_TABLE, read_people
+from heads.phantom import phantom_case
+from pictures import sheets
 from util import UserError
 
 SPLITS = ("train", "validate", "test")

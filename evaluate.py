@@ -29,13 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import runs
-import sheets
 import util
-from autoencoder import Autoencoder
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
-from floors import score_floors
-from metrics import (
+from model_VAE import load_first_stage
+from parts.autoencoder import Autoencoder
+from parts.quantizer import digits_of
+from pictures import sheets
+from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
+from scores.floors import score_floors
+from scores.metrics import (
     COUNTABLE,
     RINGS,
     all_scores,
@@ -49,10 +51,8 @@ from metrics import (
     summarise,
     with_interval,
 )
-from model_VAE import load_first_stage
-from pixelCNN import PRIORS, PixelCNN, PixelCNN2, load_prior
-from quantizer import digits_of
-from realism_page import evaluate_samples
+from scores.page import evaluate_samples
+from training import checkpoints
 from util import UserError
 
 # ------------------------------------------------------------------------------------------------------ a first stage
@@ -200,8 +200,8 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         return description["kind"] in PRIORS and trained_on == model.description["digest"]
 
     if run is None:
-        own, released = runs.run_weights("pixelcnn"), runs.RELEASED / "pixelcnn.safetensors"
-        fitting = [path for path in (own, released) if path.is_file() and fits(runs.load_weights(path)[1])]
+        own, released = checkpoints.run_weights("pixelcnn"), checkpoints.RELEASED / "pixelcnn.safetensors"
+        fitting = [path for path in (own, released) if path.is_file() and fits(checkpoints.load_weights(path)[1])]
         if not fitting:
             first_stage = model.description["path"]
             print(

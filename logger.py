@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import sheets
 import util
+from pictures import sheets
 from util import UserError
 
 UNITS = {

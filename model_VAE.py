@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runs
 import util
-from autoencoder import Autoencoder, Encoder, LinearPath
-from quantizer import FiniteScalarQuantizer, VectorQuantizer
+from parts.autoencoder import Autoencoder, Encoder, LinearPath
+from parts.quantizer import FiniteScalarQuantizer, VectorQuantizer
+from training import checkpoints
 
 
 class VAE(Autoencoder):
@@ -298,7 +298,7 @@ MODELS = {model.kind: model for model in (VAE, VQVAE, VQVAE2)}
 
 def latent_digest(weights: dict[str, Tensor]) -> str:
     """16 hexadecimal digits of all that latents depend on: first stages that differ in their decoders share them."""
-    return runs.digest_of({name: w for name, w in weights.items() if not name.startswith(("decoder.", "perceptual."))})
+    return checkpoints.digest_of({name: w for name, w in weights.items() if not name.startswith(("decoder.", "perceptual."))})
 
 
 def load_first_stage(
@@ -309,8 +309,8 @@ def load_first_stage(
     `decoder` is "fidelity", "perceptual", or None for the perceptual one where it was trained. Raises UserError when
     there is no such file or no such decoder.
     """
-    path = runs.find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
-    weights, description = runs.load_weights(path)
+    path = checkpoints.find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
+    weights, description = checkpoints.load_weights(path)
     if description["kind"] not in MODELS:
         raise util.UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
     description |= {"digest": latent_digest(weights), "path": str(path)}
@@ -330,7 +330,7 @@ def build_first_stage(
     model.description = description
     if not any(name.startswith("encoder.") for name in weights):
         model.keep_decoders()
-    runs.fill_model(model, weights, path)
+    checkpoints.fill_model(model, weights, path)
     trained = model.perceptual is not None and description.get("perceptual_steps", 1) > 0
     decoder = decoder or ("perceptual" if trained else "fidelity")
     if decoder == "perceptual" and model.perceptual is not None and not trained:
@@ -347,21 +347,21 @@ def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, de
     """Writes a prior and the first stage it was trained on into one file, so that sampling needs one path."""
     weights = {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
     weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
-    runs.save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": first_stage.description})
+    checkpoints.save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": first_stage.description})
 
 
 def load_second_stage(
     run: str | Path, model_class: type, device: torch.device | str, decoder: str | None = "fidelity"
 ) -> tuple[nn.Module, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file, frozen. Raises UserError if the prior is no model_class."""
-    path = runs.find_weights(run, f"python {model_class.script} --name {run}")
-    weights, description = runs.load_weights(path)
+    path = checkpoints.find_weights(run, f"python {model_class.script} --name {run}")
+    weights, description = checkpoints.load_weights(path)
     if description["kind"] != model_class.kind:
         raise util.UserError(f"{path} is a {description['kind']}, no {model_class.kind}; name a run of that kind")
     try:
         prior = model_class(**description["model_kwargs"]).eval().requires_grad_(False)
     except TypeError:
         raise util.UserError(f"{path} has settings that this version does not know; train it anew") from None
-    runs.fill_model(prior, runs.part_of(weights, "prior."), path)
-    first_stage = build_first_stage(description["first_stage"], runs.part_of(weights, "first_stage."), path, decoder)
+    checkpoints.fill_model(prior, checkpoints.part_of(weights, "prior."), path)
+    first_stage = build_first_stage(description["first_stage"], checkpoints.part_of(weights, "first_stage."), path, decoder)
     return prior.to(device), first_stage.to(device), description

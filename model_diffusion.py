@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from calibration import Calibration
-from linear_denoiser import LinearDenoiser
+from heads.people import CONDITIONS
 from module import (
     CategoryEmbedding,
     Downsample,
@@ -24,7 +23,8 @@ from module import (
     norm,
     zero,
 )
-from people import CONDITIONS
+from parts.calibration import Calibration
+from parts.gaussian_prior import LinearDenoiser
 
 SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
 PREDICTIONS = ("v", "eps", "x0", "flow")

@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import runs
-import sheets
 import util
-from autoencoder import Autoencoder
 from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
 from logger import Logger
 from model_VAE import VQVAE, VQVAE2, load_first_stage, load_second_stage, save_second_stage
 from module import Embedding, Upsample
-from quantizer import digits_of
+from parts.autoencoder import Autoencoder
+from parts.quantizer import digits_of
+from pictures import sheets
+from pictures.volume import Samples
+from training import checkpoints
 from util import UserError
-from volume import Samples
 
 SCRIPT = Path(__file__).name
 
@@ -345,7 +345,7 @@ def load_prior(
     run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
 ) -> tuple[PixelCNN | PixelCNN2, Autoencoder, dict]:
     """(prior, first stage, description) of a run or file of this script, frozen. Raises UserError if it is none."""
-    kind = runs.load_weights(runs.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
+    kind = checkpoints.load_weights(checkpoints.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
     return load_second_stage(run, PRIORS.get(kind, PixelCNN), device, decoder)
 
 
@@ -421,7 +421,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    samples = Samples(out, runs.describe_samples(weights, args))
+    samples = Samples(out, checkpoints.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -505,7 +505,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
-    args = runs.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
+    args = checkpoints.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     first_stage = load_first_stage(args.first_stage, device)
     if not isinstance(first_stage, VQVAE | VQVAE2):
         raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
@@ -543,11 +543,11 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
     start, best, stale = 0, math.inf, 0
     if checkpoint.exists():
-        state = runs.load_checkpoint(checkpoint, SCRIPT)
+        state = checkpoints.load_checkpoint(checkpoint, SCRIPT)
         start, best, stale = state["step"], state["best"], state["stale"]
-        runs.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
-        runs.fill_model(model, state["model"], checkpoint)
-        runs.fill_model(ema, state["ema"], checkpoint)
+        checkpoints.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
+        checkpoints.fill_model(model, state["model"], checkpoint)
+        checkpoints.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {start}")
     forward = model
@@ -555,10 +555,10 @@ def train(args: argparse.Namespace, typed: dict) -> None:
         forward = DistributedDataParallel(model, find_unused_parameters=True)
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
-    runs.check_same_data(args.name, data)
+    checkpoints.check_same_data(args.name, data)
     parameters = sum(p.numel() for p in model.parameters())
     nats_per_code = math.log(2) / sum(math.prod(grid) for grid in model.grids)  # of one bit per image
-    run = runs.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
+    run = checkpoints.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
     if start >= args.steps or stale >= args.patience:
         print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
         return
@@ -576,7 +576,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
             "first_stage": first_stage.description["digest"],
         }
         state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        runs.save_checkpoint(checkpoint, state)
+        checkpoints.save_checkpoint(checkpoint, state)
         if improved or not weights.exists():
             description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
             save_second_stage(weights, ema, first_stage, description)
@@ -638,11 +638,11 @@ def main() -> None:
     args, typed = util.parse_flags(flags())
     args.name = args.name or "pixelcnn"
     util.start_processes()
-    released = runs.RELEASED / "pixelcnn.safetensors"
-    weights = runs.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    released = checkpoints.RELEASED / "pixelcnn.safetensors"
+    weights = checkpoints.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
     if weights is None:
         train(args, typed)
-        weights = runs.run_weights(args.name)
+        weights = checkpoints.run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, weights)
 

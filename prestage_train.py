@@ -20,13 +20,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import runs
-import sheets
 import util
-from autoencoder import Autoencoder
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
 from logger import Logger
-from metrics import COUNTABLE, code_usage, mean_scores, slice_scores
 from model_discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -36,6 +32,10 @@ from model_discriminator import (
     lecam_penalty,
 )
 from model_VAE import MODELS, VAE, VQVAE, load_first_stage
+from parts.autoencoder import Autoencoder
+from pictures import sheets
+from scores.metrics import COUNTABLE, code_usage, mean_scores, slice_scores
+from training import checkpoints
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -337,7 +337,7 @@ def main() -> None:
     if args.start_from and not args.name:
         raise UserError(f"--start-from {args.start_from} makes a first stage of its own: give it a --name")
     args.name = args.name or args.model
-    args = runs.open_run(SCRIPT, args, typed, default_preset)
+    args = checkpoints.open_run(SCRIPT, args, typed, default_preset)
     base = load_first_stage(args.start_from) if args.start_from else None
     args = follow_base(args, typed, base) if base else args
     folder = find_data(args.data)
@@ -365,13 +365,13 @@ def main() -> None:
     model, model_kwargs = build_on(base, args) if base else build(args, train.content_box())
     discriminator = PatchDiscriminator(channels=args.discriminator_channels)
     checkpoint = Path("model_ckpt") / args.name / "last.pt"
-    state = runs.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
+    state = checkpoints.load_checkpoint(checkpoint, SCRIPT) if checkpoint.exists() else None
     start = state["step"] if state else 0
     # averages of the adaptive weight and of the discriminator's mean logits; what the guard knows
     gan = state["gan"] if state else {"balance": None, "anchors": torch.zeros(2), "scale": 1.0, "fidelity": None}
     if state:
-        runs.fill_model(model, state["model"], checkpoint)
-        runs.fill_model(discriminator, state["discriminator"], checkpoint)
+        checkpoints.fill_model(model, state["model"], checkpoint)
+        checkpoints.fill_model(discriminator, state["discriminator"], checkpoint)
     elif not base:
         start_from_data(model, train)
     model.use_decoder("perceptual" if start > faithful else "fidelity")
@@ -403,8 +403,8 @@ def main() -> None:
         torch._functorch.config.donated_buffer = False  # adaptive_weight walks the graph before backward does
     forward, judge = wrapped(model), wrapped(discriminator)
     data = {"train": train.describe(), "validate": held_out.describe()}
-    runs.check_same_data(args.name, data)
-    run = runs.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
+    checkpoints.check_same_data(args.name, data)
+    run = checkpoints.describe_run(SCRIPT, args, data, parameters=sum(p.numel() for p in model.parameters()))
     logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
 
     def report(step: int, scores: dict[str, float]) -> None:
@@ -422,7 +422,7 @@ def main() -> None:
                 ema.set_latent_statistics(train.batch(part, device)[:2] for part in index.split(64))
             if good is not None:
                 good.load_state_dict(ema.decoder.state_dict(), strict=False)
-        runs.save_checkpoint(
+        checkpoints.save_checkpoint(
             checkpoint,
             {
                 "script": SCRIPT,
@@ -439,7 +439,7 @@ def main() -> None:
         weights = ema.state_dict()
         if good is not None:
             weights |= {f"perceptual.{name}": tensor for name, tensor in good.state_dict().items()}
-        runs.save_weights(
+        checkpoints.save_weights(
             checkpoint.with_name("model.safetensors"),
             weights,
             {

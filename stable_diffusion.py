@@ -22,11 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import calibration
-import runs
-import sheets
 import util
-from autoencoder import Autoencoder
 from dataset import (
     SLICES_PER_CASE,
     Slices,
@@ -37,9 +33,19 @@ from dataset import (
     random_moves,
     to_uint8,
 )
-from linear_denoiser import CrossFitted, mean_at_each_z, slice_correlation
+from heads.people import (
+    CONDITIONS,
+    PEOPLE_TABLE,
+    SEXES,
+    count_people,
+    describe_people,
+    draw_person,
+    in_letters,
+    in_numbers,
+    person_of,
+    words_for,
+)
 from logger import Logger
-from metrics import adjacent_ssim
 from model_diffusion import (
     MOVES,
     PREDICTIONS,
@@ -59,20 +65,14 @@ from model_diffusion import (
     sampling_times,
 )
 from model_VAE import load_first_stage, load_second_stage, save_second_stage
-from people import (
-    CONDITIONS,
-    PEOPLE_TABLE,
-    SEXES,
-    count_people,
-    describe_people,
-    draw_person,
-    in_letters,
-    in_numbers,
-    person_of,
-    words_for,
-)
+from parts import calibration
+from parts.autoencoder import Autoencoder
+from parts.gaussian_prior import CrossFitted, mean_at_each_z, slice_correlation
+from pictures import sheets
+from pictures.volume import Samples
+from scores.metrics import adjacent_ssim
+from training import checkpoints
 from util import UserError
-from volume import Samples
 
 SCRIPT = Path(__file__).name
 SAMPLERS = ("dpm", "ddim", "heun", "ddpm")
@@ -313,7 +313,7 @@ def sample(args: argparse.Namespace, weights: Path) -> None:
     how += f", {noise} noise"
     how += f", {first_stage.decoder_in_use} decoder"
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    samples = Samples(out, runs.describe_samples(weights, args))
+    samples = Samples(out, checkpoints.describe_samples(weights, args))
     print(
         f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -560,7 +560,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
     rank, world = util.start_processes()
     device = util.pick_device(args.device)
-    args = runs.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
+    args = checkpoints.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
     args = follow_recipe(args)
     check_slices(args)
     first_stage = load_first_stage(args.first_stage, device)
@@ -600,18 +600,18 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start = 0
     if checkpoint.exists():
-        state = runs.load_checkpoint(checkpoint, SCRIPT)
+        state = checkpoints.load_checkpoint(checkpoint, SCRIPT)
         start = state["step"]
-        runs.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
-        runs.fill_model(model, state["model"], checkpoint)
-        runs.fill_model(ema, state["ema"], checkpoint)
+        checkpoints.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
+        checkpoints.fill_model(model, state["model"], checkpoint)
+        checkpoints.fill_model(ema, state["ema"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed at step {start}")
     forward = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
-    runs.check_same_data(args.name, data)
-    run = runs.describe_run(
+    checkpoints.check_same_data(args.name, data)
+    run = checkpoints.describe_run(
         SCRIPT,
         args,
         data,
@@ -625,7 +625,7 @@ def train(args: argparse.Namespace, typed: dict) -> None:
     }
 
     def save(step: int) -> None:
-        runs.save_checkpoint(
+        checkpoints.save_checkpoint(
             checkpoint,
             {
                 "script": SCRIPT,
@@ -720,11 +720,11 @@ def main() -> None:
     if args.sample_steps > 1000:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
     util.start_processes()
-    released = runs.RELEASED / "stable_diffusion.safetensors"
-    weights = runs.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    released = checkpoints.RELEASED / "stable_diffusion.safetensors"
+    weights = checkpoints.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
     if weights is None:
         train(args, typed)
-        weights = runs.run_weights(args.name)
+        weights = checkpoints.run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, weights)
 

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import stable_diffusion
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, people_table, write_slices
+from heads.people import read_people
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
-from people import read_people
-from scorer import csf_area, find_scorer
+from pictures import sheets
+from scores.scorer import csf_area, find_scorer
 from stable_diffusion import decode_brain, sample_latents
 from util import UserError
 

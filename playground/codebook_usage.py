@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
 from evaluate import brain_positions
-from metrics import code_usage
 from model_VAE import VQVAE, load_first_stage
+from pictures import sheets
+from scores.metrics import code_usage
 from util import UserError
 
 

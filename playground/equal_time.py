@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import util
 from dataset import Slices, find_data, has_masks, load_slices, to_uint8
-from metrics import mean_scores, slice_scores
 from model_VAE import VAE, VQVAE
+from pictures import sheets
 from prestage_train import reconstruction_loss, start_from_data
+from scores.metrics import mean_scores, slice_scores
 from util import PRESET_NAMES, PRESETS
 
 SIZES = {

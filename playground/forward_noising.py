@@ -16,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import util
 from dataset import find_data, load_slices, to_uint8
 from model_diffusion import SCHEDULES, noise_levels
 from model_VAE import load_first_stage
+from pictures import sheets
 from util import UserError
 
 TIMES = [0, 100, 250, 500, 750, 900, 999]

@@ -25,13 +25,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
-from metrics import ACTIVE, mean_scores, slice_scores
 from model_VAE import VAE, load_first_stage
+from pictures import sheets
 from prestage_train import reconstruction_loss
+from scores.metrics import ACTIVE, mean_scores, slice_scores
 
 SCHEDULES = {"constant": "C0", "monotonic": "C1", "cyclical": "C3"}  # and the colour of each
 SMALL = ["--model", "vae", "--preset", "demo", "--gan-weight", "0", "--patch", "4", "--channel-multipliers", "1"]

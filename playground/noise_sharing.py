@@ -17,14 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import stable_diffusion
 import util
 from dataset import find_data, load_slices
-from metrics import adjacent_ssim
+from heads.people import draw_person
 from model_diffusion import SLICE_NOISE, LatentDiffusion
 from model_VAE import load_second_stage
-from people import draw_person
+from pictures import sheets
+from scores.metrics import adjacent_ssim
 from stable_diffusion import decode_brain, sample_latents
 from util import UserError
 

@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-import sheets
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
 from model_diffusion import LatentDiffusion, sample_ddim, sampling_times
 from model_VAE import VQVAE, load_first_stage, load_second_stage
+from pictures import sheets
 from stable_diffusion import BrainNoise, decode_brain
 from util import UserError
 

@@ -17,11 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import util
 from dataset import find_data, has_masks, load_slices, to_uint8
-from metrics import RINGS, mean_scores, radial_spectrum, slice_scores
 from model_VAE import load_first_stage
+from pictures import sheets
+from scores.metrics import RINGS, mean_scores, radial_spectrum, slice_scores
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import util
 from dataset import find_data, load_slices
-from realism import SAMPLE_SCORES, measure_real, statistics_of, whole_cases
-from scorer import TISSUES, find_scorer
+from scores.samples import SAMPLE_SCORES, measure_real, statistics_of, whole_cases
+from scores.scorer import TISSUES, find_scorer
 from util import UserError
 
 # those that are never negative, and how alike brains are

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import sheets
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices, to_uint8
+from heads.people import draw_person
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
-from people import draw_person
+from pictures import sheets
 from pixelCNN import PixelCNN, decode_codes, sample_brain
 from stable_diffusion import decode_brain, sample_latents
 from stable_diffusion import flags as diffusion_flags

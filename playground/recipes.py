@@ -24,16 +24,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import stable_diffusion
 import util
-from autoencoder import Autoencoder
 from dataset import find_data, load_slices
 from model_diffusion import RECIPES, LatentDiffusion
 from model_VAE import load_second_stage
-from realism import SAMPLE_SCORES, score_samples
-from realism_page import markdown_table
-from scorer import find_scorer
+from parts.autoencoder import Autoencoder
+from pictures import sheets
+from scores.page import markdown_table
+from scores.samples import SAMPLE_SCORES, score_samples
+from scores.scorer import find_scorer
 from stable_diffusion import decode_brain, encode_all, sample_latents
 
 SMALL = ["--preset", "demo", "--slices", "1", "--batch-size", "32", "--learning-rate", "1e-3"]

@@ -21,13 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runs
 import util
-from autoencoder import Autoencoder
 from dataset import Slices, find_data, load_slices, to_uint8
 from logger import read_log
-from metrics import slice_scores
 from model_VAE import MODELS, build_first_stage, latent_digest, load_first_stage
+from parts.autoencoder import Autoencoder
+from scores.metrics import slice_scores
+from training import checkpoints
 from util import UserError
 
 EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
@@ -68,7 +68,7 @@ def training_record(name: str) -> dict:
 def first_stage_of(weights: dict[str, Tensor], description: dict, path: Path) -> Autoencoder:
     """The autoencoder of a first stage's weights, or of a second stage's, which hold their first stage."""
     if description["kind"] not in MODELS:
-        weights, description = runs.part_of(weights, "first_stage."), description["first_stage"]
+        weights, description = checkpoints.part_of(weights, "first_stage."), description["first_stage"]
     return build_first_stage(dict(description), {name: tensor.float() for name, tensor in weights.items()}, path)
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     if args.file.suffix != ".safetensors":
         raise UserError(f"{args.file} must end in .safetensors")
     path = Path(args.run) if Path(args.run).is_file() else Path("model_ckpt") / args.run / "model.safetensors"
-    weights, description = runs.load_weights(path)
+    weights, description = checkpoints.load_weights(path)
     record = description.get("training") or training_record(args.run)
     if args.first_stage:
         weights, description = with_first_stage(weights, description, args.first_stage)
@@ -158,7 +158,7 @@ def main() -> None:
             "raise it, train a smaller model, or leave the perceptual decoder out with --without-perceptual"
         )
     print_change(before, after, load_slices(find_data(args.data), "validate", after.image_size))
-    runs.save_weights(args.file, released, description)
+    checkpoints.save_weights(args.file, released, description)
 
     # the card
     shape = after.latent_shape

@@ -19,16 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sheets
 import stable_diffusion
 import util
 from dataset import find_data, load_slices
+from heads.people import draw_person
 from model_diffusion import LatentDiffusion
 from model_VAE import load_second_stage
-from people import draw_person
-from realism import SAMPLE_SCORES, score_samples
-from realism_page import markdown_table
-from scorer import find_scorer
+from pictures import sheets
+from scores.page import markdown_table
+from scores.samples import SAMPLE_SCORES, score_samples
+from scores.scorer import find_scorer
 from stable_diffusion import decode_brain, sample_latents
 
 SHOWN = [2, 7, 12, 17, 22, 27]

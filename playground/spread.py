@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import sheets
 import stable_diffusion
 import util
 from dataset import SLICES_PER_CASE, find_data, load_slices
-from linear_denoiser import CrossFitted
+from heads.people import draw_person
 from model_diffusion import LatentDiffusion
 from model_VAE import load_first_stage, load_second_stage
-from people import draw_person
+from parts.gaussian_prior import CrossFitted
+from pictures import sheets
 from stable_diffusion import encode_all, sample_latents
 from util import UserError
 

@@ -18,14 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runs
-import sheets
 import util
-from autoencoder import Autoencoder
 from dataset import SLICES_PER_CASE, Slices, find_data, has_masks, load_slices, to_uint8
-from metrics import mean_scores, slice_scores
 from model_discriminator import PatchDiscriminator
 from model_VAE import load_first_stage
+from parts.autoencoder import Autoencoder
+from pictures import sheets
+from scores.metrics import mean_scores, slice_scores
+from training import checkpoints
 
 TRAINED_BY = "prestage_train.py"
 
@@ -35,11 +35,11 @@ def load_discriminator(weights: Path, device: torch.device) -> PatchDiscriminato
     checkpoint, name = weights.with_name("last.pt"), weights.resolve().parent.name
     if not checkpoint.is_file() or not (Path("log") / name / "run.json").is_file():
         return f"{checkpoint} and log/{name}/run.json are needed"
-    settings, state = runs.read_run(TRAINED_BY, name, {}), runs.load_checkpoint(checkpoint, TRAINED_BY)
+    settings, state = checkpoints.read_run(TRAINED_BY, name, {}), checkpoints.load_checkpoint(checkpoint, TRAINED_BY)
     if settings["gan_weight"] == 0 or state["step"] <= settings["discriminator_start"]:
         return f"run {name} has not trained one after {state['step']} steps"
     discriminator = PatchDiscriminator(channels=settings["discriminator_channels"])
-    runs.fill_model(discriminator, state["discriminator"], checkpoint)
+    checkpoints.fill_model(discriminator, state["discriminator"], checkpoint)
     return discriminator.eval().requires_grad_(False).to(device)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import dataset
 import util
-from people import PEOPLE_TABLE
+from heads.people import PEOPLE_TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 

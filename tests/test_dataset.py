@@ -25,7 +25,7 @@ from dataset import (
     to_float,
     to_uint8,
 )
-from people import PEOPLE_TABLE, SEXES, read_people
+from heads.people import PEOPLE_TABLE, SEXES, read_people
 from util import UserError
 
 

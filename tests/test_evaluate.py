@@ -10,12 +10,12 @@ from PIL import Image
 
 import dataset
 import evaluate
-import runs
 from evaluate import brain_positions, code_statistics, ledger, score_codec, score_reconstruction, table
-from metrics import all_scores, bootstrap_interval, entropy_bits, radial_spectrum
 from model_VAE import VAE, VQVAE, VQVAE2, latent_digest, save_second_stage
+from parts.quantizer import digits_of
 from pixelCNN import PixelCNN, PixelCNN2
-from quantizer import digits_of
+from scores.metrics import all_scores, bootstrap_interval, entropy_bits, radial_spectrum
+from training import checkpoints
 
 CPU = torch.device("cpu")
 
@@ -231,7 +231,7 @@ def run_of(tmp_path):
 
     def save(model, kind: str, kwargs: dict, name: str = "mine") -> dict:
         description = {"kind": kind, "model_kwargs": kwargs, "step": 0}
-        runs.save_weights(tmp_path / f"model_ckpt/{name}/model.safetensors", model.state_dict(), description)
+        checkpoints.save_weights(tmp_path / f"model_ckpt/{name}/model.safetensors", model.state_dict(), description)
         return description | {"digest": latent_digest(model.state_dict())}
 
     return save

@@ -11,11 +11,11 @@ from torch.distributions import Normal, kl_divergence
 import dataset
 import model_VAE
 import prestage_train
-import runs
 import util
-from grain import bend_white
 from model_VAE import MODELS, VAE, VQVAE, VQVAE2, latent_digest, load_first_stage
-from quantizer import FiniteScalarQuantizer
+from parts.grain import bend_white
+from parts.quantizer import FiniteScalarQuantizer
+from training import checkpoints
 
 
 def slices(count: int, fill_box: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -581,7 +581,7 @@ def test_weights_without_an_encoder_make_a_first_stage_that_only_decodes(trained
     trained.to(memory_format=torch.channels_last)
     weights = {name: w for name, w in trained.state_dict().items() if not name.startswith(("encoder.", "encoder_top."))}
     path = tmp_path / "model.safetensors"
-    runs.save_weights(path, weights, described(kwargs))
+    checkpoints.save_weights(path, weights, described(kwargs))
     half = load_first_stage(path)
     assert torch.equal(half.decode(latent, z), trained.decode(latent, z))
     with pytest.raises(ValueError, match="only decodes"):
@@ -603,12 +603,12 @@ def test_a_file_gives_either_of_its_decoders(double, model, kwargs, tmp_path):
     x, z = slices(2)
     train_perceptual(double)
     path = tmp_path / "model.safetensors"
-    runs.save_weights(path, double.state_dict(), described(kwargs))
+    checkpoints.save_weights(path, double.state_dict(), described(kwargs))
     faithful, sharp = (load_first_stage(path, decoder=decoder) for decoder in ("fidelity", "perceptual"))
     assert load_first_stage(path).decoder_in_use == "fidelity"
     assert load_first_stage(path, decoder=None).decoder_in_use == "perceptual"
     untrained = tmp_path / "untrained.safetensors"
-    runs.save_weights(untrained, double.state_dict(), described(kwargs) | {"perceptual_steps": 0})
+    checkpoints.save_weights(untrained, double.state_dict(), described(kwargs) | {"perceptual_steps": 0})
     assert load_first_stage(untrained, decoder=None).decoder_in_use == "fidelity"
     latent = faithful.encode(x, z)
     assert torch.equal(sharp.encode(x, z), latent)
@@ -617,7 +617,7 @@ def test_a_file_gives_either_of_its_decoders(double, model, kwargs, tmp_path):
     assert not any(parameter.requires_grad for parameter in sharp.parameters()) and not sharp.training
 
     single = described(kwargs) | {"model_kwargs": kwargs["model_kwargs"] | {"perceptual": False}}
-    runs.save_weights(path, MODELS[kwargs["kind"]](**single["model_kwargs"]).state_dict(), single)
+    checkpoints.save_weights(path, MODELS[kwargs["kind"]](**single["model_kwargs"]).state_dict(), single)
     assert load_first_stage(path, decoder=None).perceptual is None
     with pytest.raises(util.UserError, match="no perceptual decoder"):
         load_first_stage(path, decoder="perceptual")
@@ -637,7 +637,7 @@ def test_a_saved_model_gives_identical_outputs(trained, kwargs, tmp_path):
     trained.to(memory_format=torch.channels_last)  # another format sums in another order
     latent = trained.encode(x, z)
     path = tmp_path / "model.safetensors"
-    runs.save_weights(path, trained.state_dict(), described(kwargs))
+    checkpoints.save_weights(path, trained.state_dict(), described(kwargs))
     for run in (path, str(tmp_path)):
         loaded = load_first_stage(run)
         assert torch.equal(loaded.encode(x, z), latent)
@@ -649,12 +649,12 @@ def test_a_saved_model_gives_identical_outputs(trained, kwargs, tmp_path):
 def test_a_file_of_another_kind_or_shape_is_refused(trained, kwargs, tmp_path):
     path = tmp_path / "model.safetensors"
     description = described(kwargs)
-    runs.save_weights(path, trained.state_dict(), description | {"kind": "diffusion"})
+    checkpoints.save_weights(path, trained.state_dict(), description | {"kind": "diffusion"})
     with pytest.raises(util.UserError, match="diffusion"):
         load_first_stage(path)
     other = {"channels": 16} if isinstance(trained, VAE) else {"codebook_size": 9, "quantizer": "vq"}
     other = kwargs["model_kwargs"] | other
-    runs.save_weights(path, trained.state_dict(), description | {"model_kwargs": other})
+    checkpoints.save_weights(path, trained.state_dict(), description | {"model_kwargs": other})
     with pytest.raises(util.UserError, match="another model"):
         load_first_stage(path)
 
@@ -668,7 +668,7 @@ class Prior(torch.nn.Linear):
 def test_a_second_stage_carries_its_first(trained, kwargs, tmp_path):
     """Sampling needs one path: what comes back is the same prior, first stage and description."""
     trained.to(memory_format=torch.channels_last)
-    runs.save_weights(tmp_path / "first.safetensors", trained.state_dict(), described(kwargs))
+    checkpoints.save_weights(tmp_path / "first.safetensors", trained.state_dict(), described(kwargs))
     first_stage = load_first_stage(tmp_path / "first.safetensors")
     prior, sizes, path = Prior(3, 2), {"in_features": 3, "out_features": 2}, tmp_path / "second.safetensors"
     model_VAE.save_second_stage(path, prior, first_stage, {"model_kwargs": sizes})

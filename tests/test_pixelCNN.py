@@ -16,12 +16,12 @@ from PIL import Image
 
 import pixelCNN
 import prestage_train
-import runs
 from dataset import list_slices, load_slices
 from logger import read_log
 from model_VAE import VAE, VQVAE, load_first_stage
+from parts.quantizer import FiniteScalarQuantizer
 from pixelCNN import PixelCNN, PixelCNN2, digits_of, draw, gumbel_noise, load_prior, sample_brain
-from quantizer import FiniteScalarQuantizer
+from training import checkpoints
 
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
 FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
@@ -103,11 +103,11 @@ def train(start):
 
 
 def last(name: str = "pixelcnn") -> dict:
-    return runs.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "pixelCNN.py")
+    return checkpoints.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "pixelCNN.py")
 
 
 def weights(name: str = "pixelcnn") -> tuple[dict[str, torch.Tensor], dict]:
-    return runs.load_weights(Path(f"model_ckpt/{name}/model.safetensors"))
+    return checkpoints.load_weights(Path(f"model_ckpt/{name}/model.safetensors"))
 
 
 def gumbel(*shape: int) -> torch.Tensor:
@@ -565,7 +565,7 @@ def test_what_does_not_fit_is_one_line(train, start, run_main, phantom_folder, f
     refused("there are no weights at vqvae", "python prestage_train.py")
     vae = VAE(**tiny_sizes)
     description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
-    runs.save_weights(Path("model_ckpt/vae/model.safetensors"), vae.state_dict(), description)
+    checkpoints.save_weights(Path("model_ckpt/vae/model.safetensors"), vae.state_dict(), description)
     refused("vae", "no codes", "--model vqvae", flags=["--first-stage", "vae"])
     refused("vae", "pixelcnn", flags=["--sample", "--name", "vae"])
     assert not Path("log").exists()
@@ -576,10 +576,10 @@ def test_what_does_not_fit_is_one_line(train, start, run_main, phantom_folder, f
     shutil.copy(first_stage, "codes.safetensors")
     refused("--first-stage codes.safetensors", "contradicts", flags=["--first-stage", "codes.safetensors"])
     refused("--layers 3", "contradicts", flags=["--first-stage", first_stage, "--layers", 3])
-    tensors, description = runs.load_weights(first_stage)
+    tensors, description = checkpoints.load_weights(first_stage)
     keep = first_stage.read_bytes()
     try:  # the same path, but trained further
-        runs.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
+        checkpoints.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
         status, _, errors = start()
         assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
     finally:
@@ -606,7 +606,7 @@ def test_without_a_run_of_ones_own_the_released_weights_are_sampled(train, run_m
     (tmp_path / "elsewhere").mkdir()
     shutil.copy("model_ckpt/pixelcnn/model.safetensors", tmp_path / "elsewhere/pixelcnn.safetensors")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(runs, "RELEASED", tmp_path / "elsewhere")
+    monkeypatch.setattr(checkpoints, "RELEASED", tmp_path / "elsewhere")
     status, printed, _ = run_main(pixelCNN, "--sample")
     assert status == 0 and "released weights" in printed
     assert run_main(pixelCNN, "--sample", "--name", "pixelcnn.safetensors", "--out", "named")[0] == 0
@@ -624,4 +624,4 @@ def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tm
     done = run_script("pixelCNN.py", *flags, launcher=launcher, threads=1, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run pixelcnn:") == 1
-    assert runs.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt", "pixelCNN.py")["step"] == 3
+    assert checkpoints.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt", "pixelCNN.py")["step"] == 3

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import prestage_train
-import runs
 import util
 from logger import read_log
 from model_VAE import VQVAE, load_first_stage
 from prestage_train import cyclical_weight, kl_factor, ramp_weight, reconstruction_loss
+from training import checkpoints
 
 TINY = ["--preset", "demo", "--channels", 8, "--batch-size", 4, "--codebook-size", 32, "--latent-channels", 4]
 TINY += ["--steps", 5]
@@ -38,7 +38,7 @@ def train(run_main, phantom_folder):
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
-    return runs.load_weights(Path(f"model_ckpt/{name}/model.safetensors"))[0]
+    return checkpoints.load_weights(Path(f"model_ckpt/{name}/model.safetensors"))[0]
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
@@ -48,7 +48,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 
 def checkpoint(name: str) -> dict:
-    return runs.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
+    return checkpoints.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "prestage_train.py")
 
 
 def faithful(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -58,8 +58,8 @@ def faithful(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def decoders(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights of the fidelity decoder, and of the perceptual one without its grain."""
-    perceptual = runs.part_of(tensors, "perceptual.")
-    return runs.part_of(tensors, "decoder."), {n: w for n, w in perceptual.items() if not n.startswith("grain.")}
+    perceptual = checkpoints.part_of(tensors, "perceptual.")
+    return checkpoints.part_of(tensors, "decoder."), {n: w for n, w in perceptual.items() if not n.startswith("grain.")}
 
 
 def settings(name: str) -> dict:
@@ -204,9 +204,9 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
     """--start-from: the latents are those of before to the last bit, the sizes come with it, and it resumes."""
     train("--gan-weight", 0)
     path = Path("model_ckpt/vqvae/model.safetensors")
-    kept, description = runs.load_weights(path)
+    kept, description = checkpoints.load_weights(path)
     kept["encoder.stem.1.bias"][0] = -0.0  # a digest sees the sign of nothing
-    runs.save_weights(path, kept, description)
+    checkpoints.save_weights(path, kept, description)
     sharpen = ["--data", phantom_folder, "--start-from", "vqvae", "--preset", "demo", "--steps", 3]
     for name, more in (("straight", []), ("stopped", ONE_STEP), ("stopped", ONE_STEP), ("stopped", [])):
         status, out, errors = run_main(prestage_train, *sharpen, "--name", name, *more)
@@ -323,12 +323,12 @@ def test_a_loss_that_is_not_finite_names_itself_and_keeps_the_checkpoint(train, 
 def test_a_checkpoint_of_something_else_is_one_line(train, run_main, phantom_folder, content):
     train("--name", "run", *ONE_STEP)
     path = Path("model_ckpt/run/last.pt")
-    state = runs.load_checkpoint(path, "prestage_train.py")
+    state = checkpoints.load_checkpoint(path, "prestage_train.py")
     if content == "another model":
         state["model"]["encoder.stem.1.weight"] = torch.zeros(1, 2, 3, 4)
     if content == "another script":
         state["script"] = "pixelCNN.py"
-    runs.save_checkpoint(path, [1, 2] if content == "list" else state)
+    checkpoints.save_checkpoint(path, [1, 2] if content == "list" else state)
     if content == "cut off":
         path.write_bytes(path.read_bytes()[:-300])
     status, _, errors = run_main(prestage_train, "--data", phantom_folder, *TINY, "--name", "run")
@@ -461,7 +461,7 @@ def test_two_processes_train_one_run(run_script, phantom_folder, tmp_path):
     done = run_script("prestage_train.py", *flags, launcher=launcher, threads=1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run vqvae:") == 1 and done.stdout.count("step 4 ") == 1
-    assert runs.load_checkpoint(tmp_path / "model_ckpt/vqvae/last.pt", "prestage_train.py")["step"] == 4
+    assert checkpoints.load_checkpoint(tmp_path / "model_ckpt/vqvae/last.pt", "prestage_train.py")["step"] == 4
     assert [line["step"] for line in read_log(tmp_path / "log/vqvae")] == [1, 2, 2, 3, 4, 4]
     assert load_first_stage(tmp_path / "model_ckpt/vqvae").description["step"] == 4
 

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 
 import prestage_train
-import runs
 import stable_diffusion
 import util
 from dataset import list_slices, load_slices, move, write_slices
+from heads.people import CONDITIONS
 from logger import read_log
-from metrics import adjacent_ssim
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE, load_first_stage, load_second_stage
-from people import CONDITIONS
+from scores.metrics import adjacent_ssim
 from stable_diffusion import BrainNoise, around_windows, decode_brain, encode_all, sample_latents, window_starts
+from training import checkpoints
 
 CPU = torch.device("cpu")
 FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
@@ -100,7 +100,7 @@ def settings(*flags):
 
 def differing(name: str, other: str) -> list[str]:
     """Names of tensors in two runs' model.safetensors that are not the same to the last bit."""
-    a, b = (runs.load_weights(Path(f"model_ckpt/{run}/model.safetensors"))[0] for run in (name, other))
+    a, b = (checkpoints.load_weights(Path(f"model_ckpt/{run}/model.safetensors"))[0] for run in (name, other))
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
 
@@ -215,7 +215,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, first_stage):
     assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)  # it was measured
     assert (model.linear.mean.flatten(1).abs().amax(1) > 0).all()  # and so were this
     assert model.calibration.measured and (model.calibration.power > 0).any(1).all()  # and this, after the last step
-    checkpoint = runs.load_checkpoint(Path("model_ckpt/diffusion/last.pt"), "stable_diffusion.py")
+    checkpoint = checkpoints.load_checkpoint(Path("model_ckpt/diffusion/last.pt"), "stable_diffusion.py")
     assert not (checkpoint["model"]["calibration.weight"] != 0).any()  # training further begins without
     assert model.latent_shape == (4, 6, 7) and description["step"] == 3 and description["data"]["slices"] == 96
     expected = load_first_stage(first_stage)
@@ -317,7 +317,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
         assert (f"resumed at step {step - 1}" in out) == (step > 1)
     assert differing("straight", "stopped") == []
     one, other = (
-        runs.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "stable_diffusion.py")
+        checkpoints.load_checkpoint(Path(f"model_ckpt/{name}/last.pt"), "stable_diffusion.py")
         for name in ("straight", "stopped")
     )
     assert one["step"] == 3 and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -327,12 +327,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flags):
 
 def test_a_run_stopped_before_its_calibration_is_calibrated_by_the_same_command(trained, train):
     path = Path("model_ckpt/diffusion/last.pt")
-    weights = runs.load_weights(path.with_name("model.safetensors"))[0]
-    state = runs.load_checkpoint(path, "stable_diffusion.py")
+    weights = checkpoints.load_weights(path.with_name("model.safetensors"))[0]
+    state = checkpoints.load_checkpoint(path, "stable_diffusion.py")
     state["ema"]["calibration.weight"].zero_()
-    runs.save_checkpoint(path, state)
+    checkpoints.save_checkpoint(path, state)
     assert "calibrating: 2 brains" in train()
-    again = runs.load_weights(path.with_name("model.safetensors"))[0]
+    again = checkpoints.load_weights(path.with_name("model.safetensors"))[0]
     assert (weights["prior.calibration.weight"] != 0).any()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert "calibrating" not in train()
@@ -382,7 +382,7 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     refused("--first-stage gone", "contradicts", flags=gone)
     refused("diffusion", "no first stage", flags=["--first-stage", "diffusion", "--name", "new"])
     description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
-    runs.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
+    checkpoints.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
     refused("is a vae, no diffusion", flags=["--sample", "--name", "vae"])
     refused("--first-stage vae", "contradicts", flags=["--first-stage", "vae"])
     refused("--prediction eps", "contradicts", flags=["--first-stage", first_stage, "--prediction", "eps"])
@@ -395,10 +395,10 @@ def test_what_does_not_fit_is_one_line(trained, run_main, start, phantom_folder,
     Path("broken.safetensors").write_bytes(first_stage.read_bytes()[:-99])
     refused("broken.safetensors", flags=["--first-stage", "broken.safetensors", "--name", "new"])
 
-    tensors, description = runs.load_weights(first_stage)
+    tensors, description = checkpoints.load_weights(first_stage)
     keep = first_stage.read_bytes()
     try:  # the same path, but trained further
-        runs.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
+        checkpoints.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
         status, _, errors = start("--steps", 4)
         assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
     finally:
@@ -652,4 +652,4 @@ def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tm
     done = run_script("stable_diffusion.py", *flags, launcher=launcher, threads=1, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run diffusion:") == 1 and done.stdout.count("step 3 ") == 1
-    assert runs.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt", "stable_diffusion.py")["step"] == 3
+    assert checkpoints.load_checkpoint(tmp_path / "model_ckpt/diffusion/last.pt", "stable_diffusion.py")["step"] == 3

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import dataset
-import runs
-import scorer
 import util
-from scorer import RELEASED, Scorer, accuracy, csf_area, expected_z, find_scorer, read_slices, tissue_shares
+from scores import scorer
+from scores.scorer import RELEASED, Scorer, accuracy, csf_area, expected_z, find_scorer, read_slices, tissue_shares
+from training import checkpoints
 
 SIZES = {"channels": (8, 8), "features": 16}
 
@@ -111,6 +111,6 @@ def test_what_is_no_scorer_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(util.UserError, match="python scorer.py"):
         find_scorer("nobody")
-    runs.save_weights(Path("other.safetensors"), {"w": torch.zeros(1)}, {"kind": "vqvae", "model_kwargs": {}})
+    checkpoints.save_weights(Path("other.safetensors"), {"w": torch.zeros(1)}, {"kind": "vqvae", "model_kwargs": {}})
     with pytest.raises(util.UserError, match="no scorer but a vqvae"):
         find_scorer("other.safetensors")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grain import Grain, noise_of_slices
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
+from parts.grain import Grain, noise_of_slices
 
 
 class Encoder(nn.Module):

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-import runs
-import sheets
 import util
 from dataset import (
     CONTENT_BOX,
@@ -39,9 +37,11 @@ from dataset import (
 )
 from logger import Logger
 from module import Downsample, Upsample, norm
+from pictures import sheets
+from training import checkpoints
 
 SCRIPT = Path(__file__).name
-OWN, RELEASED = Path("model_ckpt/scorer/model.safetensors"), Path(__file__).parent / "pretrained/scorer.safetensors"
+OWN, RELEASED = Path("model_ckpt/scorer/model.safetensors"), Path(__file__).parents[1] / "pretrained/scorer.safetensors"
 TISSUES = ("csf", "grey", "white")
 SIZE = 256  # px and mm, the side of the pictures it reads: a pixel is 1 mm^2
 Z_WEIGHT, AREA_WEIGHT = 0.1, 0.3  # of the losses of the features beside the cross-entropy per pixel
@@ -120,12 +120,12 @@ def expected_z(whole: Tensor) -> Tensor:
 def find_scorer(run: str | None = None) -> tuple[Scorer, dict]:
     """(scorer in evaluation mode, its description with "path") of a run or file; by default the run scorer, if it was
     trained here, else the released one. Raises UserError when the named one is not there or is something else."""
-    path = runs.find_weights(run, f"python {SCRIPT}") if run else OWN if OWN.is_file() else RELEASED
-    weights, description = runs.load_weights(path)
+    path = checkpoints.find_weights(run, f"python {SCRIPT}") if run else OWN if OWN.is_file() else RELEASED
+    weights, description = checkpoints.load_weights(path)
     if description.get("kind") != "scorer":
         raise util.UserError(f"{path} is no scorer but a {description.get('kind')}; train one with: python {SCRIPT}")
-    scorer = runs.fill_model(Scorer(**description["model_kwargs"]), weights, path).eval().requires_grad_(False)
-    return scorer, description | {"path": str(path), "digest": runs.digest_of(weights)}
+    scorer = checkpoints.fill_model(Scorer(**description["model_kwargs"]), weights, path).eval().requires_grad_(False)
+    return scorer, description | {"path": str(path), "digest": checkpoints.digest_of(weights)}
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def main() -> None:
     described = {"train": data.describe(), "validate": held_out.describe()}
     parameters = sum(p.numel() for p in model.parameters())
     args.name = "scorer"
-    run = runs.describe_run(SCRIPT, args, described, parameters=parameters)
+    run = checkpoints.describe_run(SCRIPT, args, described, parameters=parameters)
     logger = Logger(args.name, run, step=0, every=20)
     print(f"scorer: {parameters:,} weights, {args.steps} steps of {args.batch_size} on {util.describe_device(device)}")
 
@@ -269,12 +269,12 @@ def main() -> None:
         logger.add(step + 1, {f"train/{name}": value for name, value in losses.items()}, args.batch_size)
 
     weights = {name: tensor.half() for name, tensor in ema.state_dict().items()}
-    ema = runs.fill_model(Scorer(**model_kwargs), {name: half.float().cpu() for name, half in weights.items()}, OWN)
+    ema = checkpoints.fill_model(Scorer(**model_kwargs), {name: half.float().cpu() for name, half in weights.items()}, OWN)
     scores = {"validate": accuracy(ema.eval(), held_out), "validate at 64 px": accuracy(ema, held_out, reduce=4)}
     logger.report(args.steps, {f"validate/{name}": value for name, value in scores["validate"].items()})
     description = {"kind": "scorer", "model_kwargs": model_kwargs, "step": args.steps, "seed": args.seed}
     without_folder = {key: value for key, value in described["train"].items() if key != "folder"}
-    runs.save_weights(OWN, weights, description | {"data": without_folder, "accuracy": scores, "commit": run["commit"]})
+    checkpoints.save_weights(OWN, weights, description | {"data": without_folder, "accuracy": scores, "commit": run["commit"]})
     for name, score in scores.items():
         dice = ", ".join(f"{tissue} {score[f'dice_{tissue}']:.3f}" for tissue in TISSUES)
         area = ", ".join(f"{tissue} {score[f'area_error_{tissue}']:.1%}" for tissue in TISSUES)

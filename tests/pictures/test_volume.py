@@ -13,10 +13,10 @@ from PIL import Image, ImageSequence
 
 import pixelCNN
 import stable_diffusion
-import volume
 from dataset import list_slices, read_png
+from heads.phantom import phantom_case
 from model_diffusion import LatentDiffusion
-from phantom import phantom_case
+from pictures import volume
 from util import UserError
 
 

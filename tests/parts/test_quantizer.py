@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import quantizer as quantizer_module
-from quantizer import FiniteScalarQuantizer, VectorQuantizer, rotate_onto
+from parts import quantizer as quantizer_module
+from parts.quantizer import FiniteScalarQuantizer, VectorQuantizer, rotate_onto
 
 
 def to_latent(vectors: torch.Tensor) -> torch.Tensor:
@@ -162,9 +162,9 @@ def test_processes_keep_one_codebook(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = f"""
-import sys; sys.path.insert(0, {str(Path(quantizer_module.__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(quantizer_module.__file__).parents[1])!r})
 import torch, torch.distributed as dist
-from quantizer import VectorQuantizer
+from parts.quantizer import VectorQuantizer
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://localhost:{port}", rank=rank, world_size=2)
 for ema in (True, False):

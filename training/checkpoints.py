@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import util
 from util import UserError
 
-RELEASED = Path(__file__).parent / "pretrained"  # weights that come with the project
+RELEASED = Path(__file__).parents[1] / "pretrained"  # weights that come with the project
 
 # What belongs to one start of a script and not to the run: neither recorded nor inherited by the next start.
 OF_ONE_START = {
@@ -260,7 +260,7 @@ def commit_of_code() -> str:
     """The commit of these files, with -dirty where they were changed since."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""

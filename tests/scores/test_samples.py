@@ -1,4 +1,4 @@
-"""Laws of realism.py, tests of the tests: real heads, copies, blur, shuffled slices; and of realism_page.py."""
+"""Laws of samples.py, tests of the tests: real heads, copies, blur, shuffled slices; and of realism_page.py."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from torch import Tensor
 
 import dataset
 import evaluate
-import realism
-import runs
-from metrics import thumbnails
-from phantom import phantom_case
-from realism import SAMPLE_SCORES, score_samples
-from realism_page import nearest_pairs, verdict
-from scorer import Scorer
+from heads.phantom import phantom_case
+from scores import samples
+from scores.metrics import thumbnails
+from scores.page import nearest_pairs, verdict
+from scores.samples import SAMPLE_SCORES, score_samples
+from scores.scorer import Scorer
+from training import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +117,16 @@ def test_slices_of_different_heads_fail_the_scores_of_brains_alone(heads, real, 
 def test_real_brains_are_measured_once(real, scorer, tmp_path, monkeypatch):
     """And again when the scorer is another."""
     monkeypatch.chdir(tmp_path)
-    measured, measure = [], realism.measure
+    measured, measure = [], samples.measure
 
     def watched(brains: Tensor, net: Scorer, title: str) -> dict[str, Tensor]:
         measured.append(title)
         return measure(brains[:3], net, title)
 
-    monkeypatch.setattr(realism, "measure", watched)
-    monkeypatch.setattr(realism, "diversity", lambda brains: torch.ones(3, 8))
+    monkeypatch.setattr(samples, "measure", watched)
+    monkeypatch.setattr(samples, "diversity", lambda brains: torch.ones(3, 8))
     for digest in ("0", "0", "1"):
-        realism.measure_real(real[1], torch.arange(200, 206), scorer, digest)
+        samples.measure_real(real[1], torch.arange(200, 206), scorer, digest)
     assert measured == ["validate", "validate"] and len(list(Path("data/cache").glob("validate_measures_64_*"))) == 2
 
 
@@ -138,7 +138,7 @@ def drawn(heads, phantom_folder, tmp_path) -> Path:
             dataset.write_slices(tmp_path / f"oasis/keras_png_slices_{split}", case, brain.numpy())
     for case, brain in enumerate(heads[16:20]):
         dataset.write_slices(tmp_path / "mine_vis/samples", case, brain.numpy())
-    runs.save_weights(
+    checkpoints.save_weights(
         tmp_path / "net.safetensors",
         Scorer(channels=(8, 8), features=8).state_dict(),
         {

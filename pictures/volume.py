@@ -21,10 +21,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-import runs
-import sheets
 import util
 from dataset import CONTENT_BOX, write_slices
+from pictures import sheets
+from training import checkpoints
 from util import UserError
 
 FIELD = 256  # mm, the side of a slice
@@ -203,7 +203,7 @@ class Samples:
                 self.record["brains"] = brains
             else:
                 move_aside(out)
-        self.record |= {"commit": runs.commit_of_code(), "versions": runs.versions()}
+        self.record |= {"commit": checkpoints.commit_of_code(), "versions": checkpoints.versions()}
         self._write()
 
     def _write(self) -> None:

@@ -17,8 +17,8 @@ from PIL import Image, features
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import Autoencoder
 from dataset import Slices, to_uint8
+from parts.autoencoder import Autoencoder
 
 Codec = Callable[[Tensor], Tensor]  # real to reconstructed pictures, both uint8 [B, S, S]
 LARGEST_KMEANS = 8192  # codes; beyond it k-means takes hours and has few vectors per centre to learn from

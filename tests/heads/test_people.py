@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from people import PEOPLE_TABLE, count_people, draw_person, read_people, words_for
+from heads.people import PEOPLE_TABLE, count_people, draw_person, read_people, words_for
 from util import UserError
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sheets
 import util
 from dataset import SLICES_PER_CASE, Slices, find_data, list_slices, load_slices, read_png
-from metrics import RINGS, decibel, with_interval
-from realism import SAMPLE_SCORES, score_samples, whole_cases
-from scorer import OWN, TISSUES, find_scorer
+from pictures import sheets
+from scores.metrics import RINGS, decibel, with_interval
+from scores.samples import SAMPLE_SCORES, score_samples, whole_cases
+from scores.scorer import OWN, TISSUES, find_scorer
 from util import UserError
 
 

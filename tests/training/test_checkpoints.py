@@ -1,4 +1,4 @@
-"""Laws of runs.py: what a run leaves on disk, and what a resumed one takes from there."""
+"""Laws of checkpoints.py: what a run leaves on disk, and what a resumed one takes from there."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import prestage_train
-import runs
 import util
+from training import checkpoints
 from util import UserError
 
 
@@ -23,8 +23,8 @@ def test_checkpoint_round_trip(tmp_path):
     optimizer.step()
     state = {"script": "x.py", "step": 3, "balance": 0.25, "name": "run", "x": parameter.detach()}
     state["optimizer"] = optimizer.state_dict()
-    runs.save_checkpoint(tmp_path / "last.pt", state)
-    back = runs.load_checkpoint(tmp_path / "last.pt", "x.py")
+    checkpoints.save_checkpoint(tmp_path / "last.pt", state)
+    back = checkpoints.load_checkpoint(tmp_path / "last.pt", "x.py")
     assert (back["step"], back["balance"], back["name"]) == (3, 0.25, "run") and torch.equal(back["x"], state["x"])
     assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
@@ -48,24 +48,24 @@ def test_load_checkpoint_never_runs_code_from_the_file(tmp_path, legacy):
     else:
         torch.save({"script": "x.py", "step": Trap(sign)}, path)
     with pytest.raises(UserError, match="last.pt"):
-        runs.load_checkpoint(path, "x.py")
+        checkpoints.load_checkpoint(path, "x.py")
     assert not sign.exists()
 
 
 def test_load_checkpoint_refuses_damaged_files_and_those_of_others(tmp_path):
     path = tmp_path / "last.pt"
     with pytest.raises(UserError, match="last.pt"):
-        runs.load_checkpoint(path, "x.py")
+        checkpoints.load_checkpoint(path, "x.py")
     for state in ({"script": "y.py", "step": 1}, {"step": 1}, [1, 2], torch.zeros(2)):
-        runs.save_checkpoint(path, state)
+        checkpoints.save_checkpoint(path, state)
         with pytest.raises(UserError, match="last.pt is no checkpoint of x.py"):
-            runs.load_checkpoint(path, "x.py")
-    runs.save_checkpoint(path, {"script": "x.py", "x": torch.randn(100)})
+            checkpoints.load_checkpoint(path, "x.py")
+    checkpoints.save_checkpoint(path, {"script": "x.py", "x": torch.randn(100)})
     whole = path.read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", b"hello\n", bytes(1000)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="last.pt"):
-            runs.load_checkpoint(path, "x.py")
+            checkpoints.load_checkpoint(path, "x.py")
 
 
 def test_weights_round_trip_with_their_description(tmp_path):
@@ -73,8 +73,8 @@ def test_weights_round_trip_with_their_description(tmp_path):
     weights = {f"conv{k}": torch.randn(4, 3, k, k).to(memory_format=torch.channels_last) for k in (1, 2)}
     weights["view"] = torch.randn(6, 4).T
     description = {"kind": "vae", "model_kwargs": {"channels": 8, "rate": 0.1, "box": [1, 2]}, "step": 3}
-    runs.save_weights(tmp_path / "m.safetensors", weights, description)
-    back, told = runs.load_weights(tmp_path / "m.safetensors")
+    checkpoints.save_weights(tmp_path / "m.safetensors", weights, description)
+    back, told = checkpoints.load_weights(tmp_path / "m.safetensors")
     assert told == description and back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
@@ -82,24 +82,24 @@ def test_weights_round_trip_with_their_description(tmp_path):
 def test_load_weights_refuses_what_is_not_ours(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match="does not exist"):
-        runs.load_weights(path)
-    runs.save_weights(path, {"w": torch.randn(50)}, {"kind": "vae"})
+        checkpoints.load_weights(path)
+    checkpoints.save_weights(path, {"w": torch.randn(50)}, {"kind": "vae"})
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:20], b"", b"hello", bytes(100)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no readable safetensors"):
-            runs.load_weights(path)
+            checkpoints.load_weights(path)
     for metadata in ({"format": "pt"}, None, {"project": "stable-diffusion-on-oasis"}):
         path.write_bytes(safetensors.torch.save({"w": torch.zeros(1)}, metadata))
         with pytest.raises(UserError, match="model.safetensors"):
-            runs.load_weights(path)
+            checkpoints.load_weights(path)
 
 
 def test_digest_tells_weights_apart():
     weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
     other = {"a": torch.arange(4.0), "b": torch.tensor([1, 1 + 2**-23])}  # one bit
-    assert runs.digest_of(weights) == runs.digest_of(dict(reversed(weights.items())))
-    assert len({runs.digest_of(w) for w in (weights, other, {"c": weights["a"], "b": weights["b"]})}) == 3
+    assert checkpoints.digest_of(weights) == checkpoints.digest_of(dict(reversed(weights.items())))
+    assert len({checkpoints.digest_of(w) for w in (weights, other, {"c": weights["a"], "b": weights["b"]})}) == 3
 
 
 def test_the_digest_is_of_the_numbers_and_not_of_their_memory_format():
@@ -107,34 +107,34 @@ def test_the_digest_is_of_the_numbers_and_not_of_their_memory_format():
     for shape in ((4, 3, 2, 2), (4, 3, 1, 1), (4, 1, 2, 2), (3,), ()):
         plain = torch.randn(shape)
         other = plain.to(memory_format=torch.channels_last) if len(shape) == 4 else plain.clone()
-        assert runs.digest_of({"w": plain}) == runs.digest_of({"w": other})
+        assert checkpoints.digest_of({"w": plain}) == checkpoints.digest_of({"w": other})
 
 
 def test_find_weights_takes_a_file_a_folder_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     util.write_file(tmp_path / "model_ckpt/mine/model.safetensors", b"")
     for run in ("mine", "model_ckpt/mine", tmp_path / "model_ckpt/mine", "model_ckpt/mine/model.safetensors"):
-        assert runs.find_weights(run, "").resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
+        assert checkpoints.find_weights(run, "").resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
     with pytest.raises(UserError, match="yours.*python train.py yours"):
-        runs.find_weights("yours", "python train.py yours")
+        checkpoints.find_weights("yours", "python train.py yours")
 
 
 def test_fill_model_wants_every_key_and_shape(tmp_path):
     weights = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
-    assert torch.equal(runs.fill_model(nn.Linear(3, 2), weights, tmp_path).weight, weights["weight"])
+    assert torch.equal(checkpoints.fill_model(nn.Linear(3, 2), weights, tmp_path).weight, weights["weight"])
     for wrong in (
         {"weight": weights["weight"]},
         weights | {"more": torch.zeros(1)},
         weights | {"bias": torch.zeros(3)},
     ):
         with pytest.raises(UserError, match="another model"):
-            runs.fill_model(nn.Linear(3, 2), wrong, tmp_path / "last.pt")
+            checkpoints.fill_model(nn.Linear(3, 2), wrong, tmp_path / "last.pt")
 
 
 def open_run(*typed: str, preset: str = "demo") -> argparse.Namespace:
     args, typed = util.parse_flags(prestage_train.flags(), ["--device", "cpu", *typed])
     args.name = args.name or "run"
-    return runs.open_run("prestage_train.py", args, typed, lambda new: preset)
+    return checkpoints.open_run("prestage_train.py", args, typed, lambda new: preset)
 
 
 def record(args: argparse.Namespace, script: str = "prestage_train.py") -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import phantom
-from phantom import phantom_case
+from heads import phantom
+from heads.phantom import phantom_case
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def test_a_head_depends_on_seed_and_case_alone(heads):
     np.random.seed(5)
     images, masks = phantom_case(0, 2)
     assert np.array_equal(images, heads[2][0]) and np.array_equal(masks, heads[2][1])
-    script = "import phantom; images, masks = phantom.phantom_case(0, 3); print(int(images.astype(int).sum()))"
-    folder = Path(phantom.__file__).parent
+    script = "from heads import phantom; images, masks = phantom.phantom_case(0, 3); print(int(images.astype(int).sum()))"
+    folder = Path(phantom.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     assert int(done.stdout) == heads[3][0].astype(int).sum()
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dataset
-import floors
 from evaluate import score_codec
-from floors import avif, avif_quality, from_blocks, kmeans, score_floors, to_blocks
 from model_VAE import VAE
+from scores import floors
+from scores.floors import avif, avif_quality, from_blocks, kmeans, score_floors, to_blocks
 
 
 @pytest.fixture

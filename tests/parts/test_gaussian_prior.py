@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from linear_denoiser import (
+from module import cosines
+from parts.gaussian_prior import (
     COSINES,
     CrossFitted,
     LinearDenoiser,
@@ -11,7 +12,6 @@ from linear_denoiser import (
     principal_modes,
     slice_correlation,
 )
-from module import cosines
 
 
 def fading(slices: int, *rho: float) -> torch.Tensor:

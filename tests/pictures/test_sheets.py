@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-import sheets
+from pictures import sheets
 
 
 def test_sheet_shows_every_pixel_as_it_is():

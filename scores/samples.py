@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import util
 from dataset import SLICES_PER_CASE, Slices
-from metrics import (
+from scores.metrics import (
     adjacent_ssim,
     bootstrap_interval,
     centred_interval,
@@ -37,7 +37,7 @@ from metrics import (
     thumbnails,
     wasserstein,
 )
-from scorer import TISSUES, Scorer, read_slices
+from scores.scorer import TISSUES, Scorer, read_slices
 from util import UserError
 
 SPACES = {"trained": "trained encoder", "random": "random network", "texture": "histogram and texture"}

@@ -13,7 +13,7 @@ from skimage.feature import graycomatrix, graycoprops
 from torch import Tensor
 
 import util
-from metrics import (
+from scores.metrics import (
     adjacent_ssim,
     bootstrap_interval,
     centred_interval,

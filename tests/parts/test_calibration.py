@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import stable_diffusion
-from calibration import BANDS, LEVELS, Calibration
 from model_diffusion import SCHEDULES, LatentDiffusion
+from parts.calibration import BANDS, LEVELS, Calibration
 from stable_diffusion import calibrate, sample_latents
 
 SHAPE = (2, 8, 9)

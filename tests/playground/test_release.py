@@ -8,13 +8,13 @@ import torch
 
 import pixelCNN
 import prestage_train
-import runs
 import stable_diffusion
 from model_diffusion import LatentDiffusion
 from model_VAE import MODELS, load_first_stage, load_second_stage
 from pixelCNN import load_prior
 from playground import release
-from scorer import find_scorer
+from scores.scorer import find_scorer
+from training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ["--preset", "demo", "--channels", 8, "--patch", 4, "--codebook-size", 16, "--batch-size", 4]
@@ -24,7 +24,7 @@ SECOND = ["--preset", "demo", "--steps", 1, "--channels", 8, "--batch-size", 8, 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.safetensors")), ids=lambda path: path.stem)
 def test_every_released_file_loads_and_second_stages_fit_their_first(path):
     """With the settings that it carries; the released priors are of the released vqvae_f8."""
-    kind = runs.load_weights(path)[1]["kind"]
+    kind = checkpoints.load_weights(path)[1]["kind"]
     if kind in MODELS:
         assert load_first_stage(path, decoder=None).description["kind"] == kind
         return
@@ -85,8 +85,8 @@ def test_a_second_stage_is_released_with_any_decoder_of_its_latents(trained, run
 
 
 def test_settings_of_another_version_are_one_line(trained, run_main):
-    weights, description = runs.load_weights(Path("model_ckpt/diffusion/model.safetensors"))
+    weights, description = checkpoints.load_weights(Path("model_ckpt/diffusion/model.safetensors"))
     description["model_kwargs"]["shared_noise"] = 1.0
-    runs.save_weights(Path("old.safetensors"), weights, description)
+    checkpoints.save_weights(Path("old.safetensors"), weights, description)
     status, _, errors = run_main(stable_diffusion, "--sample", "--name", "old.safetensors")
     assert status == 2 and len(errors.splitlines()) == 1 and "does not know" in errors, errors

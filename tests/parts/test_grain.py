@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grain import KNEE, SMOOTHING, Grain, bend_white, compand, expand, lapped_transform, noise_of_slices
+from parts.grain import KNEE, SMOOTHING, Grain, bend_white, compand, expand, lapped_transform, noise_of_slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

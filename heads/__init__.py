@@ -1,0 +1,1 @@
+"""Where heads come from, and who they are."""

@@ -1,0 +1,1 @@
+"""Sheets, GIFs, volumes: how results become pictures and files."""
