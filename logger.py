@@ -97,6 +97,15 @@ class Logger:
             sheets.save_picture(path, image)
         return path
 
+    def state_dict(self) -> dict:
+        """What the next line will be made of, for a checkpoint between two lines."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"images": self.images, "sums": sums, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from there."""
+        self.images, self.sums, self.counts = state["images"], dict(state["sums"]), Counter(state["counts"])
+
     def pause(self) -> None:
         """Call after work that is not training (pictures, checkpoints): the clock of `seconds` starts anew."""
         self.began = time.monotonic()

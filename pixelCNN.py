@@ -13,7 +13,6 @@ filling row by row, and samples.json, what they come from.
 """
 
 import argparse
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,22 +21,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import util
-from dataset import SLICES_PER_CASE, Slices, find_data, load_slices, to_uint8
-from logger import Logger
-from model_VAE import VQVAE, VQVAE2, load_first_stage, load_second_stage, save_second_stage
+from dataset import Slices, find_data, load_slices, to_uint8
+from model_VAE import VQVAE, VQVAE2
 from module import Embedding, Upsample
-from parts.autoencoder import Autoencoder
 from parts.quantizer import digits_of
 from pictures import sheets
 from pictures.volume import Samples
-from training import checkpoints
+from training.checkpoints import RELEASED, run_weights
+from training.run import Run
+from training.settings import Flags, describe_samples, open_run, weights_to_sample
+from training.stages import load_first_stage, load_second_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
+WATCHED_SLICES = 256  # of validation, at every report
+SHOWN = (0.12, 0.38, 0.62, 0.88)  # heights of the slices in process.gif, as shares of the brain's
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -141,6 +141,7 @@ class PixelCNN(nn.Module):
         channels, layers, kernel, dropout: of the stacks; kernel is odd.
         levels: how many values each digit of a code has, as in finite scalar quantisation; None: one digit of K.
         sees_top: whether there are codes `top`, int64 [B, h / 2, w / 2], with the same K and levels.
+        slices_per_brain: Z, how many slices sampling draws.
     """
 
     kind, script = "pixelcnn", "pixelCNN.py"
@@ -156,8 +157,10 @@ class PixelCNN(nn.Module):
         dropout: float = 0.3,
         levels: tuple[int, ...] | None = None,
         sees_top: bool = False,
+        slices_per_brain: int = 32,
     ):
         super().__init__()
+        self.slices_per_brain = slices_per_brain
         self.codebook_size, self.grid, self.levels = codebook_size, tuple(grid), tuple(levels or [codebook_size])
         if math.prod(self.levels) != codebook_size:
             raise ValueError(f"the product of levels {self.levels} is not codebook_size {codebook_size}")
@@ -260,7 +263,7 @@ class PixelCNN(nn.Module):
         reach, channels = self.layers[0].reach, self.position.shape[1]
         above = [noise.new_zeros(B, channels, reach + 1, width) for _ in self.layers]
         row_above = above[0][:, :, -1:]
-        for r in tqdm(range(height), desc=progress, unit="row", disable=None if progress else True):
+        for r in util.progress(range(height), progress, unit="row") if progress else range(height):
             # the vertical stack, one new row in every layer
             v, from_above = row_above + self.position[:, :, r : r + 1], []
             for n, layer in enumerate(self.layers):
@@ -311,7 +314,7 @@ class PixelCNN2(nn.Module):
         super().__init__()
         self.top = PixelCNN(grid=grids[0], **sizes)
         self.bottom = PixelCNN(grid=grids[1], sees_top=True, **sizes)
-        self.grids = (self.top.grid, self.bottom.grid)
+        self.grids, self.slices_per_brain = (self.top.grid, self.bottom.grid), self.top.slices_per_brain
 
     def forward(self, idx: tuple[Tensor, Tensor], z: Tensor) -> dict[str, Tensor]:
         """{"top_bits": [B], "bottom_bits": [B]}, whose sum training minimises."""
@@ -341,15 +344,7 @@ class PixelCNN2(nn.Module):
 PRIORS = {prior.kind: prior for prior in (PixelCNN, PixelCNN2)}
 
 
-def load_prior(
-    run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
-) -> tuple[PixelCNN | PixelCNN2, Autoencoder, dict]:
-    """(prior, first stage, description) of a run or file of this script, frozen. Raises UserError if it is none."""
-    kind = checkpoints.load_weights(checkpoints.find_weights(run, f"python {SCRIPT} --name {run}"))[1]["kind"]
-    return load_second_stage(run, PRIORS.get(kind, PixelCNN), device, decoder)
-
-
-# ------------------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------------- codes of one or two grids
 
 Codes = Tensor | tuple[Tensor, Tensor]  # idx int64 [B, h, w] of a VQVAE, (top, bottom) of a VQVAE2
 
@@ -366,285 +361,228 @@ def each_grid(function: Callable[..., Tensor], *codes: Codes) -> Codes:
     return tuple(function(*grid) for grid in zip(*codes, strict=True))
 
 
-def gumbel_noise(model: PixelCNN | PixelCNN2, seed: int, brain: int) -> Codes:
-    """Gumbel noise [32, L_1 + ... + L_n, h, w] of brain number `brain`, the same for its 32 slices.
+def pick(codes: Codes, index: Tensor) -> Codes:
+    """The codes of some slices, int64 index [n]."""
+    return each_grid(lambda grid: grid[index], codes)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def brain_noise(model: PixelCNN | PixelCNN2, seed: int, brain: int) -> Codes:
+    """Gumbel noise [Z, L_1 + ... + L_n, h, w] of brain number `brain`, the same for its Z slices.
 
     Neighbouring slices have nearly the same logits, so with common noise they mostly choose the same codes.
     """
-    generator = util.brain_generator(seed, brain)
-    return each_grid(lambda noise: noise.expand(SLICES_PER_CASE, -1, -1, -1), model.gumbel_noise(generator))
+    noise = model.gumbel_noise(util.brain_generator(seed, brain))
+    return each_grid(lambda grid: grid.expand(model.slices_per_brain, -1, -1, -1), noise)
 
 
 @torch.no_grad()
 def sample_brain(
-    model: PixelCNN | PixelCNN2, seed: int, brain: int, temperature: float, device: torch.device, top_p: float = 1.0
+    model: PixelCNN | PixelCNN2, seed: int = 0, brain: int = 0, temperature: float = 1.0, top_p: float = 1.0
 ) -> Codes:
-    """Codes of the 32 slices of one new brain; a function of (seed, brain)."""
-    noise = each_grid(lambda noise: noise.to(device), gumbel_noise(model, seed, brain))
-    z = torch.arange(SLICES_PER_CASE, device=device)
+    """Codes of all slices of one new brain; a function of (seed, brain)."""
+    z = torch.arange(model.slices_per_brain, device=next(model.parameters()).device)
+    noise = each_grid(lambda grid: grid.to(z.device), brain_noise(model, seed, brain))
     return model.sample(z, noise, temperature, top_p, progress=f"brain {brain}")
 
 
 @torch.no_grad()
-def decode_codes(
-    first_stage: VQVAE | VQVAE2, idx: Codes, z: Tensor | None = None, grain: Tensor | None = None
-) -> np.ndarray:
-    """uint8 [B, S, S] of the codes of B slices at z, which runs 0 .. B - 1 unless given, and their grain if any."""
-    if z is None:
-        z = torch.arange(len(grids_of(idx)[0]), device=grids_of(idx)[0].device)
-    return to_uint8(first_stage.decode_indices(idx, z, grain))[:, 0].cpu().numpy()
+def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0) -> np.ndarray:
+    """uint8 [Z, S, S] of the codes of a brain in the order of z, with the grain of (seed, brain) if there is one."""
+    latent = first_stage.dequantise(idx)
+    z = torch.arange(len(latent), device=latent.device)
+    x = first_stage.decode_with_grain(latent, z, util.brain_generator(seed, brain, "grain"))
+    return to_uint8(x)[:, 0].cpu().numpy()
 
 
-def filling_frames(
-    first_stage: VQVAE | VQVAE2, idx: Codes, shown: list[int], grain: Tensor | None = None
-) -> list[np.ndarray]:
+def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int, brain: int, shown: list[int]) -> list[np.ndarray]:
     """Pictures uint8 [S, 4 S] of some slices after each row of codes, those of the top grid before the bottom's.
 
-    What is missing has the code of its grid's corner: black. `grain` is that of all 32 slices.
+    Where codes are missing stands the code of the grid's corner, which is black.
     """
-    grain = None if grain is None else grain[shown]
-    idx = each_grid(lambda grid: grid[shown], idx)
     partial = each_grid(lambda grid: grid[:, :1, :1].expand_as(grid).clone(), idx)
-    z = torch.tensor(shown, device=grids_of(idx)[0].device)
-    frames = [np.hstack(decode_codes(first_stage, partial, z, grain))]
+    frames = [np.hstack(decode_brain(first_stage, partial, seed, brain)[shown])]
     for filled, grid in zip(grids_of(partial), grids_of(idx), strict=True):
         for r in range(grid.shape[1]):
             filled[:, r] = grid[:, r]
-            frames.append(np.hstack(decode_codes(first_stage, partial, z, grain)))
+            frames.append(np.hstack(decode_brain(first_stage, partial, seed, brain)[shown]))
     return frames
 
 
-def sample(args: argparse.Namespace, weights: Path) -> None:
+def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
-    model, first_stage, description = load_prior(weights, device, args.decoder)
+    model, first_stage = load_second_stage(weights, PRIORS, device)
     out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    samples = Samples(out, checkpoints.describe_samples(weights, args))
+    samples = Samples(out, describe_samples(declared, weights, args))
     print(
-        f"sampling {args.brains} brains of {weights} (trained for {description['step']} steps), "
+        f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
     for i in range(args.brains):
-        idx = sample_brain(model, args.seed, i, args.temperature, device, args.top_p)
-        grain = first_stage.draw_grain(SLICES_PER_CASE, util.brain_generator(args.seed, i, "grain"))
-        slices = decode_codes(first_stage, idx, grain=grain)
+        idx = sample_brain(model, args.seed, i, args.temperature, args.top_p)
+        slices = decode_brain(first_stage, idx, args.seed, i)
         samples.add(i, slices, f"brain {i}", f"seed {args.seed}, PixelCNN, {how}, one noise for all z")
         if i == 0:
-            shown = [4, 12, 20, 28]
-            sheets.save_gif(out / "process.gif", filling_frames(first_stage, idx, shown, grain), seconds=4)
+            shown = [int(height * len(slices)) for height in SHOWN]
+            sheets.save_gif(out / "process.gif", filling_frames(first_stage, idx, args.seed, i, shown), seconds=4)
             print(f"codes filling row by row, slices z = {shown}: {out}/process.gif")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def flags() -> argparse.ArgumentParser:
+def flags() -> Flags:
     """This script's command line."""
-    parser = util.training_parser(__doc__)
-    add = parser.add_argument
-    add("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file (default: %(default)s)")
-    add("--channels", type=util.positive_int, help="width of the stacks")
-    add("--layers", type=util.positive_int, help="gated layers")
-    add(
-        "--dropout",
-        type=util.fraction,
-        default=0.3,
-        help="on the gates; few brains overfit soon (default: %(default)s)",
-    )
-    add("--patience", type=util.positive_int, default=8, help="stop after so many reports without a better validation "
-        "likelihood (default: %(default)s)")  # fmt: skip
-    add("--sample", action="store_true", help="draw new brains instead of training")
-    add("--brains", type=util.positive_int, default=1, help="how many (default: %(default)s)")
-    add(
-        "--temperature",
-        type=util.positive_float,
-        default=1.0,
-        help="below 1 the likely codes win (default: %(default)s)",
-    )
-    add(
-        "--top-p",
-        type=util.fraction,
-        default=1.0,
-        metavar="P",
-        help="draw only among the likeliest codes that have probability P together; 1: all (default: %(default)s)",
-    )
-    util.add_decoder_flag(parser, None, "perceptual where there is one")
-    add("--out", type=Path, metavar="DIR", help="where samples go; default: NAME_vis/samples")
-    return parser
+    flags = Flags(SCRIPT, __doc__)
+    train, sample, positive = flags.train, flags.sample, util.positive_int
+    train("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file")
+    train("--steps", type=positive, presets=(600, 2400, 40_000), changeable=True, help="optimiser steps at most")
+    train("--batch-size", type=positive, presets=(32, 16, 64), help="slices per step and process")
+    train("--learning-rate", type=util.positive_float, presets=(1e-3, 8e-4, 3e-4), help="Adam's, after warm-up")
+    train("--channels", type=positive, presets=(48, 64, 128), help="width of both stacks")
+    train("--layers", type=positive, presets=(6, 8, 12), help="gated layers")
+    train("--dropout", type=util.fraction, default=0.3, help="on the gates; few brains are soon learned by heart")
+    train("--patience", type=positive, default=4, changeable=True, help="stop after so many reports, of which there "
+          "are ten, without a better validation likelihood")  # fmt: skip
+    flags.add_sampling("NAME_vis/samples")
+    sample("--temperature", type=util.positive_float, default=1.0, help="below 1 the likely codes win")
+    sample("--top-p", type=util.fraction, default=1.0, metavar="P", help="draw only among the likeliest codes that "
+           "have probability P together")  # fmt: skip
+    return flags
+
+
+class Patience:
+    """Early stopping: how many reports in a row have not improved on the best."""
+
+    def __init__(self, limit: int):
+        self.limit, self.best, self.stale = limit, math.inf, 0
+
+    def improves(self, bits: float) -> bool:
+        """Takes the bits of one more report, and says whether they are the best."""
+        self.best, self.stale = (bits, 0) if bits < self.best else (self.best, self.stale + 1)
+        return self.stale == 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether to stop."""
+        return self.stale >= self.limit
+
+    def state_dict(self) -> dict:
+        """What load_state_dict takes."""
+        return {"best": self.best, "stale": self.stale}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from there."""
+        self.best, self.stale = state["best"], state["stale"]
 
 
 @torch.no_grad()
-def encode_all(first_stage: VQVAE | VQVAE2, data: Slices, device: torch.device) -> tuple[Codes, Tensor]:
+def encode_all(first_stage: VQVAE | VQVAE2, data: Slices) -> tuple[Codes, Tensor]:
     """Codes and z int64 [N] of a whole split, kept on the device."""
-    codes = []
-    for index in tqdm(torch.arange(len(data)).split(64), desc=f"encode {data.split}", unit="batch", disable=None):
+    codes, device = [], first_stage.latent_mean.device
+    for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
         x, z, _ = data.batch(index, device)
         codes.append(first_stage.encode_indices(x, z))
     return each_grid(lambda *parts: torch.cat(parts), *codes), data.z.to(device)
 
 
-def pick(codes: Codes, index: Tensor) -> Codes:
-    """The codes of some slices, int64 index [n]."""
-    return each_grid(lambda grid: grid[index], codes)
-
-
 @torch.no_grad()
-def validate(
-    model: PixelCNN | PixelCNN2, codes: Codes, z: Tensor, device: torch.device, precision: str
-) -> dict[str, float]:
+def validate(model: PixelCNN | PixelCNN2, codes: Codes, z: Tensor, run: Run) -> dict[str, float]:
     """{"bits": per image over the given codes}, and of a VQ-VAE-2 also {"top_bits", "bottom_bits"}."""
-    with util.autocast(device, precision):
-        parts = [model(pick(codes, index), z[index]) for index in torch.arange(len(z), device=device).split(32)]
+    with run.autocast():
+        parts = [model(pick(codes, index), z[index]) for index in torch.arange(len(z), device=z.device).split(32)]
     bits = {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
     return bits | {"bits": sum(bits.values())}
 
 
-def train(args: argparse.Namespace, typed: dict) -> None:
-    """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
-    rank, world = util.start_processes()
-    device = util.pick_device(args.device)
-    args = checkpoints.open_run(SCRIPT, args, typed, lambda new: load_first_stage(new.first_stage).description["preset"])
-    first_stage = load_first_stage(args.first_stage, device)
-    if not isinstance(first_stage, VQVAE | VQVAE2):
-        raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
-                        "python prestage_train.py --model vqvae, or use stable_diffusion.py")  # fmt: skip
-    folder = find_data(args.data)
-    print(
-        f"run {args.name}: PixelCNN on the codes of {args.first_stage}, preset {args.preset}, at most {args.steps} "
-        f"steps of {args.batch_size} grids on {util.describe_device(device)}"
-    )
-
-    # data: every slice is encoded once
-    train_slices = load_slices(folder, "train", first_stage.image_size, device)
-    held_out_slices = load_slices(folder, "validate", first_stage.image_size, device)
-    codes, z_all = encode_all(first_stage, train_slices, device)
-    held_out, held_out_z = encode_all(first_stage, held_out_slices, device)
-    watched = torch.linspace(0, len(held_out_z) - 1, min(256, len(held_out_z))).round().long().to(device)
-    watched_codes, watched_z = pick(held_out, watched), held_out_z[watched]
-
-    # network
-    torch.manual_seed(args.seed)
-    model_kwargs = {
+def build(args: argparse.Namespace, first_stage: VQVAE | VQVAE2, data: Slices) -> tuple[nn.Module, dict]:
+    """The untrained prior and the keywords that rebuild it."""
+    kwargs = {
         "codebook_size": first_stage.codebook_size,
         "levels": getattr(first_stage.quantizer, "levels", None),
         "channels": args.channels,
         "layers": args.layers,
         "dropout": args.dropout,
+        "slices_per_brain": data.slices_per_brain,
     }
     if isinstance(first_stage, VQVAE2):
-        model_class, model_kwargs = PixelCNN2, {"grids": first_stage.grids, **model_kwargs}
-    else:
-        model_class, model_kwargs = PixelCNN, {"grid": first_stage.latent_shape[1:], **model_kwargs}
-    model = model_class(**model_kwargs).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    checkpoint = Path("model_ckpt") / args.name / "last.pt"
-    start, best, stale = 0, math.inf, 0
-    if checkpoint.exists():
-        state = checkpoints.load_checkpoint(checkpoint, SCRIPT)
-        start, best, stale = state["step"], state["best"], state["stale"]
-        checkpoints.check_same_first_stage(args.name, state["first_stage"], first_stage.description["digest"])
-        checkpoints.fill_model(model, state["model"], checkpoint)
-        checkpoints.fill_model(ema, state["ema"], checkpoint)
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"resumed at step {start}")
-    forward = model
-    if world > 1:  # nothing reads the vertical output of the last layer
-        forward = DistributedDataParallel(model, find_unused_parameters=True)
-    forward = torch.compile(forward) if args.compile else forward
-    data = {"train": train_slices.describe(), "validate": held_out_slices.describe()}
-    checkpoints.check_same_data(args.name, data)
-    parameters = sum(p.numel() for p in model.parameters())
+        kwargs |= {"grids": first_stage.grids}
+        return PixelCNN2(**kwargs), kwargs
+    kwargs |= {"grid": first_stage.latent_shape[1:]}
+    return PixelCNN(**kwargs), kwargs
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, or resumes, the run args.name; exits when it is stopped on the way."""
+    device = util.pick_device(args.device)
+    first_stage = load_first_stage(args.first_stage, device)
+    if not isinstance(first_stage, VQVAE | VQVAE2):
+        raise UserError(f"--first-stage {args.first_stage} is a {first_stage.kind} and has no codes; train one with "
+                        "python prestage_train.py --model vqvae, or use stable_diffusion.py")  # fmt: skip
+    folder = find_data(args.data)
+    data = {split: load_slices(folder, split, first_stage.image_size, device) for split in ("train", "validate")}
+
+    # every slice is encoded once
+    codes, z = encode_all(first_stage, data["train"])
+    held_out, held_out_z = encode_all(first_stage, data["validate"])
+    watched = torch.linspace(0, len(held_out_z) - 1, min(WATCHED_SLICES, len(held_out_z))).round().long().to(device)
+    held_out, held_out_z = pick(held_out, watched), held_out_z[watched]
+
+    torch.manual_seed(args.seed)
+    model, model_kwargs = build(args, first_stage, data["train"])
     nats_per_code = math.log(2) / sum(math.prod(grid) for grid in model.grids)  # of one bit per image
-    run = checkpoints.describe_run(SCRIPT, args, data, parameters=parameters, first_stage=first_stage.description)
-    if start >= args.steps or stale >= args.patience:
-        print(f"run {args.name} is finished after {start} steps; raise --steps or --patience to go on, or --sample")
-        return
-    logger = Logger(args.name, run, step=start, every=max(1, args.report_every // 10), quiet=rank > 0)
-
-    weights = checkpoint.with_name("model.safetensors")
-
-    def save(step: int, improved: bool) -> None:
-        """last.pt for resuming; model.safetensors, for use, when it improved, or when there is none yet."""
-        state = {
-            "script": SCRIPT,
-            "step": step,
-            "best": best,
-            "stale": stale,
-            "first_stage": first_stage.description["digest"],
-        }
-        state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoints.save_checkpoint(checkpoint, state)
-        if improved or not weights.exists():
-            description = {"model_kwargs": model_kwargs, "step": step, "preset": args.preset, "data": data["train"]}
-            save_second_stage(weights, ema, first_stage, description)
-
-    def draw(step: int) -> None:
-        slices = decode_codes(first_stage, sample_brain(ema, args.seed, 0, 1.0, device))
-        title = f"sampled after {step} steps: seed {args.seed}, one noise for all z"
-        tqdm.write(f"picture: {logger.picture(f'sample_{step:06d}', sheets.brain_sheet(slices, title))}")
-
-    # training
-    step = start
-    steps = util.TrainingSteps(start, args.steps, args.minutes, args.name)
-    for step in steps:
-        torch.manual_seed(util.mix_seed(args.seed, step, rank))
-        index = util.batch_index(args.seed, step, args.batch_size, len(z_all), rank, world).to(device)
-        rate = args.learning_rate * util.learning_rate_factor(step, args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        with util.autocast(device, args.precision):
-            bits = sum(forward(pick(codes, index), z_all[index]).values()).mean()
-        loss = bits * nats_per_code
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        util.check_finite({"loss": loss, "gradient": norm}, step)
-        optimizer.step()
-        util.update_ema(ema, model, step)
-
-        logger.add(step + 1, {"train/bits": bits.detach(), "learning_rate": rate}, args.batch_size * world)
-        reported = (step + 1) % args.report_every == 0 or step + 1 == args.steps
-        if reported:
-            logger.flush(step + 1)
-            scores = validate(ema, watched_codes, watched_z, device, args.precision)
-            scores = {name: util.mean_of_processes(value) for name, value in scores.items()}  # all stop together
-            best, stale = (scores["bits"], 0) if scores["bits"] < best else (best, stale + 1)
-            scores = {f"validate/{name}": value for name, value in (scores | {"best_bits": best}).items()}
-            logger.report(step + 1, scores)
-            if rank == 0:
-                save(step + 1, improved=stale == 0)
-                draw(step + 1)
-            logger.pause()
-            if stale >= args.patience:
-                print(f"the validation likelihood has not improved for {stale} reports: stopping")
+    patience = Patience(args.patience)
+    run = Run(args, model, data=data, steps=args.steps, built_on=first_stage.description["digest"],
+              keep={"patience": patience})  # fmt: skip
+    for _ in () if patience.exhausted else run.steps():
+        index = run.index(len(z)).to(device)
+        with run.autocast():
+            bits = run.forward(pick(codes, index), z[index])
+        loss = sum(bits.values()).mean() * nats_per_code  # of the order of 1 at every size
+        improved = False
+        if run.update({"loss": loss}):
+            if run.report_due:
+                scores = validate(run.ema, held_out, held_out_z, run)
+                # torchrun's processes all stop together
+                improved = patience.improves(util.mean_of_processes(scores["bits"]))
+                slices = decode_brain(first_stage, sample_brain(run.ema, args.seed))
+                title = f"sampled after {run.done} steps: seed {args.seed}, one noise for all z"
+                scores = {f"validate/{name}": value for name, value in scores.items()}
+                run.report(scores | {"validate/best_bits": patience.best}, sample=sheets.brain_sheet(slices, title))
+            if improved or not run.weights.exists():  # the weights for use are the best
+                description = {"model_kwargs": model_kwargs, **run.described()}
+                save_second_stage(run.weights, run.ema, first_stage, description)
+            run.save()
+            if patience.exhausted:
+                print(f"the validation likelihood has not improved for {patience.stale} reports: stopping")
                 break
+    run.finish()
+    if math.isfinite(patience.best):
+        print(f"best on validate: {patience.best:.0f} bits per image; {first_stage.fixed_bits:.0f} at fixed length")
+    run.say_where()
 
-    if not reported and rank == 0:
-        logger.flush(step + 1)
-        save(step + 1, improved=False)
-    print(f"weights: {weights}   log: {logger.folder}   pictures: {logger.pictures}")
-    if math.isfinite(best):
-        print(f"best on validate: {best:.0f} bits per image, against {first_stage.fixed_bits:.0f} at fixed length")
-    finished = step + 1 == args.steps or stale >= args.patience
-    if not finished:
-        util.stop_unfinished(step + 1, steps)
+
+def default_preset(args: argparse.Namespace) -> str:
+    """That of the first stage."""
+    return load_first_stage(args.first_stage).description["preset"]
 
 
 def main() -> None:
-    args, typed = util.parse_flags(flags())
-    args.name = args.name or "pixelcnn"
+    declared = flags()
+    args, typed = declared.parse()
+    args.name = args.name or PixelCNN.kind
     util.start_processes()
-    released = checkpoints.RELEASED / "pixelcnn.safetensors"
-    weights = checkpoints.weights_to_sample(SCRIPT, args, typed, released) if args.sample else None
+    weights = weights_to_sample(declared, args, typed, RELEASED / "pixelcnn.safetensors") if args.sample else None
     if weights is None:
-        train(args, typed)
-        weights = checkpoints.run_weights(args.name)
+        train(open_run(declared, args, typed, default_preset))
+        weights = run_weights(args.name)
     if args.sample and util.first_process():
-        sample(args, weights)
+        sample(args, declared, weights)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every script shares: flags and presets, devices and processes, seeds and steps, mathematics without layers.
+"""What every script shares: flag types and errors, devices and processes, seeds, progress, mathematics without layers.
 
 Randomness is a function of (seed, step, rank) and the order of the data of (seed, epoch), so a resumed run repeats an
 uninterrupted one without any generator state on disk.
@@ -10,17 +10,17 @@ import hashlib
 import io
 import math
 import os
-import signal
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -28,46 +28,7 @@ class UserError(Exception):
     """Something the user can mend. The message says what, where and what to do, in one line."""
 
 
-# ----------------------------------------------------------------------------------------------- flags and presets
-
-# One row per setting: demo (64 px, CPU minutes), small (256 px, CPU hours), base (256 px, one CUDA GPU).
-PRESETS: dict[str, dict[str, tuple]] = {
-    "prestage_train.py": {
-        "image_size": (64, 256, 256),
-        "steps": (600, 3800, 60_000),
-        "batch_size": (32, 4, 32),
-        "channels": (32, 128, 96),
-        "channel_multipliers": ((1, 2), (1,), (1, 2)),
-        "patch": (2, 8, 4),
-        "blocks": (1, 3, 3),
-        "codebook_size": (256, 1024, 1024),
-        "learning_rate": (1e-3, 8e-4, 3e-4),
-        "discriminator_channels": (32, 32, 64),
-        "discriminator_start": (350, 2700, 40_000),
-        "gan_start": (450, 2900, 45_000),
-        "report_every": (200, 400, 1000),
-    },
-    "stable_diffusion.py": {
-        "steps": (1000, 1600, 100_000),
-        "batch_size": (64, 32, 128),
-        "channels": (48, 64, 128),
-        "channel_multipliers": ((1, 2), (1, 2, 3), (1, 2, 3)),
-        "blocks": (1, 2, 2),
-        "slices": (8, 1, 8),
-        "moved_heads": (0, 0, 6),
-        "learning_rate": (1e-3, 5e-4, 2e-4),
-        "report_every": (500, 400, 5000),
-    },
-    "pixelCNN.py": {
-        "steps": (600, 2400, 40_000),
-        "batch_size": (32, 16, 64),
-        "channels": (48, 64, 128),
-        "layers": (6, 8, 12),
-        "learning_rate": (1e-3, 8e-4, 3e-4),
-        "report_every": (200, 400, 1000),
-    },
-}
-PRESET_NAMES = ("demo", "small", "base")
+# ------------------------------------------------------------------------------------------------------------- flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,42 +40,6 @@ class _Parser(argparse.ArgumentParser):
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """An argument parser whose errors are one line."""
     return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def training_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every training script has."""
-    parser = plain_parser(description)
-    add = parser.add_argument
-    add(
-        "--data",
-        metavar="FOLDER",
-        help="folder that holds keras_png_slices_*; default: $OASIS_DATA, "
-        "else data/keras_png_slices_data, else the built-in phantom",
-    )
-    add("--name", help="name of the run: model_ckpt/NAME, log/NAME, NAME_vis; default: the model's name")
-    add(
-        "--preset",
-        choices=PRESET_NAMES,
-        help="sizes and lengths: demo 64 px for CPU minutes, small 256 px for CPU hours, base 256 px for a GPU; "
-        "flags without a default below take theirs from here; default: for a first stage base on CUDA, else small, "
-        "or demo on the phantom; for a second stage that of its first",
-    )
-    add("--steps", type=positive_int, help="optimiser steps of the whole run; raise it to train a finished run further")
-    add("--minutes", type=positive_float, help="stop and save after this many minutes; default: no limit")
-    add("--batch-size", type=positive_int, help="slices per step and process")
-    add("--learning-rate", type=positive_float, help="Adam's, after warm-up")
-    add("--report-every", type=positive_int, help="steps between reports, each with validation, pictures, checkpoint")
-    add("--seed", type=seed, default=0, help="all randomness follows from it (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="bf16 is autocast: quantiser, losses and metrics stay float32; auto takes bf16 where the processor "
-        "has it in hardware (default: %(default)s)",
-    )
-    add("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on a GPU")
-    return parser
 
 
 def add_decoder_flag(parser: argparse.ArgumentParser, default: str | None, usual: str) -> None:
@@ -174,20 +99,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def preset_settings(script: str, preset: str) -> dict:
-    """The preset's column for `script`, as {flag: value}."""
-    column = PRESET_NAMES.index(preset)
-    return {flag: values[column] for flag, values in PRESETS[script].items()}
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """Parses argv. Returns the settings with their plain defaults, and {flag: value} of what was typed."""
-    plain, unset = vars(parser.parse_args([])), object()
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(plain, unset))))
-    typed = {flag: value for flag, value in typed.items() if value is not unset}
-    return argparse.Namespace(**{**plain, **typed}), typed
-
-
 def command(main: Callable[[], None]) -> None:
     """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130."""
     try:
@@ -217,7 +128,12 @@ def run_script(script: str, flags: list) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it."""
+    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it.
+
+    Of torchrun's processes only the first writes.
+    """
+    if not speaks():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -249,12 +165,16 @@ def start_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def speaks() -> bool:
+    """Whether this is the process that speaks and writes: the only one, or the first of torchrun's."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def first_process() -> bool:
-    """Whether this is the process that writes results; torchrun's processes wait for each other here."""
-    if not dist.is_initialized():
-        return True
-    dist.barrier()
-    return dist.get_rank() == 0
+    """As speaks; torchrun's processes wait for each other here."""
+    if dist.is_initialized():
+        dist.barrier()
+    return speaks()
 
 
 def pick_device(name: str) -> torch.device:
@@ -285,19 +205,35 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The dtype in which --precision lets networks multiply: float32, bfloat16 or float16.
+
+    auto: bfloat16 where the processor has it in hardware, float16 on older GPUs (T4, 20-series), float32 on older CPUs.
+    """
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision != "auto":
+        return names[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # processors with AMX have it too
+    return torch.bfloat16 if fast else torch.float32
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of --precision. On a CPU, auto is bf16 only where AVX-512 or AMX multiply it."""
-    if precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # processors with AMX have it too
-        )
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The autocast context of --precision."""
+    dtype = autocast_dtype(device, precision)
+    reduced = dtype != torch.float32
+    return torch.autocast(device.type, dtype if reduced else torch.bfloat16, enabled=reduced)
 
 
-# -------------------------------------------------------------------------------------------------- seeds and steps
+# -------------------------------------------------------------------------------------------------------------- seeds
 
 
 def mix_seed(*numbers: int | str) -> int:
@@ -319,47 +255,6 @@ def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0
     return torch.tensor([shuffled[e][p % count] for e, p in zip(epoch, position)])
 
 
-class TrainingSteps:
-    """Iterates over start .. stop - 1 under a progress bar; ends early, after a whole step, on time limit or Ctrl-C.
-
-    A second Ctrl-C interrupts at once. Under torchrun all processes end after the same step. Afterwards `interrupted`
-    tells whether a signal ended it.
-    """
-
-    def __init__(self, start: int, stop: int, minutes: float | None, title: str):
-        self.start, self.stop, self.minutes, self.title = start, stop, minutes, title
-        self.interrupted = False
-
-    def _note_signal(self, signum, frame) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        tqdm.write("stopping after this step and saving; Ctrl-C again stops at once")
-
-    def __iter__(self) -> Iterator[int]:
-        began = time.monotonic()
-        previous = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        silent = True if dist.is_initialized() and dist.get_rank() else None  # None: where there is no terminal
-        steps = range(self.start, self.stop)
-        bar = tqdm(steps, desc=self.title, initial=self.start, total=self.stop, unit="step", disable=silent)
-        try:
-            for step in bar:
-                yield step
-                late = self.minutes is not None and time.monotonic() - began > 60 * self.minutes
-                if any_process(self.interrupted or late):
-                    break
-        finally:
-            bar.close()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-
-
-def stop_unfinished(step: int, steps: TrainingSteps) -> None:
-    """Says how to continue, and exits: with status 130 after Ctrl-C, 0 after the time limit."""
-    print(f"stopped after {step} of {steps.stop} steps; the same command continues")
-    sys.exit(130 if steps.interrupted else 0)
-
-
 def any_process(flag: bool) -> bool:
     """True when the flag is set in any of torchrun's processes."""
     if not dist.is_initialized():
@@ -367,6 +262,18 @@ def any_process(flag: bool) -> bool:
     total = torch.tensor(float(flag))
     dist.all_reduce(total)
     return bool(total > 0)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replaces every gradient by its mean over torchrun's processes, so that all take the same step."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of hundreds
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def mean_of_processes(value: Tensor | float) -> float:
@@ -378,35 +285,81 @@ def mean_of_processes(value: Tensor | float) -> float:
     return float(total) / dist.get_world_size()
 
 
-def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float = 0.05) -> float:
-    """Linear warm-up, then half a cosine from 1 to `final` at the last step."""
-    ramp = min(1.0, (step + 1) / warm_up)
-    return ramp * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+# ---------------------------------------------------------------------------------------------------------- progress
+
+QUIET_SECONDS = 30  # without a terminal, at least a line so often
 
 
-def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite."""
-    if torch.isfinite(torch.stack([value.detach().float() for value in losses.values()])).all():
-        return
-    for name, value in losses.items():
-        if not torch.isfinite(value):
-            raise UserError(
-                f"{name} became {value.item()} at step {step}; the last checkpoint is good: "
-                "run the same command with another --name and a lower --learning-rate, or --precision fp32"
-            )
+def progress(
+    items: Iterable,
+    title: str,
+    total: int | None = None,
+    unit: str = "it",
+    start: int = 0,
+    note: Callable[[], str] = str,
+) -> Iterator:
+    """Hands on the items and says how far it is: a bar on a terminal, else a line at least every half minute.
 
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float = 0.999) -> None:
-    """ema <- d ema + (1 - d) model with d = min(decay, (1 + step) / (10 + step)); buffers are copied, not averaged.
-
-    Frozen parameters stay as they are, to the last bit: averaging would turn -0 into 0, and change a digest.
+    Args:
+        items: to iterate over; `total` of them, or len(items).
+        start: how many were done before.
+        note: is asked for a few words, such as the loss, whenever something is shown.
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    moving = [(kept, p.detach()) for kept, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_(*(list(part) for part in zip(*moving)), 1 - decay)
-    for kept, current in zip(ema.buffers(), model.buffers()):
-        kept.copy_(current)
+    total = len(items) + start if total is None else total
+    if not speaks():
+        yield from items
+        return
+    if sys.stderr.isatty():
+        with tqdm(desc=title, initial=start, total=total, unit=unit) as bar:
+            shown = time.monotonic()
+            for item in items:
+                yield item
+                if time.monotonic() - shown > 1:  # asking for the loss makes a GPU wait
+                    shown = time.monotonic()
+                    bar.set_postfix_str(note(), refresh=False)
+                bar.update()
+        return
+    began = shown = time.monotonic()
+    for done, item in enumerate(items, start + 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= QUIET_SECONDS:
+            shown, rate = now, (done - start) / (now - began)
+            words = [f"{title}: {done} of {total} {unit}", note(), per_second(rate, unit)]
+            words.append(f"{duration((total - done) / rate)} left")
+            print(", ".join(filter(None, words)), flush=True)
+
+
+def per_second(rate: float, unit: str) -> str:
+    """Such as "3.2 step/s", or "4.1 s/step" where it is slow."""
+    return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# -------------------------------------------------------------------------------------------------------- provenance
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, PyTorch and NumPy, which decide about the last digits of results."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def commit_of_code() -> str:
+    """The commit of these files, with -dirty where they were changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return commit or "not a git checkout"
 
 
 # -------------------------------------------------------------------------------------------------------- mathematics

@@ -1,0 +1,108 @@
+"""The files of trained stages: a first stage alone, or a second stage together with the first it was trained on."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model_diffusion import RECIPES
+from model_VAE import MODELS
+from parts.autoencoder import Autoencoder
+from training.checkpoints import digest_of, fill_model, find_weights, load_weights, part_of, save_weights
+from util import UserError
+
+
+def latent_digest(weights: dict[str, Tensor]) -> str:
+    """16 hexadecimal digits of all that latents depend on: first stages that differ in their decoders share them."""
+    decoding = ("decoder.", "perceptual.", "grain.")
+    return digest_of({name: tensor for name, tensor in weights.items() if not name.startswith(decoding)})
+
+
+def load_first_stage(
+    run: str | Path, device: torch.device | str = "cpu", decoder: str | None = "fidelity"
+) -> Autoencoder:
+    """The frozen autoencoder of a weights file, a run's folder or a run's name, in evaluation mode on `device`.
+
+    `decoder` is "fidelity", "perceptual", or None for the perceptual one where there is one. Raises UserError when
+    there is no such file or no such decoder.
+    """
+    path = find_weights(run, f"python prestage_train.py --model {run if run in MODELS else f'vqvae --name {run}'}")
+    weights, description = load_weights(path)
+    if description["kind"] not in MODELS:
+        raise UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
+    weights, description = in_words_of_today(weights, description)
+    description |= {"digest": latent_digest(weights), "path": str(path)}
+    return build_first_stage(description, weights, path, decoder).to(device)
+
+
+def build_first_stage(
+    description: dict, weights: dict[str, Tensor], path: Path, decoder: str | None = "fidelity"
+) -> Autoencoder:
+    """The frozen autoencoder of weights and their description {"kind", "model_kwargs", ...}; `path` is for messages.
+
+    Weights without an encoder, as a released second stage has them, make a first stage that only decodes.
+    The description stays on the model as `description`, for those who store it beside their own weights.
+    """
+    model = MODELS[description["kind"]](**description["model_kwargs"])
+    model.description = description
+    if not any(name.startswith("encoder.") for name in weights):
+        model.keep_decoders()
+    fill_model(model, weights, path)
+    try:
+        model.use_decoder(decoder or ("perceptual" if model.perceptual is not None else "fidelity"))
+    except ValueError as error:
+        raise UserError(f"--decoder {decoder}: {error}; train one with --gan-weight above 0 ({path})") from None
+    model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)  # convolutions run twice as fast
+
+
+def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, description: dict) -> None:
+    """Writes a prior and the first stage it was trained on into one file, so that sampling needs one path."""
+    weights = {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
+    weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
+    save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": first_stage.description})
+
+
+def load_second_stage(
+    run: str | Path, models: dict[str, type], device: torch.device | str = "cpu", decoder: str | None = None
+) -> tuple[nn.Module, Autoencoder]:
+    """(prior, first stage) of a run or file, frozen, in evaluation mode on `device`.
+
+    Args:
+        models: {kind: class} of the priors that may be in it.
+        decoder: as in load_first_stage, but None by default.
+    The description stays on the prior as `description`. Raises UserError if the prior is of no such kind.
+    """
+    script = next(iter(models.values())).script
+    path = find_weights(run, f"python {script} --name {run}")
+    weights, description = load_weights(path)
+    if description["kind"] not in models:
+        raise UserError(f"{path} is a {description['kind']}, none of {', '.join(models)}; name a run of {script}")
+    parts = {}
+    for part, described in (("prior", description), ("first_stage", description["first_stage"])):
+        parts[part] = in_words_of_today(part_of(weights, f"{part}."), described)
+    weights, description = parts["prior"]
+    description |= {"first_stage": parts["first_stage"][1], "path": str(path)}
+    try:
+        prior = models[description["kind"]](**description["model_kwargs"]).eval().requires_grad_(False)
+    except (TypeError, ValueError):
+        raise UserError(f"{path} has settings that this version does not know; train it anew") from None
+    fill_model(prior, weights, path)
+    prior.description = description
+    weights, described = parts["first_stage"]
+    return prior.to(device), build_first_stage(described, weights, path, decoder).to(device)
+
+
+def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[dict[str, Tensor], dict]:
+    """Weights and description of a stage as this version names them; those of release 1 have other words for some."""
+    kwargs = dict(description["model_kwargs"])
+    if "channel_multipliers" in kwargs:
+        channels, multipliers = kwargs.pop("channels"), kwargs.pop("channel_multipliers")
+        kwargs["widths"] = tuple(channels * m for m in multipliers)
+    if "schedule" in kwargs:
+        chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
+        kwargs["recipe"] = next((name for name, recipe in RECIPES.items() if tuple(recipe) == chosen), "unknown")
+    for name in ("quantizer", "quantizer_options", "slice_noise"):
+        kwargs.pop(name, None)
+    weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}
+    return weights, description | {"model_kwargs": kwargs}
