@@ -7,6 +7,7 @@ written otherwise, rectified flow and EDM, are the same one after a division of 
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,59 +25,91 @@ from module import (
     zero,
 )
 from parts.calibration import Calibration
-from parts.gaussian_prior import LinearDenoiser
-
-SCHEDULES = ("cosine", "linear", "cosine-zero", "linear-zero", "flow", "edm")
-PREDICTIONS = ("v", "eps", "x0", "flow")
-WEIGHTINGS = ("plain", "min-snr")
-SLICE_NOISE = ("matched", "shared", "own")
-# Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
-# rectified flow, mean 0 is u = sigmoid(N(0, 1)).
-TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
-# What published methods chose, as (schedule, prediction, weighting, times).
-RECIPES = {
-    "v": ("cosine", "v", "plain", "uniform"),  # Salimans and Ho 2022
-    "min-snr": ("cosine", "v", "min-snr", "uniform"),  # Hang et al. 2023, with v
-    "ddpm": ("linear", "eps", "plain", "uniform"),  # Ho et al. 2020
-    "flow": ("flow", "flow", "plain", "logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
-    "edm": ("edm", "v", "plain", "log-normal"),  # Karras et al. 2022 and 2024
-}
+from parts.gaussian_prior import GaussianPrior
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 MOVES = 4  # numbers that say how training moved a head, see dataset.move
 
-# ---------------------------------------------------------------------------------------------------- noise schedules
+
+# ------------------------------------------------------------------------------------------ noise schedules and recipes
+
+
+def _cosine(T: int) -> Tensor:
+    """alpha_t^2 = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, beta_t <= 0.999 (Nichol and Dhariwal 2021, eq. 17)."""
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    squared = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = 1 - squared[1:] / squared[:-1]
+    return torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
+
+
+def _linear(T: int) -> Tensor:
+    """beta_t from 1e-4 to 0.02 at T = 1000, scaled for other T (Ho et al. 2020, section 4)."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    return torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
+
+
+def _flow(T: int) -> Tensor:
+    """(1 - u) x_0 + u noise with u from 1/T to 1, rescaled (rectified flow, Liu et al. 2023)."""
+    u = torch.linspace(1 / T, 1, T, dtype=torch.float64)
+    return (1 - u) / torch.hypot(1 - u, u)
+
+
+def _edm(T: int) -> Tensor:
+    """x_0 + s noise with s from 0.002 to 80 at rho = 7, rescaled (Karras et al. 2022, eq. 5)."""
+    s = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), T, dtype=torch.float64) ** 7
+    return (1 + s**2).rsqrt()
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"cosine": _cosine, "linear": _linear, "flow": _flow, "edm": _edm}
+# Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
+# rectified flow, mean 0 is u = sigmoid(N(0, 1)).
+TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
+
+
+class Recipe(NamedTuple):
+    """The choices of a published method.
+
+    schedule: of the noise, a key of SCHEDULES.
+    prediction: the meaning of the UNet's output, see output_meaning.
+    weighting: "plain" counts the squared error of the output once; "min-snr" that of x_0 min(SNR, 5) times, with
+        SNR = alpha^2 / sigma^2.
+    times: a key of TIMES.
+    """
+
+    schedule: str
+    prediction: str
+    weighting: str = "plain"
+    times: str = "uniform"
+
+
+RECIPES = {
+    "v": Recipe("cosine", "v"),  # Salimans and Ho 2022
+    "min-snr": Recipe("cosine", "v", weighting="min-snr"),  # Hang et al. 2023, with v
+    "ddpm": Recipe("linear", "eps"),  # Ho et al. 2020
+    "flow": Recipe("flow", "flow", times="logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
+    "edm": Recipe("edm", "v", times="log-normal"),  # Karras et al. 2022 and 2024
+}
 
 
 def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), [T] each, of the forward process; alpha falls, and alpha^2 + sigma^2 = 1.
-
-    linear: beta_t from 1e-4 to 0.02 at T = 1000, scaled for other T (Ho et al. 2020, section 4).
-    cosine: alpha_t^2 = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, beta_t <= 0.999 (Nichol and Dhariwal 2021, eq. 17).
-    linear-zero, cosine-zero: alpha shifted and scaled, so that its last value is 0 and its first as it was: the last
-        x_t is nothing but noise, in training as in sampling (Lin et al. 2024, algorithm 1).
-    flow: (1 - u) x_0 + u noise with u from 1/T to 1, rescaled (rectified flow, Liu et al. 2023).
-    edm: x_0 + s noise with s from 0.002 to 80 at rho = 7, rescaled (Karras et al. 2022, eq. 5).
-    """
-    if schedule in ("linear", "linear-zero"):
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-        alpha = torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
-    elif schedule in ("cosine", "cosine-zero"):
-        u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-        squared = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = 1 - squared[1:] / squared[:-1]
-        alpha = torch.cumprod(1 - beta.clamp(max=0.999), 0).sqrt()
-    elif schedule == "flow":
-        u = torch.linspace(1 / T, 1, T, dtype=torch.float64)
-        alpha = (1 - u) / torch.hypot(1 - u, u)
-    elif schedule == "edm":
-        s = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), T, dtype=torch.float64) ** 7
-        alpha = (1 + s**2).rsqrt()
-    else:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, not {schedule}")
-    if schedule.endswith("-zero"):
-        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    """(alpha, sigma), [T] each, of a schedule; alpha falls, and alpha^2 + sigma^2 = 1."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, not {schedule}")
+    alpha = SCHEDULES[schedule](T)
     return alpha.to(dtype), ((1 - alpha) * (1 + alpha)).sqrt().to(dtype)
+
+
+def output_meaning(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple:
+    """(a, b, d), each a number or a tensor like alpha: the UNet's output means a noise + b x_0; d = alpha a - sigma b.
+
+    Together with x_t = alpha x_0 + sigma noise this has the solution
+
+        x_0 = (a x_t - sigma output) / d,    noise = (alpha output - b x_t) / d                                   (1)
+
+    "v" is alpha noise - sigma x_0 (Salimans and Ho 2022), "eps" the noise (Ho et al. 2020), "flow" noise - x_0 (Liu et
+    al. 2023).
+    """
+    return {"v": (alpha, -sigma, 1), "eps": (1, 0, alpha), "flow": (1, -1, alpha + sigma)}[prediction]
 
 
 # ----------------------------------------------------------------------------------------------------------- the UNet
@@ -84,26 +117,31 @@ def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> t
 
 def embed_condition(dim: int, name: str) -> nn.Module:
     """The embedding of a condition's numbers [B], which may be NaN, as vectors [B, dim]."""
-    if CONDITIONS[name] is None:
-        return Embedding(dim, unknown=True)
-    return CategoryEmbedding(dim, CONDITIONS[name])
+    values = CONDITIONS[name].values
+    return CategoryEmbedding(dim, tuple(values.values())) if values else Embedding(dim, unknown=True)
 
 
 class UNet(nn.Module):
-    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of both embeddings enters every block.
+    """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of all embeddings enters every block.
 
-    The first layer also sees the `guess` at x_0 of a linear denoiser, without effect at the start. `conditions` names
-    what else is known, and embedded, of the person.
-    With `mixing`, slices of one brain hear of each other in every block; it starts as the network without.
-    With `moved`, training moves heads and says how far, so that samples are of heads where they are (augmentation
-    conditioning, Karras et al. 2022, appendix F.2); it starts without effect.
+    The first layer also sees the guess at x_0 of the Gaussian prior. Training begins at the network without the guess,
+    without `mixing` and without `moved`: their layers are zero.
+
+    Args:
+        latent_channels: C.
+        widths: channels of each level; every level but the first halves the sides.
+        blocks: residual blocks a level.
+        unknown_z: whether z may be NaN, not known.
+        mixing: whether every block mixes neighbouring slices of a brain.
+        conditions: numbers that are embedded too, keys of CONDITIONS.
+        moved: whether the network is told how far training moved a head, so that samples are of heads that were not
+            moved (augmentation conditioning, Karras et al. 2022, appendix F.2).
     """
 
     def __init__(
         self,
         latent_channels: int,
-        channels: int,
-        channel_multipliers: tuple[int, ...],
+        widths: tuple[int, ...],
         blocks: int,
         unknown_z: bool = False,
         mixing: bool = False,
@@ -111,27 +149,26 @@ class UNet(nn.Module):
         moved: bool = False,
     ):
         super().__init__()
-        width = [channels * m for m in channel_multipliers]
-        embedding_dim = 4 * channels
+        first, embedding_dim = widths[0], 4 * widths[0]
         self.embed_t, self.embed_z = Embedding(embedding_dim), Embedding(embedding_dim, unknown=unknown_z)
         self.embed_people = nn.ModuleDict({name: embed_condition(embedding_dim, name) for name in conditions})
         self.embed_moves = zero(nn.Linear(MOVES, embedding_dim, bias=False)) if moved else None
-        self.stem = nn.Conv2d(latent_channels, width[0], 3, padding=1)
-        self.stem_guess = zero(nn.Conv2d(latent_channels, width[0], 3, padding=1, bias=False))
+        self.stem = nn.Conv2d(latent_channels, first, 3, padding=1)
+        self.stem_guess = zero(nn.Conv2d(latent_channels, first, 3, padding=1, bias=False))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, current = [width[0]], width[0]
-        for level, w in enumerate(width):
+        skips, current = [first], first
+        for level, width in enumerate(widths):
             if level:
                 self.down.append(Downsample(current, current))
                 skips.append(current)
             for _ in range(blocks):
-                self.down.append(Level(current, w, embedding_dim, attention=level > 0, mixing=mixing))
-                skips.append(current := w)
+                self.down.append(Level(current, width, embedding_dim, attention=level > 0, mixing=mixing))
+                skips.append(current := width)
         self.mid = Level(current, current, embedding_dim, attention=True, mixing=mixing)
-        for level, w in reversed(list(enumerate(width))):
+        for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(Level(current + skips.pop(), w, embedding_dim, attention=level > 0, mixing=mixing))
-                current = w
+                self.up.append(Level(current + skips.pop(), width, embedding_dim, attention=level > 0, mixing=mixing))
+                current = width
             if level:
                 self.up.append(Upsample(current, current))
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
@@ -146,17 +183,20 @@ class UNet(nn.Module):
         people: Tensor | None = None,
         moves: Tensor | None = None,
     ) -> Tensor:
-        """x and guess [B, C, h, w]; t [B], steps 0 .. T - 1; z [B], slice index, or NaN with unknown_z.
+        """The output [B, C, h, w] for x_t.
 
-        With mixing, every `slices` of the batch are contiguous slices of one brain. `people` [B, conditions] holds the
-        conditions in their order, NaN where one is not known; None if none is. moves: [B, 4] as in dataset.move, or
-        None for heads that were not moved.
+        Args:
+            x, guess: x_t and the guess at x_0, [B, C, h, w].
+            t: [B], steps 0 .. T - 1.
+            z: [B], slice index, or NaN with unknown_z.
+            slices: with mixing, every so many of the batch are contiguous slices of one brain.
+            people: [B, conditions], in their order, NaN where one is not known; None if none is.
+            moves: [B, 4] as in dataset.move; None for heads that were not moved.
         """
         embedding = self.embed_t(t) + self.embed_z(z)
         for k, (name, embed) in enumerate(self.embed_people.items()):
-            value = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
-            # in decades: the sines of single years would tell every person of a small data set from all others
-            embedding = embedding + embed(value / 10 if name == "age" else value)
+            number = torch.full_like(t, math.nan, dtype=torch.float32) if people is None else people[:, k]
+            embedding = embedding + embed(number / CONDITIONS[name].scale)
         if moves is not None and self.embed_moves is not None:
             embedding = embedding + self.embed_moves(moves)
         h = self.stem(x) + self.stem_guess(guess)
@@ -191,29 +231,22 @@ class Level(nn.Module):
 
 
 class LatentDiffusion(nn.Module):
-    """p(latent | z): the UNet together with what it predicts and how its loss is weighted.
+    """p(latent | z): the UNet, the Gaussian prior that helps it, the loss, and the calibration of samples.
 
     Args:
         latent_shape: (C, h, w) of the first stage's latents.
-        channels, channel_multipliers, blocks: of the UNet.
-        schedule: of the noise, one of SCHEDULES.
-        prediction: what the UNet's output means: "v" = alpha noise - sigma x_0 (Salimans and Ho 2022), "eps" the noise
-            (Ho et al. 2020), "x0" the clean latent, "flow" = noise - x_0 (Liu et al. 2023).
-        weighting: "plain" counts the squared error of the output once; "min-snr" that of x_0 min(SNR, 5) times, with
-            SNR = alpha^2 / sigma^2 (Hang et al. 2023), whatever the prediction.
-        times: where training draws t, a key of TIMES.
+        widths, blocks: of the UNet.
+        recipe: a key of RECIPES.
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
-        slices: S, how many contiguous slices of a brain training shows together. With 1 the model sees every slice by
-            itself; with more, neighbours hear of each other, and S may be another one in sampling.
-        modes: of the LinearDenoiser, whose guess at x_0 the UNet sees; they need matched noise.
-        slice_noise: how the noise of a brain's slices hangs together, one of SLICE_NOISE: "matched" is correlated
-            along z as `slice_correlation` says, "shared" the same in all, "own" independent.
-        slices_per_brain: Z, how many slices there are of a brain.
-        conditions: what the model knows of people, keys of CONDITIONS. Training hides each from a share
-            drop_conditions of the brains, from as many all of them, and from a share drop_z all of them and z.
-        moved: whether training shows moved heads too, and the UNet hears how far they were.
+        slices: how many contiguous slices of a brain the UNet sees at once in training. With 1 it sees every slice by
+            itself; with more its blocks mix neighbours, and sampling may show it another number.
+        slices_per_brain: Z.
+        modes: of the Gaussian prior, whose guess at x_0 the UNet sees.
+        conditions: numbers that are known of people, keys of CONDITIONS. Training hides each from a share
+            drop_conditions of the brains, all of them from as many, and all of them and z from a share drop_z.
+        moved: whether training shows moved heads too, and tells the UNet how far they were moved.
         T: number of steps of the forward process.
-    Raises ValueError for a choice that there is not, and for "eps" with a schedule that ends at alpha = 0.
+    Raises ValueError for an unknown recipe or condition.
     """
 
     kind, script = "diffusion", "stable_diffusion.py"
@@ -222,16 +255,11 @@ class LatentDiffusion(nn.Module):
         self,
         *,
         latent_shape: tuple[int, int, int],
-        channels: int,
-        channel_multipliers: tuple[int, ...],
+        widths: tuple[int, ...],
         blocks: int,
-        schedule: str = "cosine",
-        prediction: str = "v",
-        weighting: str = "plain",
-        times: str = "uniform",
-        drop_z: float = 0.0,
+        recipe: str = "v",
+        drop_z: float = 0.1,
         slices: int = 1,
-        slice_noise: str = "matched",
         slices_per_brain: int = 32,
         modes: int = 0,
         conditions: tuple[str, ...] = (),
@@ -240,52 +268,44 @@ class LatentDiffusion(nn.Module):
         T: int = 1000,
     ):
         super().__init__()
-        choices = (
-            ("prediction", prediction, PREDICTIONS),
-            ("weighting", weighting, WEIGHTINGS),
-            ("times", times, TIMES),
-            ("slice_noise", slice_noise, SLICE_NOISE),
-            *(("conditions", name, CONDITIONS) for name in conditions),
-        )
-        for name, value, possible in choices:
-            if value not in possible:
-                raise ValueError(f"{name} must be one of {tuple(possible)}, not {value}")
-        alpha, sigma = noise_levels(schedule, T, torch.float64)  # differences of neighbours matter to samplers
-        if prediction == "eps" and alpha[-1] == 0:
-            raise ValueError(f"prediction eps says nothing about x_0 where schedule {schedule} ends, at alpha = 0")
-        self.latent_shape, self.schedule, self.T = tuple(latent_shape), schedule, T
-        self.prediction, self.weighting, self.times, self.drop_z = prediction, weighting, times, drop_z
-        self.slices, self.slice_noise = slices, slice_noise
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {tuple(RECIPES)}, not {recipe}")
+        for name in conditions:
+            if name not in CONDITIONS:
+                raise ValueError(f"conditions must be among {tuple(CONDITIONS)}, not {name}")
+        self.latent_shape, self.recipe, self.T = tuple(latent_shape), RECIPES[recipe], T
+        self.slices, self.slices_per_brain, self.drop_z = slices, slices_per_brain, drop_z
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
-        self.linear = LinearDenoiser(self.latent_shape, modes, slices_per_brain, len(self.conditions))
+        self.linear = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions))
         self.calibration = Calibration(self.latent_shape, slices_per_brain)
         self.unet = UNet(
             latent_shape[0],
-            channels,
-            tuple(channel_multipliers),
+            tuple(widths),
             blocks,
             unknown_z=drop_z > 0,
             mixing=slices > 1,
             conditions=self.conditions,
             moved=moved,
         )
+        # in double precision, since samplers work with differences of neighbours
+        alpha, sigma = noise_levels(self.recipe.schedule, T, torch.float64)
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
-        # of the squared error; training sets it to what each channel does to a picture
+        # of the squared error; training sets it to the effect of each channel on a picture
         self.register_buffer("channel_weight", torch.ones(latent_shape[0], 1, 1), persistent=False)
-        # until it is measured, all are one
+        # of neighbours in noise and latents; until it is measured, all slices of a brain have the same noise
         self.register_buffer("slice_correlation", torch.ones(latent_shape[0], slices_per_brain, slices_per_brain))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[t].float().view(-1, 1, 1, 1), self.sigma[t].float().view(-1, 1, 1, 1)
 
     def draw_times(self, count: int) -> Tensor:
-        """int64 [count]: random steps t, distributed as `times` says.
+        """int64 [count]: random steps t, distributed as the recipe says.
 
         They are `count` quantiles at even distances from one random number (Kingma et al. 2021, "Variational diffusion
         models", appendix I), so that the loss of a batch depends less on which steps it happened to draw.
         """
-        device, mean = self.alpha.device, TIMES[self.times]
+        device, mean = self.alpha.device, TIMES[self.recipe.times]
         u = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
         if mean is None:
             return (u * self.T).long().clamp(max=self.T - 1)
@@ -300,23 +320,25 @@ class LatentDiffusion(nn.Module):
         noise: Tensor | None = None,
         slices: int | None = None,
         people: Tensor | None = None,
-        shown: Tensor | None = None,
+        visible: Tensor | None = None,
         moves: Tensor | None = None,
-        linear: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Loss of each latent, float32 [B], at random steps and noise unless given.
+        """The loss of every latent that the UNet sees, float32 [n], at random steps and noise unless given.
+
+        A batch consists of brains, or parts of brains, of `slices` contiguous slices each. The Gaussian prior guesses
+        at a whole brain at once, so training with a prior hands over whole brains. The UNet costs far more, so it sees
+        only a window of neighbouring slices of each brain: `visible` lists them.
 
         Args:
-            latent: [B, C, h, w], every `slices` of them contiguous slices of one brain; default: as in training.
+            latent: [B, C, h, w], the slices of one brain after those of the other.
             z: int64 [B].
             t: int64 [B], the same for all slices of a brain.
-            noise: [B, C, h, w]; default: as slice_noise says.
+            noise: [B, C, h, w]; default: random, correlated along z.
+            slices: how many of the batch are of one brain; default: as many as the UNet sees at once in training.
             people: [B, conditions], the same for all slices of a brain; see UNet.
-            shown: int64 [n], what the UNet sees of the batch, and n losses are of: as many slices, one after the
-                other, of each brain. Of what it does not see it has the linear denoiser's guess. Default: all.
-            moves: [B, 4], how far each was moved; default: not at all.
-            linear: what guesses at x_0 in place of the model's linear denoiser, which has seen all training brains; see
-                linear_denoiser.CrossFitted.
+            visible: int64 [n], positions in the batch, in order: of each brain the same number of contiguous slices.
+                Default: the whole batch, n = B.
+            moves: [B, 4], how far each head was moved; default: not at all.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
@@ -326,60 +348,54 @@ class LatentDiffusion(nn.Module):
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
-        guess = (linear or self.linear)(x, alpha, sigma, z, slices, self.slice_correlation, people)
-        seen = [latent, noise, alpha, sigma, x, guess, t, z, people, moves]
-        if shown is not None:
-            seen = [None if part is None else part[shown] for part in seen]
-        latent, noise, alpha, sigma, x, guess, t, z, people, moves = seen
+        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
+        batch = latent, noise, alpha, sigma, x, guess, t, z, people, moves
+        if visible is not None:
+            batch = [None if part is None else part[visible] for part in batch]
+        latent, noise, alpha, sigma, x, guess, t, z, people, moves = batch
         output = self.unet(x, guess, t, z, len(x) // brains, people, moves).float()
-        target = {
-            "v": alpha * noise - sigma * latent,
-            "eps": noise,
-            "x0": latent,
-            "flow": noise - latent,
-        }[self.prediction]
-        loss = ((output - target).square() * self.channel_weight).mean((1, 2, 3))
-        return loss if self.weighting == "plain" else loss * self.min_snr_weight(t)
+        a, b, _ = output_meaning(self.recipe.prediction, alpha, sigma)
+        loss = ((output - (a * noise + b * latent)).square() * self.channel_weight).mean((1, 2, 3))
+        return loss if self.recipe.weighting == "plain" else loss * self.min_snr_weight(t)
 
-    def correlate(self, white: Tensor, z: Tensor, slices: int, how: str | None = None) -> Tensor:
+    def correlate(self, white: Tensor, z: Tensor, slices: int) -> Tensor:
         """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
 
-        Every `slices` of the batch are of one brain, at z int64 [B]; `how` is one of SLICE_NOISE, default: slice_noise.
+        Every `slices` of the batch are of one brain, at z int64 [B], and correlated as `slice_correlation` says. A
+        slice by itself keeps its white noise.
         """
-        how = how or self.slice_noise
-        if slices == 1 or how == "own":
+        if slices == 1:
             return white
-        K = self.slice_correlation if how == "matched" else torch.ones_like(self.slice_correlation)
         z = z.view(-1, slices)
-        value, vector = torch.linalg.eigh(K.double()[:, z[:, :, None], z[:, None, :]])  # [C, n, slices, slices]
+        K = self.slice_correlation.double()[:, z[:, :, None], z[:, None, :]]  # [C, n, slices, slices]
+        value, vector = torch.linalg.eigh(K)
         root = ((vector * value.clamp(min=0).sqrt()[..., None, :]) @ vector.mT).float()
         with torch.autocast(white.device.type, enabled=False):
             return torch.einsum("cnab,nbchw->nachw", root, white.unflatten(0, (-1, slices))).flatten(0, 1)
 
     def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
-        """z and people with NaN where training, brain by brain and at random, does without them."""
+        """z and people with NaN where training hides them, at random and alike in all slices of a brain."""
 
-        def drawn(share: float, *shape: int) -> Tensor:
+        def chosen(share: float, *shape: int) -> Tensor:
             return (torch.rand(len(z) // slices, *shape, device=z.device) < share).repeat_interleave(slices, 0)
 
-        nothing = drawn(self.drop_z) if self.drop_z else torch.zeros_like(z, dtype=torch.bool)
+        nothing = chosen(self.drop_z) if self.drop_z else torch.zeros_like(z, dtype=torch.bool)
         if self.drop_z:
             z = z.float().masked_fill(nothing, math.nan)
         if people is not None and self.conditions:
-            nobody = nothing | drawn(self.drop_conditions)
-            people = people.masked_fill(nobody[:, None] | drawn(self.drop_conditions, len(self.conditions)), math.nan)
+            nobody = nothing | chosen(self.drop_conditions)
+            people = people.masked_fill(nobody[:, None] | chosen(self.drop_conditions, len(self.conditions)), math.nan)
         return z, people
 
     def min_snr_weight(self, t: Tensor) -> Tensor:
-        """[B]: what makes min(SNR, 5) times the squared error of x_0 of the squared error of the output at t [B]."""
+        """float32 [B]: factor of the output's squared error at steps t [B], for a loss min(SNR, 5) |x_0 - guess|^2.
+
+        SNR = alpha^2 / sigma^2 (Hang et al. 2023, section 3.4). By eq. (1) of output_meaning, an error e of the output
+        makes an error sigma / d e of x_0.
+        """
         alpha, sigma = self.alpha[t], self.sigma[t]
-        gain = {  # error of x_0 over error of the output, at a given x_t
-            "v": sigma,
-            "eps": sigma / alpha,
-            "x0": 1,
-            "flow": sigma / (alpha + sigma),
-        }[self.prediction]
-        return ((alpha / sigma).square().clamp(max=5) * gain**2).float()
+        _, _, d = output_meaning(self.recipe.prediction, alpha, sigma)
+        return ((alpha / sigma).square().clamp(max=5) * (sigma / d) ** 2).float()
 
     def denoise(
         self, x: Tensor, t: int, z: Tensor, slices: int | None = None, people: Tensor | None = None
@@ -393,62 +409,58 @@ class LatentDiffusion(nn.Module):
         slices = slices or len(x)
         guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
         output = self.unet(x, guess, t, z, slices, people).float()
-        if self.prediction == "v":
-            return alpha * x - sigma * output, sigma * x + alpha * output
-        if self.prediction == "eps":
-            return (x - sigma * output) / alpha, output
-        if self.prediction == "flow":
-            return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
-        return output, (x - alpha * output) / sigma
+        a, b, d = output_meaning(self.recipe.prediction, alpha, sigma)
+        return (a * x - sigma * output) / d, (alpha * output - b * x) / d
 
     def calibrated(self, denoise: Denoise, z: Tensor) -> Denoise:
-        """`denoise`, which may be guided, with what self.calibration adds for whole brains, at z [n Z]."""
+        """`denoise`, which may be guided, with the correction by self.calibration, for whole brains at z [n Z]."""
 
         def corrected(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
             x0, noise = denoise(x, t)
             alpha, sigma = self.alpha[t].float(), self.sigma[t].float()
-            more = self.calibration(self.less_mean(x, alpha, z), (sigma / alpha).log()).flatten(0, 1)
+            more = self.calibration(self.minus_mean(x, alpha, z), (sigma / alpha).log()).flatten(0, 1)
             return x0 + more, noise - alpha / sigma * more
 
         return corrected
 
-    def less_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
-        """Whole brains [n, Z, C, h, w] of latents or x_t [n Z, C, h, w], less alpha times the mean head at z."""
-        return (latent - alpha * self.linear.mean_at(z)).unflatten(0, (-1, len(self.linear.mean)))
+    def minus_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
+        """Whole brains [n, Z, C, h, w]: latents or x_t [n Z, C, h, w] minus alpha times the mean head at z."""
+        return (latent - alpha * self.linear.mean_at(z)).unflatten(0, (-1, self.slices_per_brain))
 
     def sampling_levels(self) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of the steps that samplers walk: all, or for eps those with alpha of at least 0.006.
 
         Below, as at the end of the cosine schedule, dividing by alpha would turn errors of the noise into any x_0.
         """
-        last = int((self.alpha >= 0.006).sum()) if self.prediction == "eps" else self.T
+        last = int((self.alpha >= 0.006).sum()) if self.recipe.prediction == "eps" else self.T
         return self.alpha[:last], self.sigma[:last]
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers
 
 
-def guide(denoise: Denoise, weak: Denoise, weight: float) -> Denoise:
-    """weak + weight (denoise - weak): beyond the model, away from one that knows or can less. Two evaluations a step.
+def guide(denoise: Denoise, unconditional: Denoise, weight: float) -> Denoise:
+    """unconditional + weight (denoise - unconditional): beyond the model, away from itself without its condition.
 
-    With the same model without its condition as `weak` this is classifier-free guidance (Ho and Salimans 2022, where
-    the weight is counted from 0), with a smaller or less trained model autoguidance (Karras et al. 2024, eq. 3).
+    Classifier-free guidance (Ho and Salimans 2022, where the weight is counted from 0). Two evaluations a step.
     """
 
     def guided(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        pairs = zip(denoise(x, t), weak(x, t), strict=True)
-        x0, noise = (poor.lerp(good, weight) for good, poor in pairs)
+        pairs = zip(unconditional(x, t), denoise(x, t), strict=True)
+        x0, noise = (without.lerp(known, weight) for without, known in pairs)
         return x0, noise
 
     return guided
 
 
 def sampling_times(alpha: Tensor, sigma: Tensor, steps: int) -> list[int]:
-    """`steps` of the T times of alpha, sigma [T], counted down from the last. Raises ValueError if T is less.
+    """`steps` of the T times of alpha, sigma [T], from T - 1 downwards. Raises ValueError if T is less than `steps`.
 
-    Their sigma / alpha falls from 80 as in Karras et al. 2022, eq. 5, with rho = 7, whatever the schedule. What whole
-    heads differ in most, in thousands of numbers at once, is told from the noise long before any one number is: even
-    steps in t would pass that by in the first, and make heads too much alike.
+    The noise level sigma / alpha falls from 80 to its least as in Karras et al. 2022, eq. 5, with rho = 7, whatever the
+    schedule. That spends many steps where nearly all of x_t is noise, and there whole heads take shape: their common
+    differences, such as size, are in thousands of numbers at once, and stand out of the noise long before any one
+    number does. Steps that are even in t would pass most of these levels in the first step, and make heads too much
+    alike.
     """
     T, ratio = len(alpha), sigma / alpha
     if not 1 <= steps <= T:
@@ -463,16 +475,24 @@ def sampling_times(alpha: Tensor, sigma: Tensor, steps: int) -> list[int]:
 
 
 def sample_ddpm(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, draw: Callable[[], Tensor]
+    denoise: Denoise,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    steps: int | None = None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Ancestral sampling, one step of q(x_{t-1} | x_t, x_0) for every t (Ho et al. 2020, eq. 6 and 7).
 
-    Args:
-        x: noise, x_T [B, C, h, w].
+    All samplers have these arguments:
+        denoise: gives x_0 and noise of x_t.
+        noise: x_T [B, C, h, w].
         alpha, sigma: [T].
-        draw: gives fresh noise of the shape of x.
-    Yields x after every step; the last one, x_0, is the sample.
+        steps: how many of the T times are visited; this sampler visits all.
+        draw: gives fresh noise of the shape of x_T; the other samplers, which are deterministic, need none.
+    They yield x after every step; the last one, x_0, is the sample.
     """
+    x = noise
     for t in range(len(alpha) - 1, -1, -1):
         x0, _ = denoise(x, t)
         if t == 0:
@@ -487,38 +507,37 @@ def sample_ddpm(
 
 def sample_ddim(
     denoise: Denoise,
-    x: Tensor,
+    noise: Tensor,
     alpha: Tensor,
     sigma: Tensor,
-    draw: Callable[[], Tensor],
     steps: int = 50,
-    eta: float = 0.0,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """DDIM (Song et al. 2021, eq. 12 and 16) over `steps` of the T times.
-
-    eta = 0 is deterministic, an Euler step of the probability flow; eta = 1 over all T times is ancestral sampling.
-    Arguments and yields as sample_ddpm.
-    """
-    times = sampling_times(alpha, sigma, steps)
+    """DDIM (Song et al. 2021, eq. 12 with eta = 0), an Euler step of the probability flow. As sample_ddpm."""
+    x, times = noise, sampling_times(alpha, sigma, steps)
     for t, s in zip(times, [*times[1:], None], strict=True):
         x0, noise = denoise(x, t)
         if s is None:
             yield x0
             return
-        fresh = eta * sigma[s] / sigma[t] * (1 - (alpha[t] / alpha[s]) ** 2).clamp(min=0).sqrt()
-        x = alpha[s] * x0 + (sigma[s] ** 2 - fresh**2).clamp(min=0).sqrt() * noise
-        if eta > 0:
-            x = x + fresh * draw()
+        x = alpha[s] * x0 + sigma[s] * noise
         yield x
 
 
-def sample_heun(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 10) -> Iterator[Tensor]:
+def sample_heun(
+    denoise: Denoise,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    steps: int = 10,
+    draw: Callable[[], Tensor] | None = None,
+) -> Iterator[Tensor]:
     """Heun's method on the probability flow (Karras et al. 2022, algorithm 1): 2 steps - 1 evaluations of second order.
 
     In the angle of (alpha, sigma) = (cos, sin) the flow is dx / dangle = v = alpha noise - sigma x_0, which is smooth
-    at both ends, also where alpha is 0. Arguments and yields as sample_ddpm.
+    at both ends, also where alpha is 0. As sample_ddpm.
     """
-    times, angle = sampling_times(alpha, sigma, steps), torch.atan2(sigma, alpha)
+    x, times, angle = noise, sampling_times(alpha, sigma, steps), torch.atan2(sigma, alpha)
     for t, s in zip(times, [*times[1:], None], strict=True):
         x0, noise = denoise(x, t)
         if s is None:
@@ -530,13 +549,20 @@ def sample_heun(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps
         yield x
 
 
-def sample_dpm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 20) -> Iterator[Tensor]:
+def sample_dpm(
+    denoise: Denoise,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    steps: int = 20,
+    draw: Callable[[], Tensor] | None = None,
+) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order with one evaluation a step.
 
     x_0 is extrapolated from the last two evaluations, linearly in lambda = ln(alpha / sigma); the first step has but
-    one. Arguments and yields as sample_ddpm.
+    one. As sample_ddpm.
     """
-    times, lambdas = sampling_times(alpha, sigma, steps), (alpha / sigma).log()
+    x, times, lambdas = noise, sampling_times(alpha, sigma, steps), (alpha / sigma).log()
     before, stride = None, None
     for t, s in zip(times, [*times[1:], None], strict=True):
         x0, _ = denoise(x, t)
@@ -548,3 +574,6 @@ def sample_dpm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, steps:
         x = sigma[s] / sigma[t] * x + (alpha[s] - alpha[t] * sigma[s] / sigma[t]) * estimate
         before = x0
         yield x
+
+
+SAMPLERS = {"dpm": sample_dpm, "ddim": sample_ddim, "heun": sample_heun, "ddpm": sample_ddpm}

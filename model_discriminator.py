@@ -14,8 +14,8 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches of a slice, given its index z (Isola et al. 2017; projection: Miyato and Koyama 2018).
 
     Three strided 4x4 convolutions, spectrally normalised; no batch norm, which would let real and fake slices see each
-    other. z is added after every convolution, and the logit has the term <E(z), phi(x)>: what is right at z = 3 may be
-    wrong at z = 28.
+    other. z is added after every convolution, and the logit has the term <E(z), phi(x)>: anatomy that is right at z = 3
+    may be wrong at z = 28.
     """
 
     def __init__(self, *, channels: int = 32, layers: int = 3):
@@ -43,15 +43,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-def lecam_penalty(real: Tensor, fake: Tensor, anchors: Tensor) -> Tensor:
-    """E[(D(x) - a_fake)^2] + E[(D(x') - a_real)^2] of logits of any shape (Tseng et al. 2021, eq. 4).
-
-    `anchors` [2] holds a_real and a_fake, moving averages of the mean logits. The penalty grows with the distance
-    between the judgements of real and fake, so a discriminator that learns too fast is held back.
-    """
-    return (real - anchors[1]).square().mean() + (fake - anchors[0]).square().mean()
-
-
 def generator_loss(fake: Tensor) -> Tensor:
     """-E[D(x')] of logits of any shape."""
     return -fake.mean()
@@ -68,6 +59,9 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     Makes the two losses pull equally hard at the decoder's last layer w. The published clip of 10^4 lets one unlucky
     step ruin the reconstruction.
     """
-    (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (ours.float().norm() / (theirs.float().norm() + 1e-4)).clamp(0, limit).detach()
+    scale = 1024  # of both losses, a power of two: the gradient of one pixel alone may be 0 in float16
+    ours, theirs = (
+        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float().norm() / scale
+        for loss in (reconstruction, adversarial)
+    )
+    return (ours / (theirs + 1e-4)).clamp(0, limit).detach()

@@ -1,4 +1,4 @@
-"""What several networks are built of: residual block, self-attention, resampling, embeddings of z and time."""
+"""Layers of several networks: residual block, self-attention, mixing of slices, resampling, embeddings of numbers."""
 
 import math
 
@@ -10,7 +10,7 @@ from util import sinusoidal_encoding
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation (Wu and He 2018) with groups of 16 channels, as far as that divides."""
+    """Group normalisation (Wu and He 2018) with groups of about 16 channels, else with one group."""
     groups = max(1, channels // 16)
     return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
 
@@ -30,7 +30,7 @@ def cosines(count: int, size: int) -> Tensor:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Sets the layer to zero, so that the residual branch it ends starts as nothing and the block as the identity."""
+    """The layer with all weights zero: a residual branch that ends in it adds nothing before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -39,7 +39,7 @@ def zero(layer: nn.Module) -> nn.Module:
 class Embedding(nn.Module):
     """Numbers [B] (slice index z, diffusion time) to vectors [B, dim]: sinusoidal encoding, then a small MLP.
 
-    With `unknown`, NaN stands for a number that is not known, and has a learned vector of its own.
+    With `unknown`, a number may be NaN, which means that it is not known and has a learned vector of its own.
     """
 
     def __init__(self, dim: int, encoding: int = 64, unknown: bool = False):
@@ -57,7 +57,7 @@ class Embedding(nn.Module):
 
 
 class CategoryEmbedding(nn.Module):
-    """Numbers [B] out of a few to learned vectors [B, dim]; any other number, and NaN, to that of the unknown."""
+    """Numbers [B] out of `categories` to a learned vector each, [B, dim]; NaN and other numbers share one more."""
 
     def __init__(self, dim: int, categories: tuple[float, ...]):
         super().__init__()
@@ -109,11 +109,11 @@ class SelfAttention(nn.Module):
 
 
 class SliceMixing(nn.Module):
-    """x + project(shift(norm(x))) over contiguous slices of a brain: how neighbours in z hear of each other.
+    """x + project(shift(norm(x))) over contiguous slices of a brain: each slice sees its neighbours in z.
 
-    The shift (Lin, Gan, Han 2019) hands a third of the channels on to the next slice and a third back to the one
-    before; beyond its ends a brain goes on with its last slice. With `project`, a 1x1 convolution, this is one over z
-    of width 3 at a third of the price.
+    The shift (Lin, Gan, Han 2019) hands a third of the channels on to the next slice and a third back to the previous
+    slice; the first and the last slice are their own neighbours. Followed by `project`, a 1x1 convolution, it is a
+    convolution of width 3 along z, at a third of the cost.
     """
 
     def __init__(self, channels: int):
@@ -137,7 +137,10 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] to [B, channels_out, *size]: nearest neighbour, then a convolution, which leaves no checkerboard."""
+    """[B, C, H, W] to [B, channels_out, *size], by default twice the size: nearest neighbour, then a convolution.
+
+    A transposed convolution would leave a checkerboard.
+    """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()

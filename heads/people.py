@@ -1,4 +1,4 @@
-"""Age, sex and CDR: what a model may know of people, the table that has it, and whom to draw.
+"""Age, sex and CDR of people: the table that has them, how often they occur, and whom samples are of.
 
 CDR is the Clinical Dementia Rating: 0 none, 0.5 very mild, 1 mild, 2 moderate.
 """
@@ -8,25 +8,58 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from util import UserError, brain_generator
 
-# What a model can know of a person, and the values it can have, or None for any number (years).
-CONDITIONS: dict[str, tuple[float, ...] | None] = {"age": None, "sex": (0, 1), "cdr": (0, 0.5, 1, 2)}
 
-# What of the table is read, and as which number.
+class Condition(NamedTuple):
+    """One thing that a model can know of a person, as a number.
+
+    column: of PEOPLE_TABLE.
+    help: in a few words, for the flag that asks for it.
+    values: {how it is written: its number}, or None for any number.
+    scale: a difference that matters. Networks embed number / scale, and people are counted in steps of it.
+    """
+
+    column: str
+    help: str
+    values: dict[str, float] | None = None
+    scale: float = 1.0
+
+    def read(self, text: str) -> float:
+        """The number of a text, NaN of an empty one. Raises ValueError for one that is neither known nor a number."""
+        if not text:
+            return math.nan
+        return self.values[text] if self.values and text in self.values else float(text)
+
+    def write(self, number: float) -> str:
+        """The text of a number."""
+        written = {value: text for text, value in (self.values or {}).items()}
+        return written.get(number, f"{number:g}")
+
+    def step(self, number: float) -> float:
+        """The number itself where there are only a few, else the one at which its step of `scale` begins."""
+        return number if self.values else number // self.scale * self.scale
+
+
+# Another row, such as one for the column Hand, is all that the models and scripts need to learn more of people. Ages
+# are embedded in decades: the sines of single years would tell every person of a small data set from all others.
+CONDITIONS = {
+    "age": Condition("Age", "age in years", scale=10),
+    "sex": Condition("M/F", "sex", {"F": 0.0, "M": 1.0}),
+    "cdr": Condition("CDR", "Clinical Dementia Rating", {"0": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0}),
+}
+
 PEOPLE_TABLE = "oasis_cross-sectional.csv"
-PEOPLE_COLUMNS = {"age": "Age", "sex": "M/F", "cdr": "CDR"}
-SEXES = {"F": 0.0, "M": 1.0}
-
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, lie evenly however many there are
 
 
 def read_people(table: Path) -> dict[int, dict[str, float]]:
-    """{case: {"age" in years, "sex" as SEXES has it, "cdr"}} of the table, NaN where it says nothing.
+    """{case: {name of a condition: number}} of the table, NaN where a cell is empty.
 
     Raises UserError where it is no such table.
     """
@@ -38,94 +71,91 @@ def read_people(table: Path) -> dict[int, dict[str, float]]:
         people = {}
         for row in rows:
             if match := re.fullmatch(r"OAS1_(\d+)_MR1", row["ID"]):
-                cells = {name: row[column].strip() for name, column in PEOPLE_COLUMNS.items()}
-                cells["sex"] = SEXES[cells["sex"]] if cells["sex"] else ""
-                people[int(match[1])] = {name: float(cell) if cell != "" else math.nan for name, cell in cells.items()}
+                cells = {name: row[condition.column].strip() for name, condition in CONDITIONS.items()}
+                people[int(match[1])] = {name: CONDITIONS[name].read(cell) for name, cell in cells.items()}
     except (KeyError, ValueError, AttributeError) as error:
+        columns = ", ".join(condition.column for condition in CONDITIONS.values())
         raise UserError(
-            f"{table} has no ID, Age, M/F and CDR as OASIS has them ({error}); copy it again, or train without "
-            "--conditions"
+            f"{table} has no columns ID, {columns} as OASIS has them ({error}); copy it again, or take it away to "
+            "train without"
         ) from None
     return people
 
 
 def describe_people(people: Tensor, conditions: list[str]) -> dict[str, list[float]]:
-    """What training saw of each condition, from people [N, K]: [lowest, highest] age, and the values of the others."""
+    """The numbers of each condition in training, from people [N, K]: [lowest, highest], or where they are few, all."""
     seen = {}
     for name, values in zip(conditions, people.T, strict=True):
         known = values[~values.isnan()].unique().tolist()  # in order
-        seen[name] = known if CONDITIONS[name] else known[:1] + known[-1:]
+        seen[name] = known if CONDITIONS[name].values else known[:1] + known[-1:]
     return seen
 
 
-def decade(age: float) -> float:
-    """In years, where its ten years begin."""
-    return age // 10 * 10
-
-
 def count_people(people: Tensor, conditions: list[str]) -> list[dict[str, float]]:
-    """How many there are of each kind among people [n, K]: [{condition: value, ..., "count": how many}, ...].
+    """How many there are of each kind among people [n, K]: [{condition: number, ..., "count": how many}, ...].
 
-    Of ages only the decade counts. What is not known is left out.
+    Of an age only the decade counts. Conditions that are not known are left out.
     """
     kinds = Counter()
     for person in people.tolist():
-        known = {name: value for name, value in zip(conditions, person, strict=True) if not math.isnan(value)}
-        kinds[tuple((name, decade(value) if name == "age" else value) for name, value in known.items())] += 1
+        known = [(name, value) for name, value in zip(conditions, person, strict=True) if not math.isnan(value)]
+        kinds[tuple((name, CONDITIONS[name].step(value)) for name, value in known)] += 1
     return [{**dict(kind), "count": count} for kind, count in sorted(kinds.items())]
 
 
-def person_of(typed: dict, description: dict) -> dict[str, float]:
-    """What --age, --sex and --cdr say, {"age": .., "sex": "F" or "M", "cdr": ..} or None where nothing, as numbers.
+def person_of(typed: dict[str, str | float | None], description: dict) -> dict[str, float]:
+    """The numbers of a person from flags, such as {"age": 64.0, "sex": "F", "cdr": None}; None is left out.
 
-    Raises UserError for what the model never saw.
+    Raises UserError for a person of a kind that the model never saw.
     """
-    asked = {name: value for name, value in (typed | {"sex": SEXES.get(typed["sex"])}).items() if value is not None}
-    seen = description.get("people", {})
+    asked = {name: CONDITIONS[name].read(str(text)) for name, text in typed.items() if text is not None}
     for name, value in asked.items():
-        if not seen.get(name):
+        seen = description.get("people", {}).get(name)
+        if not seen:
             raise UserError(
-                f"--{name} {typed[name]}: the model was trained without; train one with --conditions {name} on data "
-                f"with {PEOPLE_TABLE}"
+                f"--{name} {typed[name]}: the model was trained without; train one on data with {PEOPLE_TABLE}"
             )
-        known = seen[name][0] <= value <= seen[name][-1] if name == "age" else value in seen[name]
-        if not known:
-            words = f"ages {seen[name][0]:g} to {seen[name][-1]:g}" if name == "age" else f"no such {name}"
-            raise UserError(f"--{name} {typed[name]}: the model was trained on {words}")
+        few = CONDITIONS[name].values is not None
+        if not (value in seen if few else seen[0] <= value <= seen[-1]):
+            words = ", ".join(map(CONDITIONS[name].write, seen)) if few else f"{seen[0]:g} to {seen[-1]:g}"
+            raise UserError(f"--{name} {typed[name]}: the model was trained on {name} {words}")
     return asked
 
 
 def draw_person(asked: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
-    """What is asked for and, beside it, what people of the training set have who are like that, drawn by their number.
+    """A person with the numbers that are asked for; all others are those of a random person like that in training.
 
-    A function of (seed, brain). The kinds lie in a row in the order of age, and each brain is a golden ratio of the row
-    beyond the one before, so that few brains too are of all ages. Where nobody is like that, only what is asked for.
+    The training people like that stand in a row, sorted by age. Brain 0 takes a place in it that follows from the seed,
+    and every next brain goes on by 0.618 of the row, from its end back to its beginning: such places are spread evenly
+    however few brains there are. The exact age, of which only the decade is stored, is a function of (seed, brain).
+    Where nobody in training was like that, only the numbers asked for are known.
     """
-    wanted = {name: decade(value) if name == "age" else value for name, value in asked.items()}
+    wanted = {name: CONDITIONS[name].step(value) for name, value in asked.items()}
     kinds = [kind for kind in description.get("people_counts", []) if wanted.items() <= kind.items()]
     if not kinds:
         return asked
-    generator, start = brain_generator(seed, brain, "person"), brain_generator(seed, 0, "people")
-    share = (float(torch.rand((), generator=start, dtype=torch.float64)) + brain * GOLDEN) % 1
-    below = torch.tensor([float(kind["count"]) for kind in kinds], dtype=torch.float64).cumsum(0)
-    kind = kinds[int((below <= share * below[-1]).sum())]
+    first = float(torch.rand((), generator=brain_generator(seed, 0, "people"), dtype=torch.float64))
+    place = (first + brain * GOLDEN) % 1
+    last = torch.tensor([float(kind["count"]) for kind in kinds], dtype=torch.float64).cumsum(0)  # of each in the row
+    kind = kinds[int((last <= place * last[-1]).sum())]
     person = {name: value for name, value in kind.items() if name != "count"}
-    if "age" in person:
-        youngest, oldest = description["people"]["age"]
-        age = person["age"] + int(torch.randint(10, (), generator=generator))
-        person["age"] = min(max(age, youngest), oldest)
+    generator = brain_generator(seed, brain, "person")
+    for name, value in person.items():
+        if not CONDITIONS[name].values:
+            least, most = description["people"][name]
+            further = int(torch.randint(max(1, int(CONDITIONS[name].scale)), (), generator=generator))
+            person[name] = min(max(value + further, least), most)
     return person | asked
 
 
 def in_numbers(person: dict[str, float], conditions: tuple[str, ...]) -> Tensor:
-    """float32 [K]: what a person has of these conditions, in their order, NaN where it is not known."""
+    """float32 [K]: the numbers of a person for these conditions, in their order, NaN where one is not known."""
     return torch.tensor([person.get(name, math.nan) for name in conditions], dtype=torch.float32)
 
 
 def in_letters(person: dict[str, float]) -> dict[str, str]:
     """Such as {"age": "64", "sex": "F", "cdr": "0.5"}."""
-    letter = {value: name for name, value in SEXES.items()}
-    return {name: letter[value] if name == "sex" else f"{value:g}" for name, value in person.items()}
+    return {name: CONDITIONS[name].write(value) for name, value in person.items()}
 
 
 def words_for(person: dict[str, float]) -> list[str]:

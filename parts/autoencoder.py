@@ -1,13 +1,13 @@
-"""What the autoencoders of the first stage are made of: encoder, decoder, linear path, and what the models share.
+"""Parts of the autoencoders of the first stage: encoder, decoder, linear path, and the class that joins them.
 
     x [B, 1, S, S] --crop--> box --encoder--> latent [B, C, h, w] --decoder--> box --pad--> x
 
-Both halves are a block-linear path plus a network. The linear path starts as the Karhunen-Loeve transform of f x f
-blocks of the training slices, and the network's last convolution starts at zero, so training begins where the best
-linear block codec ends.
+Both halves are a block-linear path plus a network. Before training, the linear path is set to the Karhunen-Loeve
+transform of f x f blocks of the training slices and the network's last convolution to zero, so training begins where
+the best linear block codec ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,19 @@ class Encoder(nn.Module):
         channels_in: int,
         channels_out: int,
         patch: int,
-        channels: int,
-        channel_multipliers: tuple[int, ...],
+        widths: tuple[int, ...],
         blocks: int,
         embedding_dim: int,
     ):
         super().__init__()
-        width = [channels * m for m in channel_multipliers]
-        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels_in * patch**2, width[0], 3, padding=1))
+        first, last = widths[0], widths[-1]
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels_in * patch**2, first, 3, padding=1))
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
-        for level, w in enumerate(width):
-            self.downs.append(Downsample(width[level - 1], w) if level else nn.Identity())
-            self.levels.append(nn.ModuleList([ResBlock(w, w, embedding_dim) for _ in range(blocks)]))
-        self.attention, self.mid = SelfAttention(width[-1]), ResBlock(width[-1], width[-1], embedding_dim)
-        self.out = nn.Sequential(norm(width[-1]), nn.SiLU(), zero(nn.Conv2d(width[-1], channels_out, 3, padding=1)))
+        for level, width in enumerate(widths):
+            self.downs.append(Downsample(widths[level - 1], width) if level else nn.Identity())
+            self.levels.append(nn.ModuleList([ResBlock(width, width, embedding_dim) for _ in range(blocks)]))
+        self.attention, self.mid = SelfAttention(last), ResBlock(last, last, embedding_dim)
+        self.out = nn.Sequential(norm(last), nn.SiLU(), zero(nn.Conv2d(last, channels_out, 3, padding=1)))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.stem(x)
@@ -53,30 +52,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, channels_in, h, w] to [B, 1, h f, w f], the encoder's mirror image; with `grain`, one that can draw."""
+    """[B, channels_in, h, w] to [B, 1, h f, w f]: the encoder's mirror image."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        patch: int,
-        channels: int,
-        channel_multipliers: tuple[int, ...],
-        blocks: int,
-        embedding_dim: int,
-        grain: bool = False,
-    ):
+    def __init__(self, channels_in: int, patch: int, widths: tuple[int, ...], blocks: int, embedding_dim: int):
         super().__init__()
-        width = [channels * m for m in reversed(channel_multipliers)]
-        self.stem = nn.Conv2d(channels_in, width[0], 3, padding=1)
-        self.mid, self.attention = ResBlock(width[0], width[0], embedding_dim), SelfAttention(width[0])
+        widths = widths[::-1]
+        first, last = widths[0], widths[-1]
+        self.stem = nn.Conv2d(channels_in, first, 3, padding=1)
+        self.mid, self.attention = ResBlock(first, first, embedding_dim), SelfAttention(first)
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
-        for level, w in enumerate(width):
-            self.ups.append(Upsample(width[level - 1], w) if level else nn.Identity())
-            self.levels.append(nn.ModuleList([ResBlock(w, w, embedding_dim) for _ in range(blocks)]))
+        for level, width in enumerate(widths):
+            self.ups.append(Upsample(widths[level - 1], width) if level else nn.Identity())
+            self.levels.append(nn.ModuleList([ResBlock(width, width, embedding_dim) for _ in range(blocks)]))
         self.out = nn.Sequential(
-            norm(width[-1]), nn.SiLU(), zero(nn.Conv2d(width[-1], patch**2, 3, padding=1)), nn.PixelShuffle(patch)
+            norm(last), nn.SiLU(), zero(nn.Conv2d(last, patch**2, 3, padding=1)), nn.PixelShuffle(patch)
         )
-        self.grain = Grain(width[-1], patch) if grain else None
 
     @property
     def last_layer(self) -> Tensor:
@@ -84,7 +74,7 @@ class Decoder(nn.Module):
         return self.out[2].weight
 
     def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
-        """[B, channels, H / patch, W / patch]: what picture and grain are read from."""
+        """[B, widths[0], H / patch, W / patch]: from these, picture and grain are read."""
         h = self.attention(self.mid(self.stem(latent), embedding))
         for up, blocks in zip(self.ups, self.levels):
             h = up(h)
@@ -130,7 +120,7 @@ class LinearPath(nn.Module):
             return self.synthesis(latent.float())
 
     @torch.no_grad()
-    def start(self, x: Tensor, whiten: bool) -> None:
+    def fit(self, x: Tensor, whiten: bool) -> None:
         """Becomes the Karhunen-Loeve transform of the blocks of x [N, 1, H, W].
 
         The latent gets unit variance: each channel by itself (whiten), or all by one factor, which keeps distances.
@@ -143,20 +133,23 @@ class LinearPath(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What the three models share: box, encoder, decoders, linear path, scale of the latents.
+    """What VAE, VQVAE and VQVAE2 share: coded box, encoder, two decoders, grain, linear path, scale of the latents.
 
-    The fidelity decoder is trained with the encoder. The perceptual decoder, if there is one, begins as its copy and is
-    then trained by itself, also against a discriminator, so that both read the same latents; `decoder_in_use` says
-    which decodes. With `grain` the perceptual decoder takes noise too, and then draws from p(x | latent).
+    Three parts are trained one after the other, see `train_only`: first the codec, which is all but the following; then
+    the perceptual decoder, which begins as a copy of the codec's fidelity decoder and is trained against a
+    discriminator too; then grain, the random texture that can be laid over its pictures. All three read the same
+    latents, since those come from the codec alone. `decoder_in_use` says which decoder decodes.
 
     Args:
         image_size: S.
         box: (top, left, height, width) of the part that is coded; the rest of every picture is black.
         patch: pixels a side that the stem folds into channels.
-        channels, channel_multipliers, blocks: the first level's width, each level's relative to it, blocks a level.
+        widths: channels of each level, from the pixels inwards; every level but the first halves the sides.
+        blocks: residual blocks a level.
         latent_channels: C of the latent.
-        perceptual: whether there is a second decoder.
-        grain: whether that one takes noise.
+        perceptual: whether there is a perceptual decoder.
+        grain: whether that has grain.
+    Raises ValueError for a box or latent that does not fit the factor patch 2^(levels - 1).
     """
 
     def __init__(
@@ -165,8 +158,7 @@ class Autoencoder(nn.Module):
         image_size: int,
         box: tuple[int, int, int, int],
         patch: int,
-        channels: int,
-        channel_multipliers: tuple[int, ...],
+        widths: tuple[int, ...],
         blocks: int,
         latent_channels: int,
         encoder_inputs: int = 1,
@@ -176,8 +168,8 @@ class Autoencoder(nn.Module):
         grain: bool = False,
     ):
         super().__init__()
-        self.image_size, self.box = image_size, tuple(box)
-        self.factor = patch * 2 ** (len(channel_multipliers) - 1)
+        self.image_size, self.box, widths = image_size, tuple(box), tuple(widths)
+        self.factor = patch * 2 ** (len(widths) - 1)
         height, width = self.box[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"box of {height}x{width} pixels is not divisible by the factor {self.factor}")
@@ -186,56 +178,58 @@ class Autoencoder(nn.Module):
                 f"{linear_channels} latent channels are more than the {self.factor**2} pixels they stand for"
             )
         self.latent_shape = (latent_channels, height // self.factor, width // self.factor)
-        self.sizes = (patch, channels, tuple(channel_multipliers), blocks, 2 * channels)
-        self.embed_z = Embedding(2 * channels)
+        self.sizes = (patch, widths, blocks, 2 * widths[0])
+        self.embed_z = Embedding(2 * widths[0])
         self.encoder = Encoder(encoder_inputs, encoder_outputs, *self.sizes)
-        self.decoder = Decoder(latent_channels, *self.sizes)
-        self.perceptual = None
+        self.decoder, self.perceptual, self.grain = Decoder(latent_channels, *self.sizes), None, None
         if perceptual:
-            with torch.random.fork_rng(devices=[]):  # what comes after draws as if there were no second decoder
-                self.perceptual = Decoder(latent_channels, *self.sizes, grain=grain)
-            self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)
+            with torch.random.fork_rng(devices=[]):  # other weights are the same with and without the two
+                self.perceptual = Decoder(latent_channels, *self.sizes)
+                self.grain = Grain(widths[0], patch) if grain else None
+            self.start_perceptual()
         self.decoder_in_use = "fidelity"
         self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_sd", torch.ones(latent_channels, 1, 1))
 
-    # ---- two decoders, one latent
+    # ---- what decodes, and what training changes
 
     def use_decoder(self, name: str) -> None:
-        """Lets "fidelity" or "perceptual" decode from now on, and be what training changes.
-
-        The encoder, the quantiser and the linear path belong to the fidelity decoder; they freeze with it.
-        """
+        """Lets "fidelity" or "perceptual" decode from now on. Raises ValueError where there is no such decoder."""
         if name not in ("fidelity", "perceptual"):
             raise ValueError(f"decoder {name} is neither fidelity nor perceptual")
         if name == "perceptual" and self.perceptual is None:
             raise ValueError("this first stage has no perceptual decoder")
         self.decoder_in_use = name
-        for parameter in self.parameters():
-            parameter.requires_grad_(name == "fidelity")
-        if self.perceptual is not None:
-            for parameter in self.perceptual.parameters():
-                parameter.requires_grad_(name == "perceptual")
 
-    @property
-    def draws(self) -> bool:
-        """Whether the decoder in use takes noise."""
-        return self.decoder_in_use == "perceptual" and self.perceptual.grain is not None
+    def train_only(self, part: str) -> None:
+        """Lets training change only "codec", "perceptual" or "grain", and the decoder that belongs to it decode.
+
+        The codec is all but the perceptual decoder and grain. Raises ValueError where there is no such part.
+        """
+        if part not in ("codec", "perceptual", "grain"):
+            raise ValueError(f"part {part} is neither codec, perceptual nor grain")
+        if part == "grain" and self.grain is None:
+            raise ValueError("this first stage has no grain")
+        self.use_decoder("fidelity" if part == "codec" else "perceptual")
+        for name, parameter in self.named_parameters():
+            module = name.partition(".")[0]
+            parameter.requires_grad_(part == (module if module in ("perceptual", "grain") else "codec"))
 
     def start_perceptual(self) -> None:
-        """Makes the perceptual decoder a copy of the fidelity decoder, and uses it."""
-        self.use_decoder("perceptual")
-        self.perceptual.load_state_dict(self.decoder.state_dict(), strict=False)  # a grain is its own
+        """Makes the perceptual decoder a copy of the fidelity decoder. Raises ValueError where there is none."""
+        if self.perceptual is None:
+            raise ValueError("this first stage has no perceptual decoder")
+        self.perceptual.load_state_dict(self.decoder.state_dict())
 
-    def draw_grain(self, slices: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """The noise that `decode` takes for neighbouring slices of one brain, [slices, 1, H, W]; None if it takes none.
+    @property
+    def has_grain(self) -> bool:
+        """Whether decode_with_grain differs from decode."""
+        return self.decoder_in_use == "perceptual" and self.grain is not None
 
-        N(0, 1) in every slice, drawn on the CPU, and smooth along z.
-        """
-        if not self.draws:
-            return None
-        return noise_of_slices(slices, *self.box[2:], generator).to(self.latent_mean.device)
+    def keep_decoders(self) -> None:
+        """Drops the encoder: a second stage does not need it once it is trained, and its file is smaller without."""
+        self.encoder = None
 
     # ---- picture <-> box
 
@@ -258,59 +252,85 @@ class Autoencoder(nn.Module):
     def _linear_decode(self, latent: Tensor) -> Tensor:
         return self.linear.decode(latent)
 
-    def _picture(self, decoder: Decoder, latent: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(the box, float32, features for the grain); may leave [-1, 1] a little, mostly below -1 where it is black."""
+    def _decode(self, latent: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(box float32 [B, 1, H, W], features for the grain) by the decoder in use.
+
+        The box may leave [-1, 1] a little, mostly below -1 where it is black.
+        """
+        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
         features = decoder.features(latent, self.embed_z(z))
         return self._linear_decode(latent) - 1 + decoder.out(features).float(), features
 
-    def _decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The box by the decoder in use, with grain made of the noise if there is any."""
-        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
-        box, features = self._picture(decoder, latent, z)
-        if noise is None:
-            return box
-        if not self.draws:
-            raise ValueError("this decoder takes no noise")
-        self._check_grid("noise", noise, (1, *self.box[2:]), z)
-        return decoder.grain.draw(box, noise, decoder.grain.log_sd(features))
+    def _picture(self, latent: Tensor, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x [B, 1, S, S] by the decoder in use; with a generator, and where there is any, with grain."""
+        box, features = self._decode(latent, z)
+        if generator is not None and self.has_grain:
+            white = noise_of_slices(len(z), *self.box[2:], generator).to(box.device)
+            box = self.grain.add(box, white, self.grain.log_sd(features))
+        return self.pad(box.clamp(-1, 1))
+
+    # ---- training
 
     def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What training decodes of x, and the losses that belong to it."""
+        """The latent that training decodes, not normalised, and its own losses."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, z: Tensor, still: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstructed box [B, 1, H, W] for training, and the losses of the latent.
+    def _every_other_before_rounding(self, rounded: Tensor, before: Callable[[], Tensor]) -> Tensor:
+        """Latents of a batch for training models with codes: rounded ones for the fidelity decoder.
 
-        still: the slices x before augmentation. With them {"grain": ...} is among the losses where the decoder in use
-        draws: interpolation takes away the very texture that grain has to learn.
+        The perceptual decoder gets every other slice's latent as it is before rounding, since second stages over codes
+        and over latents both decode with it.
+        """
+        if self.decoder_in_use == "fidelity":
+            return rounded
+        odd = torch.arange(len(rounded), device=rounded.device).view(-1, 1, 1, 1) % 2 == 1
+        return torch.where(odd, before(), rounded)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """For training: the box float32 [B, 1, H, W] by the decoder in use, and {"kl" or "codebook": loss}.
+
+        x: [B, 1, S, S] in [-1, 1]; z: int64 [B]. With the perceptual decoder no gradient goes to the latent.
         """
         with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
             latent, losses = self._latent(x, z)
-        box = self._decode(latent, z)
-        if self.draws and still is not None:
-            with torch.no_grad():
-                picture, features = self._picture(self.perceptual, self._latent(still, z)[0], z)
-            grain = self.perceptual.grain
-            losses["grain"] = grain.loss(self.crop(still), picture, grain.log_sd(features))
-        return box, losses
+        return self._decode(latent, z)[0], losses
 
-    def decode(self, latent: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
+    def grain_loss(self, x: Tensor, z: Tensor) -> Tensor:
+        """The loss, a number, of grain for x [B, 1, S, S] and z int64 [B]; its gradient goes to the grain alone.
 
-        Models with codes decode what lies between them too: rounding to codes would let a head flicker along z.
-        noise: where `draws`, [B, 1, H, W] of draw_grain; with None, the same picture every time.
+        x are slices without augmentation: interpolation takes away the texture that grain has to learn. Call it after
+        train_only("grain"); raises ValueError where the decoder in use has no grain.
+        """
+        if not self.has_grain:
+            raise ValueError(f"the {self.decoder_in_use} decoder of this first stage has no grain")
+        with torch.no_grad():
+            box, features = self._decode(self._latent(x, z)[0], z)
+        return self.grain.loss(self.crop(x), box, self.grain.log_sd(features))
+
+    # ---- use
+
+    def decode(self, latent: Tensor, z: Tensor) -> Tensor:
+        """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B]; without grain.
+
+        Models with codes decode latents between the codes too: rounded to codes, a brain would flicker along z.
         """
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self.pad(self._decode(self._denormalise(latent), z, noise).clamp(-1, 1))
+        return self._picture(self._denormalise(latent), z)
 
-    def reconstruct(self, x: Tensor, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What is left of x [B, 1, S, S] at z int64 [B] after coding, by way of the codes where the model has codes."""
-        if hasattr(self, "encode_indices"):
-            return self.decode_indices(self.encode_indices(x, z), z, noise)
-        return self.decode(self.encode(x, z), z, noise)
+    def decode_with_grain(self, latent: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
+        """As decode, with grain, for neighbouring slices of ONE brain in the order of z; else as decode.
+
+        The grain's noise follows from the generator, on the CPU, and the number of slices.
+        """
+        self._check_grid("latent", latent, self.latent_shape, z)
+        return self._picture(self._denormalise(latent), z, generator)
+
+    def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
+        """x [B, 1, S, S] at z int64 [B] coded and decoded, by way of the codes where the model has codes."""
+        return self.decode(self.encode(x, z), z)
 
     @torch.no_grad()
-    def set_latent_statistics(self, batches) -> None:
+    def set_latent_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Sets the scale from (x, z) batches: afterwards `encode` has mean 0 and sd 1 per channel over them."""
         self.latent_mean.zero_()
         self.latent_sd.fill_(1)
@@ -327,8 +347,9 @@ class Autoencoder(nn.Module):
     def channel_weight(self) -> Tensor:
         """[C, 1, 1], mean 1: how far one sd of each channel of the normalised latent moves a picture (linear path).
 
-        Squared errors weighted by its square would be those of the picture; by itself it stands between that and all
-        channels alike, since fine detail matters more to the eye than to the square.
+        Squared errors weighted by the square of this would be squared errors of the picture. Weighted by this itself,
+        they lie between those and errors that count alike in all channels, since fine detail matters more to the eye
+        than to a squared error.
         """
         C, h, w = self.latent_shape
         latent = torch.eye(C, device=self.latent_sd.device)[:, :, None, None].expand(C, C, h, w)
@@ -341,10 +362,6 @@ class Autoencoder(nn.Module):
     def _denormalise(self, latent: Tensor) -> Tensor:
         return latent.float() * self.latent_sd + self.latent_mean
 
-    def keep_decoders(self) -> None:
-        """Drops the encoder: a second stage that was trained needs it no more, and its file is smaller without."""
-        self.encoder = None
-
     def _check(self, x: Tensor, z: Tensor) -> None:
         if self.encoder is None:
             raise ValueError(
@@ -355,15 +372,6 @@ class Autoencoder(nn.Module):
                 f"x must be [B, 1, {self.image_size}, {self.image_size}] and z [B], "
                 f"not {list(x.shape)} and {list(z.shape)}"
             )
-
-    def _for_both(self, quantised: Tensor, unrounded: Callable[[], Tensor]) -> Tensor:
-        """What models with codes decode in training: the codes, and with the perceptual decoder every other slice's
-        latent before rounding instead. Both kinds of second stage decode with that one, over codes and over latents.
-        """
-        if self.decoder_in_use == "fidelity":
-            return quantised
-        odd = torch.arange(len(quantised), device=quantised.device).view(-1, 1, 1, 1) % 2 == 1
-        return torch.where(odd, unrounded(), quantised)
 
     def _check_grid(self, name: str, grid: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
         if grid.shape[1:] != shape or z.shape != grid.shape[:1]:

@@ -1,4 +1,4 @@
-"""What a Gaussian knows of latents: their mean at each z, how they hang together along z, and how whole heads differ.
+"""The Gaussian prior of brains: mean latents at each z, correlation along z, and the modes in which heads differ.
 
 Where x_t is nearly all noise, the best denoiser is the linear one of the Gaussian with the data's mean and covariance
 (Wang and Vastola 2024, "The unreasonable effectiveness of Gaussian score approximation"). It weighs every number of a
@@ -6,17 +6,13 @@ brain at once, which convolutions learn slowly: a network that has to find out b
 ventricles, guesses too near to the mean, and its samples are too much alike.
 """
 
-import copy
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from module import cosines
 
-# What tells one head from another, its size or that of its ventricles, changes slowly along z: so many cosines over the
-# slices hold it, and each more of them adds more of the noise of 200 people than of what is common to them.
+# Heads differ in size or in their ventricles, and such differences change slowly along z: so many cosines over the
+# slices hold them. One more cosine would add more noise, of 200 people, than differences that they have in common.
 COSINES = 4
 
 
@@ -29,7 +25,7 @@ def mean_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> Tensor:
 def slice_correlation(latents: Tensor) -> Tensor:
     """Correlation [C, Z, Z] between the Z slices of a brain, of latents [n, Z, C, h, w] of n >= 2 brains.
 
-    It is that of what makes a brain differ from the mean of all at the same place, over brains and places.
+    Correlated are the differences between a brain and the mean of all brains at the same place, over brains and places.
     """
     difference = latents - latents.mean(0)
     difference = difference / difference.square().mean((0, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)
@@ -48,9 +44,13 @@ def _powers(covariance: Tensor, *exponents: float) -> list[Tensor]:
 def principal_modes(latents: Tensor, correlation: Tensor, count: int) -> tuple[Tensor, float]:
     """(modes [count, q, C, h, w], rest): n brains [n, Z, C, h, w] as the mean of all + sum_k c_k modes_k + noise.
 
-    The c_k are N(0, 1) and independent, and the noise has variance `rest` and the correlation along z [C, Z, Z]; all
-    is in the first q = COSINES cosines over z. The modes are the principal components after that noise is whitened, of
-    which each takes in 1 / n of the noise's variance, for nothing but that the brains are few; it is subtracted.
+    The c_k are N(0, 1) and independent. The noise has variance `rest` and the given correlation along z [C, Z, Z]. Both
+    are described by their first q = COSINES cosines over z.
+
+    The modes are the principal components of the brains, found after a transform that makes the noise white. Even
+    brains without anything in common would have principal components: by chance each contains 1 / n of the variance of
+    all noise. So that much is subtracted from the variance of every component.
+
     Raises ValueError unless count < n.
     """
     if count >= len(latents):
@@ -62,22 +62,24 @@ def principal_modes(latents: Tensor, correlation: Tensor, count: int) -> tuple[T
     n, dim = white.shape
     variance, vector = torch.linalg.eigh((white @ white.T / n).double())
     variance, vector = variance.flip(0)[:count].to(white), vector.flip(1)[:, :count].to(white)
-    remaining = (white.square().sum() / n - variance.sum()).clamp(min=0)
-    excess = (variance - remaining / n).clamp(min=0)
+    noise = (white.square().sum() / n - variance.sum()).clamp(min=0)  # variance of all numbers, outside the components
+    excess = (variance - noise / n).clamp(min=0)
     axes = (white.T @ vector).T / (variance * n).clamp(min=1e-12).sqrt()[:, None] * excess.sqrt()[:, None]
     modes = torch.einsum("cpq,kqchw->kpchw", colour, axes.view(count, *difference.shape[1:]))
-    return modes, float(remaining / dim)
+    return modes, float(noise / dim)
 
 
-class LinearDenoiser(nn.Module):
-    """E[x_0 | x_t] where brains are as `principal_modes` has them, and x_t = alpha x_0 + sigma noise.
+class GaussianPrior(nn.Module):
+    """E[x_0 | x_t] for brains as `principal_modes` describes them, where x_t = alpha x_0 + sigma noise.
 
-    The noise of x_t has the same correlation along z. With q_k the modes after whitening, which are orthogonal,
+    The noise of x_t has the same correlation along z as that of the brains. With q_k the modes after whitening, which
+    are orthogonal,
 
         E[c_k | x_t] = (n m_k + alpha v_k <q_k, whitened (x_t - alpha mean)>) / (n + alpha^2 v_k |q_k|^2)
 
-    where n = alpha^2 rest + sigma^2 and c_k is N(m_k, v_k): N(0, 1), or what age, sex and CDR of the person tell of it.
-    The guess is mean + sum_k E[c_k | x_t] modes_k; what else differs from the mean is left to the network.
+    where n = alpha^2 rest + sigma^2, and c_k is N(m_k, v_k) before x_t is known: N(0, 1), or a closer guess from the
+    age, sex and CDR of the person. The guess at x_0 is mean + sum_k E[c_k | x_t] modes_k; all else in which a brain
+    differs from the mean is left to the network.
 
     Args:
         latent_shape: (C, h, w).
@@ -91,7 +93,7 @@ class LinearDenoiser(nn.Module):
         self.register_buffer("mean", torch.zeros(slices_per_brain, *latent_shape))
         C, h, w = latent_shape
         self.register_buffer("modes", torch.zeros(modes, COSINES * C, h, w))  # flat: networks go to channels_last
-        self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("rest", torch.ones(()))  # variance of the noise
         self.register_buffer("people_mean", torch.zeros(conditions))
         self.register_buffer("people_sd", torch.ones(conditions))
         self.register_buffer("effect", torch.zeros(modes, 2 * conditions))
@@ -99,21 +101,21 @@ class LinearDenoiser(nn.Module):
         self.register_buffer("cosines", cosines(COSINES, slices_per_brain), persistent=False)
 
     def fit(self, latents: Tensor, people: Tensor, correlation: Tensor) -> None:
-        """Learns mean, modes and what people [n, conditions] tell of them from latents [n, Z, C, h, w] of n brains."""
+        """Learns mean, modes and the effect of people [n, conditions] from latents [n, Z, C, h, w] of n brains."""
         self.mean.copy_(latents.mean(0))
         if len(self.modes):
             self.set_modes(*principal_modes(latents, correlation, len(self.modes)))
             self.set_people(latents, people, correlation)
 
     def set_modes(self, modes: Tensor, rest: float) -> None:
-        """Takes what principal_modes found."""
+        """Takes the modes and the variance that principal_modes found."""
         self.modes.copy_(modes.flatten(1, 2))
         self.rest.fill_(rest)
 
     def set_people(self, latents: Tensor, people: Tensor, correlation: Tensor) -> None:
-        """Learns what people [n, conditions], NaN where not known, tell of the modes of their latents [n, Z, C, h, w].
+        """Learns how people [n, conditions], NaN where not known, move the modes of their latents [n, Z, C, h, w].
 
-        By ridge regression of c_k on each number and its square; a number that is not known tells nothing.
+        By ridge regression of c_k on each number and its square; a number that is not known has no effect.
         """
         known = people[~people.isnan().all(1)]
         if not len(self.modes) or not len(known):
@@ -121,14 +123,14 @@ class LinearDenoiser(nn.Module):
         self.people_mean.copy_(known.nanmean(0).nan_to_num())
         self.people_sd.copy_((known - self.people_mean).square().nanmean(0).sqrt().nan_to_num(nan=1).clamp(min=1e-6))
         _, dual, power = self._modes(correlation)
-        seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, latents - self.mean, dual)
+        products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, latents - self.mean, dual)
         features = self._features(people)
         gram = features.T @ features + 0.01 * len(features) * torch.eye(features.shape[1]).to(features)
-        self.effect.copy_(torch.linalg.solve(gram, features.T @ (seen / power)).T)
+        self.effect.copy_(torch.linalg.solve(gram, features.T @ (products / power)).T)
         self.left.copy_((1 - (features @ self.effect.T).square().mean(0)).clamp(min=0.1))
 
     def _features(self, people: Tensor) -> Tensor:
-        """[n, 2 conditions]: each number of people [n, conditions] in sd, and its square less 1; 0 if not known."""
+        """[n, 2 conditions]: each number of people [n, conditions] in sd, and its square - 1; 0 if not known."""
         number = (people - self.people_mean) / self.people_sd
         return torch.cat([number, number.square() - 1], dim=1).nan_to_num()
 
@@ -154,11 +156,15 @@ class LinearDenoiser(nn.Module):
         correlation: Tensor,
         people: Tensor | None = None,
     ) -> Tensor:
-        """The guess [B, C, h, w] of x_0, from x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
+        """The guess [B, C, h, w] at x_0, from x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
 
         Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, or where z is
-        NaN, the guess is the mean. correlation: [C, Z, Z], of the noise. people: [B, conditions], the same for all
-        slices of a brain, NaN where one is not known; None if none is.
+        NaN, the guess is the mean.
+
+        Args:
+            correlation: [C, Z, Z], of the noise.
+            people: [B, conditions], the same for all slices of a brain, NaN where a number is not known; None if
+                nothing is known.
         """
         guess, Z = self.mean_at(z), len(self.mean)
         if not len(self.modes) or slices != Z:
@@ -166,62 +172,14 @@ class LinearDenoiser(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             modes, dual, power = self._modes(correlation)
             difference = (x.float() - alpha * guess).unflatten(0, (-1, Z))
-            seen = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
+            products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
             alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
-            before, left = torch.zeros_like(seen), torch.ones_like(seen)
+            expected, variance = torch.zeros_like(products), torch.ones_like(products)
             if people is not None:
                 someone = ~people[::Z].isnan().all(1, keepdim=True)
-                before = self._features(people[::Z]) @ self.effect.T
-                left = torch.where(someone, self.left, left)
+                expected = self._features(people[::Z]) @ self.effect.T
+                variance = torch.where(someone, self.left, variance)
             noise = alpha**2 * self.rest + sigma**2
-            c = (noise * before + alpha * left * seen) / (noise + alpha**2 * left * power)
+            c = (noise * expected + alpha * variance * products) / (noise + alpha**2 * variance * power)
             c = c.masked_fill(z[::Z, None].isnan(), 0)
             return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
-
-
-class CrossFitted:
-    """For each training brain, the guess of a linear denoiser that has not seen it.
-
-    The modes of n brains lie nearer to these than to any other brain: a network trained beside them would trust the
-    guess more than it deserves when new heads are drawn. So the brains are dealt into folds, and each fold gets the
-    guess of a denoiser fitted on all others (cross-fitting, Chernozhukov et al. 2018, "Double/debiased machine
-    learning", definition 3.1).
-
-    Args:
-        denoiser: fitted on all brains; the folds' ones are like it.
-        latents: [n, Z, C, h, w].
-        people: [n, conditions].
-        correlation: [C, Z, Z], of the noise.
-        folds: how many, or n where brains are fewer.
-    """
-
-    def __init__(self, denoiser: LinearDenoiser, latents: Tensor, people: Tensor, correlation: Tensor, folds: int = 10):
-        self.denoisers = [copy.deepcopy(denoiser) for _ in range(min(folds, len(latents)))]
-        for fold, other in enumerate(self.denoisers):
-            seen = torch.arange(len(latents), device=latents.device) % len(self.denoisers) != fold
-            other.fit(latents[seen], people[seen], correlation)
-
-    def of(self, brains: Tensor) -> Callable[..., Tensor]:
-        """What takes the place of LinearDenoiser.forward for these brains, int64 [B / slices] in 0 .. n - 1."""
-        return partial(self._guess, brains)
-
-    @torch.compiler.disable  # which folds meet in a batch is chance: each new set of them would be compiled anew
-    def _guess(
-        self,
-        brains: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        z: Tensor,
-        slices: int,
-        correlation: Tensor,
-        people: Tensor | None = None,
-    ) -> Tensor:
-        """As LinearDenoiser.forward, brain by brain with the denoiser of its fold."""
-        known = [None] * len(brains) if people is None else people.split(slices)
-        noised = (part.split(slices) for part in (x, alpha, sigma, z))
-        guesses = []
-        for brain, person, *state in zip(brains.tolist(), known, *noised, strict=True):
-            own = self.denoisers[brain % len(self.denoisers)]
-            guesses.append(own(*state, slices, correlation, person))
-        return torch.cat(guesses)

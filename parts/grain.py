@@ -1,4 +1,4 @@
-"""Grain: the texture that a decoder leaves out, as a random field whose strength it learns."""
+"""Grain: the texture that a decoder leaves out, as a random field whose strength is learned."""
 
 import math
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from module import gaussian_window, norm, zero
 
-# Grain is smooth along z: half of its variance by a gaussian of the first sd in slices, half by one of the second. So
-# its power along z is what decoded latents of 8x8 pixels lack of that of real heads: held-out ones are .15 dB off.
+# Grain is smooth along z: half of its variance is smoothed by a gaussian of the first sd in slices, half by one of the
+# second. So its power along z is the one that pictures decoded from latents of 8x8 pixels lack, within .15 dB.
 SMOOTHING = (0.7, 1.8)
 GAMMA = 0.7  # of compand
 KNEE = 2 * 190 / 255 - 1  # of bend_white: grey 190
@@ -18,9 +18,9 @@ KNEE = 2 * 190 / 255 - 1  # of bend_white: grey 190
 def lapped_transform(size: int) -> Tensor:
     """[size^2, 1, 2 size, 2 size]: the modulated lapped transform in two dimensions, frequencies in reading order.
 
-    Cosines over windows of twice the distance of the blocks, that fade out into each other (Malvar 1990, "Lapped
-    transforms for efficient transform/subband coding"). As a convolution of stride `size` it is orthonormal; unlike
-    cosines of blocks side by side, it shows no edges of blocks.
+    Cosines over windows that are twice as wide as a block and fade out into each other (Malvar 1990, "Lapped transforms
+    for efficient transform/subband coding"). As a convolution of stride `size` it is orthonormal; unlike cosines of
+    blocks side by side, it shows no edges of blocks.
     """
     n, k = torch.arange(2 * size) + 0.5, torch.arange(size)[:, None] + 0.5
     rows = (n * math.pi / (2 * size)).sin() * (2 / size) ** 0.5 * ((n + size / 2) * k * math.pi / size).cos()
@@ -38,10 +38,10 @@ def expand(brightness: Tensor) -> Tensor:
 
 
 def bend_white(x: Tensor) -> Tensor:
-    """x with what is brighter than KNEE bent towards white instead of cut off there, as film does it.
+    """x [-1, 1] or beyond, with values above KNEE bent towards white as film does it, not cut off at white.
 
-    Every real slice is scaled to its own maximum, so next to no pixel of it is above 240 of 255. Drawn ones, whose
-    errors are symmetrical, have three times as many, and cutting off would pile them up at white.
+    Every real slice is scaled to its own maximum, so next to no pixel of it is above 240 of 255. Sampled slices, whose
+    errors are symmetrical, have three times as many, and a cut would pile them up at white.
     """
     room = 1 - KNEE
     return torch.where(x > KNEE, KNEE + room * ((x - KNEE) / room).tanh(), x)
@@ -50,8 +50,12 @@ def bend_white(x: Tensor) -> Tensor:
 class Grain(nn.Module):
     """The power that decoded pictures lack, as a random field: N(0, sd^2) in each coefficient of a lapped transform.
 
-    The sd of each block and frequency is read from the decoder's last features, but teaches the decoder nothing. It is
-    such that drawn pictures have the power of real slices, in companded grey. Where all is black, it is next to zero.
+    The sd of each block and frequency is read from the decoder's last features, and is such that pictures with grain
+    have the power of real slices, in companded grey. Where all is black, it is next to zero.
+
+    Args:
+        channels: of the features.
+        patch: pixels a side for which one position of the features stands.
     """
 
     FLOOR = (2 / 255) ** 2 / 12  # keeps variance above 0 in black; about what rounding to 8 bits adds to a coefficient
@@ -70,7 +74,7 @@ class Grain(nn.Module):
         self.register_buffer("basis", lapped_transform(patch), persistent=False)
 
     def log_sd(self, features: Tensor) -> Tensor:
-        """float32 [B, patch^2, h, w] of features [B, channels, h, w]."""
+        """float32 [B, patch^2, h, w] of features [B, channels, h, w], to which no gradient goes."""
         return self.strength(features.detach()).float().clamp(-10, 1)
 
     def analysis(self, picture: Tensor) -> Tensor:
@@ -85,30 +89,32 @@ class Grain(nn.Module):
         return field[..., before : before + h * self.patch, before : before + w * self.patch]
 
     def loss(self, real: Tensor, decoded: Tensor, log_sd: Tensor) -> Tensor:
-        """-log N(real; 0, decoded^2 + sd^2 + FLOOR) in nats a coefficient of companded grey, less a constant.
+        """-log N(real; 0, decoded^2 + sd^2 + FLOOR) in nats a coefficient of companded grey, up to a constant.
 
         Args:
-            real: [B, 1, H, W] in [-1, 1], a slice.
-            decoded: [B, 1, H, W], what the decoder makes of it without noise.
+            real: slices [B, 1, H, W] in [-1, 1].
+            decoded: the same slices coded and decoded, [B, 1, H, W], without grain.
+            log_sd: [B, patch^2, h, w].
         """
-        with torch.autocast(real.device.type, enabled=False), torch.no_grad():
-            power, known = (self.analysis(compand(x)).square() for x in (real, bend_white(decoded)))
-        variance = known + (2 * log_sd).exp() + self.FLOOR
-        return 0.5 * (variance.log() + power / variance).mean()
+        with torch.autocast(real.device.type, enabled=False):
+            with torch.no_grad():
+                power, known = (self.analysis(compand(x)).square() for x in (real, bend_white(decoded)))
+            variance = known + (2 * log_sd).exp() + self.FLOOR
+            return 0.5 * (variance.log() + power / variance).mean()
 
-    def draw(self, decoded: Tensor, noise: Tensor, log_sd: Tensor) -> Tensor:
-        """The picture x [B, 1, H, W] of a decoded one, with grain made of white noise [B, 1, H, W]."""
-        with torch.autocast(noise.device.type, enabled=False):
-            field = self.synthesis(log_sd.exp() * F.pixel_unshuffle(noise, self.patch))
+    def add(self, decoded: Tensor, white: Tensor, log_sd: Tensor) -> Tensor:
+        """A decoded picture with grain made of white noise, all three [B, 1, H, W]; log_sd [B, patch^2, h, w]."""
+        with torch.autocast(white.device.type, enabled=False):
+            field = self.synthesis(log_sd.exp() * F.pixel_unshuffle(white, self.patch))
             return bend_white(expand(compand(decoded) + field))
 
 
 def noise_of_slices(slices: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
-    """What `Grain.draw` takes for neighbouring slices of one brain, float32 [slices, 1, height, width] on the CPU.
+    """Noise for `Grain.add`, of neighbouring slices of one brain: float32 [slices, 1, height, width] on the CPU.
 
-    N(0, 1) in every slice, smooth along z as SMOOTHING says, at both ends too: the white noise goes on beyond them.
+    White and N(0, 1) within every slice; smooth along z as SMOOTHING says, at both ends too.
     """
-    beyond = math.ceil(3 * max(SMOOTHING))
+    beyond = math.ceil(3 * max(SMOOTHING))  # slices that are drawn at both ends, smoothed with the others, and dropped
     noise = torch.zeros(slices, 1, height, width)
     for sd in SMOOTHING:
         white = torch.randn(slices + 2 * beyond, 1, height, width, generator=generator)

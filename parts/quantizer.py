@@ -1,11 +1,12 @@
 """Quantisers: each turns latent vectors [B, C, h, w] into a grid of codes idx int64 [B, h, w] and back.
 
 VectorQuantizer learns a codebook; FiniteScalarQuantizer rounds every number to a few levels and has none. Both work in
-float32 whatever the autocast, and share one interface: `forward`, `nearest`, `lookup`, `unrounded`, `start`,
-`codebook_size`.
+float32 whatever the autocast. Another quantiser is a class with their methods, `forward`, `nearest`, `lookup`, `clamp`,
+`random_codes` and `fit`, their attributes `codebook_size` and `whiten`, and a line in `make_quantizer`.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -13,44 +14,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rotate_onto(e: Tensor, q: Tensor) -> Tensor:
-    """q as a rotation and scaling of e, so that the gradient of e is the gradient of q turned back.
+def make_quantizer(
+    codebook_size: int | None, levels: tuple[int, ...] | None, dim: int
+) -> "VectorQuantizer | FiniteScalarQuantizer":
+    """Learned codes of `dim` numbers, codebook_size of them; or finite scalar quantisation to `dim` levels.
 
-    The rotation trick (Fifty et al. 2024, eq. 3 and 4): q = |q| / |e| (e - 2 r r^T e + 2 q' e'^T e) with e', q' the
-    unit vectors and r that of e' + q', all of them constants, |q| / |e| at most 4. Where e or q is next to zero, and
-    has no direction, the gradient passes straight through instead.
+    Raises ValueError unless exactly one of codebook_size and levels is given, or if the levels are not `dim`.
+    """
+    if (codebook_size is None) == (levels is None):
+        raise ValueError("either codebook_size, for learned codes, or levels, for finite scalar quantisation")
+    if levels is None:
+        return VectorQuantizer(codebook_size, dim)
+    if len(levels) != dim:
+        raise ValueError(f"{len(levels)} levels do not fit {dim} latent channels")
+    return FiniteScalarQuantizer(levels)
+
+
+def nearest_code(vectors: Tensor, codes: Tensor) -> Tensor:
+    """int64 [N]: which of the codes [K, D] is nearest to each of the vectors [N, D]; Euclidean, both float32."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        parts = vectors.split(max(1, 2**26 // len(codes)))  # a part's distances take 256 MB
+        return torch.cat([torch.addmm(codes.square().sum(1), v, codes.T, alpha=-2).argmin(1) for v in parts])
+
+
+def lloyd(
+    vectors: Tensor,
+    codes: Tensor,
+    steps: Iterable,
+    spare: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """k-means (Lloyd 1982): codes float32 [K, D] after as many steps as `steps` has elements.
+
+    Each step moves every code to the mean of the vectors that are nearest to it, and one without any to a random one of
+    the `spare` vectors [M, D], default: `vectors`.
 
     Args:
-        e, q: float32 [N, C].
+        vectors: float32 [N, D].
+        codes: [K, D] to begin with.
+        steps: such as range(20), or a progress bar of it.
     """
-    with torch.no_grad():
-        e_norm, q_norm = e.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
-        e_unit, q_unit = e / e_norm.clamp(min=1e-6), q / q_norm.clamp(min=1e-6)
-        r = F.normalize(e_unit + q_unit, dim=1)
-        scale = (q_norm / e_norm.clamp(min=1e-6)).clamp(max=4)
-        directed = (e_norm > 1e-3) & (q_norm > 1e-3)
-    rotated = scale * (e - 2 * r * (r * e).sum(1, keepdim=True) + 2 * q_unit * (e_unit * e).sum(1, keepdim=True))
-    carrier = torch.where(directed, rotated, e)
-    return carrier + (q - carrier).detach()
+    spare = vectors if spare is None else spare
+    for _ in steps:
+        idx = nearest_code(vectors, codes)
+        count = torch.bincount(idx, minlength=len(codes))
+        codes = torch.zeros_like(codes).index_add_(0, idx, vectors) / count.clamp(min=1)[:, None]
+        empty = count == 0
+        codes[empty] = spare[torch.randint(len(spare), (int(empty.sum()),), generator=generator)]
+    return codes
 
 
 class VectorQuantizer(nn.Module):
     """Nearest code of a learned codebook (van den Oord et al. 2017).
 
-    The codebook follows exponential moving averages of the vectors that chose each code (ibid., appendix A.1), or, with
-    ema=False, the gradient of the codebook loss ||sg[e] - q||^2. Codes that hardly anything chooses are replaced.
+    The codebook follows exponential moving averages of the vectors that chose each code (ibid., appendix A.1). Codes
+    that hardly any vector chooses are replaced.
 
     Args:
         codebook_size: K.
         dim: length of a code.
         commitment: beta, the weight of ||e - sg[q]||^2, which ties the encoder to the codes.
-        ema: whether moving averages or the gradient move the codes.
-        sphere: vectors and codes are divided by their length, so that direction alone counts (Yu et al. 2022, 3.2).
-        rotation: the gradient of the code reaches the encoder by the rotation trick instead of straight through.
         decay: of the moving averages.
         revive_below: a code chosen less often than this, where 1 is its fair share of all choices, is replaced by a
             vector of the batch.
     """
+
+    whiten = False  # distances between vectors decide, so all channels are scaled alike
 
     def __init__(
         self,
@@ -58,101 +87,80 @@ class VectorQuantizer(nn.Module):
         dim: int,
         commitment: float = 0.25,
         *,
-        ema: bool = True,
-        sphere: bool = False,
-        rotation: bool = False,
         decay: float = 0.99,
         revive_below: float = 0.05,
     ):
         super().__init__()
-        self.codebook_size, self.commitment, self.ema, self.sphere = codebook_size, commitment, ema, sphere
-        self.rotation, self.decay, self.revive_below = rotation, decay, revive_below
-        codebook = self._project(torch.randn(codebook_size, dim))
-        if ema:
-            self.register_buffer("codebook", codebook)
-        else:
-            self.codebook = nn.Parameter(codebook)
+        self.codebook_size, self.commitment = codebook_size, commitment
+        self.decay, self.revive_below = decay, revive_below
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
         self.register_buffer("count", torch.ones(codebook_size))  # how often chosen; 1 is the fair share of a code
-        self.register_buffer("total", codebook.clone())  # sum of the vectors in the same unit
-
-    def _project(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=1) if self.sphere else vectors
+        self.register_buffer("total", self.codebook.clone())  # sum of the vectors in the same unit
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """int64 [N]: the code nearest to each of float32 [N, dim] in Euclidean distance (angle, on the sphere)."""
-        codes = self._project(self.codebook)
-        with torch.autocast(vectors.device.type, enabled=False):
-            parts = vectors.float().split(max(1, 2**26 // self.codebook_size))  # no more distances than memory likes
-            return torch.cat([torch.addmm(codes.square().sum(1), v, codes.T, alpha=-2).argmin(1) for v in parts])
+        """int64 [N]: the code nearest to each of [N, dim]."""
+        return nearest_code(vectors.float(), self.codebook)
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Codes [B, dim, h, w] of int64 idx [B, h, w]."""
-        return F.embedding(idx, self._project(self.codebook)).movedim(-1, 1)
+        return F.embedding(idx, self.codebook).movedim(-1, 1)
 
-    def unrounded(self, latent: Tensor) -> Tensor:
-        """float32 [B, dim, h, w]: what is rounded of a latent of that shape, on the scale of the codes."""
-        return self._project(latent.float())
+    def clamp(self, latent: Tensor) -> Tensor:
+        """float32 [B, dim, h, w]: a latent as far as codes reach, here anywhere."""
+        return latent.float()
+
+    def random_codes(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """idx int64 of this shape on the CPU, each drawn by itself, as often as training used it."""
+        idx = torch.multinomial(self.count.cpu(), math.prod(shape), replacement=True, generator=generator)
+        return idx.view(shape)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns quantised latent with a gradient to the encoder, idx int64 [B, h, w], loss.
+        """Returns the quantised latent, idx int64 [B, h, w] and beta ||e - sg[q]||^2, of a latent [B, dim, h, w].
 
-        latent: [B, dim, h, w]. In training mode the codebook moves, after it was used.
+        The gradient passes straight through. In training mode, while gradients are on, the codebook moves after it was
+        used.
         """
         with torch.autocast(latent.device.type, enabled=False):
             B, C, h, w = latent.shape
-            e = latent.float().movedim(1, -1).reshape(-1, C)
-            vectors = self._project(e)
-            if self.sphere:  # what has next to no length, as black has, has no direction to learn
-                vectors = torch.where(e.norm(dim=1, keepdim=True) > 1e-2, vectors, vectors.detach())
+            vectors = latent.float().movedim(1, -1).reshape(-1, C)
             idx = self.nearest(vectors.detach())
-            quantised = self.lookup(idx.view(B, h, w)).movedim(1, -1).reshape(-1, C)
-            loss = self.commitment * F.mse_loss(vectors, quantised.detach())
-            if not self.ema:
-                loss = loss + F.mse_loss(quantised, vectors.detach())
-            quantised = quantised.detach()
-            passed = rotate_onto(vectors, quantised) if self.rotation else vectors + (quantised - vectors).detach()
-            if self.training:
+            quantised = F.embedding(idx, self.codebook)
+            loss = self.commitment * F.mse_loss(vectors, quantised)
+            quantised = vectors + (quantised - vectors).detach()
+            if self.training and torch.is_grad_enabled():
                 self._follow(vectors.detach(), idx)
-        return passed.view(B, h, w, C).movedim(-1, 1), idx.view(B, h, w), loss
+        return quantised.view(B, h, w, C).movedim(-1, 1), idx.view(B, h, w), loss
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor, idx: Tensor) -> None:
-        count = torch.bincount(idx, minlength=len(self.count)).to(vectors.dtype)
+        """Moves averages and codebook, without a branch on what is in them: a GPU need not wait for the answer."""
+        count = torch.zeros_like(self.count).index_add_(0, idx, vectors.new_ones(len(idx)))
         total = torch.zeros_like(self.total).index_add_(0, idx, vectors)
+        chosen = vectors[torch.randint(len(vectors), (self.codebook_size,), device=vectors.device)]
         if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
+            dist.broadcast(chosen, 0)
         fair = count.sum() / self.codebook_size
         self.count.lerp_(count / fair, 1 - self.decay)
         self.total.lerp_(total / fair, 1 - self.decay)
-        if self.ema:
-            self.codebook.copy_(self._project(self.total / self.count.clamp(min=1e-5)[:, None]))
-        dead = self.count < self.revive_below
-        if dead.any():  # averages too start anew, or the next update would undo the revival
-            chosen = vectors[torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)]
-            if dist.is_initialized():
-                dist.broadcast(chosen, 0)
-            self.codebook.data[dead] = chosen
-            self.count[dead] = 2 * self.revive_below
-            self.total[dead] = 2 * self.revive_below * chosen
+        dead = (self.count < self.revive_below)[:, None]
+        # averages too begin anew, or the next update would undo the revival
+        self.count.masked_fill_(dead[:, 0], 2 * self.revive_below)
+        self.total.copy_(torch.where(dead, 2 * self.revive_below * chosen, self.total))
+        mean = self.total / self.count.clamp(min=1e-5)[:, None]
+        self.codebook.copy_(torch.where(dead, chosen, mean))
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, iterations: int = 20) -> None:
-        """k-means on encoder outputs float32 [N, dim], N >= K; empty clusters restart at vectors drawn at random."""
+    def fit(self, vectors: Tensor, iterations: int = 20) -> None:
+        """k-means on encoder outputs float32 [N, dim]. Raises ValueError if N < K."""
         K = self.codebook_size
         if len(vectors) < K:
             raise ValueError(f"{len(vectors)} vectors cannot start {K} codes")
-        vectors = self._project(vectors)
         distinct = torch.unique(vectors, dim=0)  # half of all vectors are the black background
         distinct = distinct if len(distinct) >= K else vectors
-        self.codebook.data.copy_(distinct[torch.randperm(len(distinct))[:K]])
-        for _ in range(iterations):
-            idx = self.nearest(vectors)
-            count = torch.bincount(idx, minlength=K)
-            mean = torch.zeros_like(self.total).index_add_(0, idx, vectors) / count.clamp(min=1)[:, None]
-            empty = count == 0
-            mean[empty] = distinct[torch.randint(len(distinct), (int(empty.sum()),))]
-            self.codebook.data.copy_(self._project(mean))
+        begin = distinct[torch.randperm(len(distinct))[:K]]
+        self.codebook.copy_(lloyd(vectors, begin, range(iterations), distinct))
         self.count.fill_(1)
         self.total.copy_(self.codebook)
 
@@ -175,6 +183,8 @@ class FiniteScalarQuantizer(nn.Module):
     Args:
         levels: L of each number; the codebook has as many codes as their product.
     """
+
+    whiten = True  # channels are rounded one by one, so each is scaled to fill its bins
 
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
@@ -203,7 +213,7 @@ class FiniteScalarQuantizer(nn.Module):
         return self.steps[digits, torch.arange(len(self.levels), device=digits.device)]
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """int64 [N]: the code of each of float32 [N, C]."""
+        """int64 [N]: the code of each of [N, C]."""
         u = ((vectors.float() - self.centre) / self.width).tanh()
         digits = (self.L * (u + 1) / 2).long().clamp(min=0).minimum(self.L - 1)
         return (digits * self.place).sum(-1)
@@ -212,14 +222,18 @@ class FiniteScalarQuantizer(nn.Module):
         """Codes [B, C, h, w] of int64 idx [B, h, w]."""
         return (self.centre + self.width * self._step(self.digits(idx))).movedim(-1, 1)
 
-    def unrounded(self, latent: Tensor) -> Tensor:
-        """float32 [B, C, h, w]: what is rounded of a latent of that shape, up to the outermost codes."""
+    def clamp(self, latent: Tensor) -> Tensor:
+        """float32 [B, C, h, w]: a latent as far as codes reach, here up to the outermost ones of each channel."""
         ends = torch.stack([torch.zeros_like(self.L), self.L - 1])
         low, high = (self.centre + self.width * self._step(ends)).view(2, -1, 1, 1)
         return latent.float().maximum(low).minimum(high)
 
+    def random_codes(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """idx int64 of this shape on the CPU, each drawn by itself, all codes equally often."""
+        return torch.randint(self.codebook_size, shape, generator=generator)
+
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns quantised latent, idx int64 [B, h, w], and 0: this quantiser needs no loss of its own.
+        """Returns the quantised latent, idx int64 [B, h, w], and 0: this quantiser needs no loss of its own.
 
         The rounding passes the gradient straight through; that of tanh and its inverse fades outside the bins.
         """
@@ -229,10 +243,10 @@ class FiniteScalarQuantizer(nn.Module):
             u = ((vectors - self.centre) / self.width).tanh()
             rounded = u + (self._middle(self.digits(idx)) - u).detach()
             quantised = (self.centre + self.width * rounded.atanh()).movedim(-1, 1)
-        return quantised, idx, latent.new_zeros(())
+        return quantised, idx, latent.new_zeros((), dtype=torch.float32)
 
     @torch.no_grad()
-    def start(self, vectors: Tensor) -> None:
+    def fit(self, vectors: Tensor) -> None:
         """Spreads the bins over encoder outputs float32 [N, C], with 0, which black has, in the middle of a bin."""
         lit = vectors[vectors.abs().amax(1) > 1e-3]
         if len(lit) == 0:
