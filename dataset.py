@@ -1,21 +1,16 @@
-"""The OASIS slices: their folders, the check-up of a folder, and the decoded cache that training reads.
+"""The OASIS slices: where they are, the decoded cache that training reads, and the check-up of a folder.
 
     python dataset.py FOLDER              counts, sizes, splits, brightness; one page and a contact sheet
     python dataset.py FOLDER --phantom    writes generated heads into FOLDER, in the same layout
 
-Layout (keras_png_slices_data, OASIS-1 as released for teaching):
-    keras_png_slices_{train,validate,test}/case_NNN_slice_Z.nii.png        8-bit grey, 256x256, Z = 0..31
-    keras_png_slices_seg_{train,validate,test}/seg_NNN_slice_Z.nii.png     0, 85, 170, 255: none, CSF, grey, white
-    oasis_cross-sectional.csv, here or one folder up, if at hand           who case_NNN is: row OAS1_0NNN_MR1
-
-This file alone knows the pixel range and where the head lies.
+heads/layout.py says how slices lie on disk. The table oasis_cross-sectional.csv, in FOLDER or one folder up, says
+who case_NNN is: row OAS1_0NNN_MR1. This file alone knows the pixel range.
 """
 
 import hashlib
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -31,20 +26,16 @@ from PIL import Image
 from torch import Tensor
 
 import util
+from heads import layout
+from heads.layout import MASK_VALUES, SPLITS, has_splits, list_slices, read_slice, write_slices
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
 from pictures import sheets
 from util import UserError
 
-SPLITS = ("train", "validate", "test")
-SLICES_PER_CASE = 32
-MASK_VALUES = (0, 85, 170, 255)
 PHANTOM = Path("data/phantom")
 PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
-# Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
-# pixels around them for augmentation; at 64 and 128 pixels the same box scaled down.
-CONTENT_BOX = (32, 16, 192, 224)  # top, left, height, width
-NAME = re.compile(r"(case|seg)_(\d+)_slice_(\d+)\.nii\.png")
+MOST_SLICES = 256  # of a brain; a larger z in a file's name is a slip
 
 
 # -------------------------------------------------------------------------------------------------------- pixel range
@@ -64,17 +55,17 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def locate_data(flag: str | None) -> tuple[Path, str]:
-    """(folder, what named it) of --data, else $OASIS_DATA, else data/keras_png_slices_data, else the phantom."""
+    """(data folder, where its name is from): --data, else $OASIS_DATA, else the usual place, else the phantom."""
     named = [(flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA")]
     for folder, source in named:
         if folder:
-            return _inner(Path(folder)), source
-    usual = Path("data/keras_png_slices_data")
+            return layout.release_folder(Path(folder)), source
+    usual = Path("data") / layout.RELEASE_FOLDER
     return (usual, "the usual place") if usual.is_dir() else (PHANTOM, "the built-in phantom")
 
 
 def find_data(flag: str | None) -> Path:
-    """The data folder of locate_data; says which it is, and draws the phantom if that is asked and not there yet."""
+    """The data folder of locate_data. Prints its name, and writes the phantom if it is needed and not there yet."""
     folder, source = locate_data(flag)
     print(f"data: {folder} ({source})")
     if folder == PHANTOM:
@@ -89,37 +80,14 @@ def is_phantom(folder: Path) -> bool:
     return folder == PHANTOM or (folder / "PHANTOM.txt").is_file()
 
 
-def _inner(folder: Path) -> Path:
-    """Accepts the folder that holds keras_png_slices_data as well as that folder itself."""
-    inner = folder / "keras_png_slices_data"
-    return inner if inner.is_dir() else folder
-
-
-def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int, int, Path]]:
-    """Sorted (case, z, file) of a split's images, or of its masks with kind "seg". Raises UserError if there are none.
-
-    A folder of bare slices, as --sample --out writes, counts as any split.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_{split}, e.g. --data FOLDER")
-    part = folder / (f"keras_png_slices_{split}" if kind == "case" else f"keras_png_slices_seg_{split}")
-    if not part.is_dir() and not any(folder.glob("keras_png_slices_*")):
-        part = folder
-    matches = [(NAME.fullmatch(path.name), path) for path in part.glob("*.png")]
-    slices = sorted((int(m[2]), int(m[3]), path) for m, path in matches if m and m[1] == kind)
-    if not slices:
-        raise UserError(f"{part} has no {kind}_NNN_slice_Z.nii.png; python dataset.py {folder} tells what is there")
-    return slices
-
-
 def people_table(folder: Path) -> Path | None:
-    """The table of people that belongs to a data folder, in it or one folder up; the phantom's must be in it."""
+    """The table of people in a data folder or one folder up, or None. For the phantom only the folder itself counts."""
     places = [folder] if is_phantom(folder) else [folder, folder.resolve().parent]
     return next((place / PEOPLE_TABLE for place in places if (place / PEOPLE_TABLE).is_file()), None)
 
 
 def has_masks(folder: Path, split: str) -> bool:
-    """Whether the split has tissue masks; says so if not, since brain scores then are left out."""
+    """Whether the split has tissue masks. Prints a line if it has none, since brain scores then are left out."""
     try:
         return bool(list_slices(folder, split, "seg"))
     except UserError:
@@ -127,37 +95,21 @@ def has_masks(folder: Path, split: str) -> bool:
         return False
 
 
-def read_png(path: Path) -> np.ndarray:
-    """uint8 [H, W] of an 8-bit grey PNG. Raises UserError naming the file when it is damaged or of another kind."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode != "L":
-                kind = {"I;16": "16-bit grey", "I": "32-bit grey", "RGB": "colour"}.get(picture.mode, picture.mode)
-                raise UserError(f"{path} is {kind}, not 8-bit grey; convert it to one 8-bit channel")
-            return np.asarray(picture)
-    except (OSError, SyntaxError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{path} cannot be read as PNG ({error}); copy it again from the release") from None
+def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes: int = 2, slices: int = 32) -> None:
+    """Writes phantom brains of so many slices, with masks, in the release's layout: all of it or nothing.
 
-
-def write_slices(folder: Path, case: int, images: np.ndarray, kind: str = "case") -> None:
-    """Writes uint8 [N, H, W] as {kind}_{case}_slice_{0..N-1}.nii.png, the form that this file reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for z, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{kind}_{case:03d}_slice_{z}.nii.png", compress_level=1)
-
-
-def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes: int = 2) -> None:
-    """Writes phantom heads and masks for {split: number of cases} in the release's layout. All of it or nothing."""
+    Args:
+        folder: must be new.
+        cases: {split: number of brains}.
+    Raises UserError if the folder exists and is no phantom.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     count = sum(cases.values())
-    print(
-        f"phantom: drawing {count} heads of {SLICES_PER_CASE} slices, about {count * 0.4 / processes:.0f} s", flush=True
-    )
+    seconds = count * slices / 32 * 0.4 / processes
+    print(f"phantom: drawing {count} heads of {slices} slices, about {seconds:.0f} s", flush=True)
     jobs, first = [], 1
     for split, number in cases.items():
-        jobs += [(temporary, split, seed, case) for case in range(first, first + number)]
+        jobs += [(temporary, split, seed, case, slices) for case in range(first, first + number)]
         first += number
     try:
         temporary.mkdir(parents=True)
@@ -165,8 +117,10 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
         with ProcessPoolExecutor(
             processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
         ) as pool:
-            list(pool.map(_write_phantom_case, jobs, chunksize=4))
-        (temporary / "PHANTOM.txt").write_text(f"Generated heads, no real brains. Seed {seed}, cases {cases}.\n")
+            done = pool.map(_write_phantom_case, jobs, chunksize=4)
+            list(util.progress(done, "phantom", total=count, unit="heads"))
+        text = f"Generated heads, no real brains. Seed {seed}, cases {cases}, {slices} slices each.\n"
+        (temporary / "PHANTOM.txt").write_text(text)
         try:
             temporary.rename(folder)
         except OSError:
@@ -176,11 +130,11 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_phantom_case(job: tuple[Path, str, int, int]) -> None:
-    folder, split, seed, case = job
-    images, masks = phantom_case(seed, case)
-    write_slices(folder / f"keras_png_slices_{split}", case, images)
-    write_slices(folder / f"keras_png_slices_seg_{split}", case, masks, "seg")
+def _write_phantom_case(job: tuple[Path, str, int, int, int]) -> None:
+    folder, split, seed, case, slices = job
+    images, masks = phantom_case(seed, case, slices)
+    for kind, pictures in (("case", images), ("seg", masks)):
+        write_slices(folder / layout.RELEASE.folders[kind].format(split=split), case, pictures, kind)
 
 
 # ------------------------------------------------------------------------------------------- the slices that train
@@ -188,26 +142,31 @@ def _write_phantom_case(job: tuple[Path, str, int, int]) -> None:
 
 @dataclass
 class Slices:
-    """One split in memory. images uint8 [N, S, S]; z and case int64 [N]; masks uint8 [N, S, S] or None."""
+    """One split in memory: N slices, sorted by case and z."""
 
-    images: Tensor
-    z: Tensor
-    case: Tensor
-    masks: Tensor | None
+    images: Tensor  # uint8 [N, S, S]
+    z: Tensor  # int64 [N], the slice index
+    case: Tensor  # int64 [N], the number of the brain
+    masks: Tensor | None  # uint8 [N, S, S]
     folder: Path
     split: str
-    digest: str
+    digest: str  # of the images
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def slices_per_brain(self) -> int:
+        """1 + the largest z of the split."""
+        return int(self.z.max()) + 1
+
     def batch(
         self, index: Tensor, device: torch.device | str = "cpu", augment: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x float32 [B, 1, S, S] in [-1, 1], z int64 [B], case int64 [B] of the given positions, on `device`.
+        """x float32 [B, 1, S, S] in [-1, 1], z int64 [B] and case int64 [B] of the slices at index [B], on `device`.
 
-        With a (CPU) generator every slice is turned, scaled and shifted a little; never mirrored, since left and right
-        differ in real brains.
+        With a generator (on the CPU) every slice is turned, scaled and shifted a little. It is never mirrored, since
+        left and right differ in real brains.
         """
         index = index.to(self.images.device)
         x = to_float(self.images[index].to(device, non_blocking=True))[:, None]
@@ -216,7 +175,7 @@ class Slices:
         return x, self.z[index.cpu()].to(device), self.case[index.cpu()].to(device)
 
     def describe(self) -> dict:
-        """What run.json records of the split."""
+        """The split's folder, name, counts, image size and digest, for run.json."""
         return {
             "folder": str(self.folder),
             "split": self.split,
@@ -227,43 +186,43 @@ class Slices:
         }
 
     def people(self, names: tuple[str, ...]) -> Tensor:
-        """float32 [N, len(names)]: of "age", "sex" and "cdr" those named, for each slice's case; NaN if unknown."""
+        """float32 [N, len(names)]: each slice's person. names are of "age", "sex" and "cdr"; NaN is unknown."""
         table = people_table(self.folder)
         known = read_people(table) if table else {}
         return torch.tensor([[known.get(c, {}).get(name, math.nan) for name in names] for c in self.case.tolist()])
 
     def whole_cases(self) -> Tensor:
-        """int64 [n, 32]: where the slices of each case lie that has all of them, in the order of z."""
+        """int64 [n, slices_per_brain]: the positions of the slices of each brain that has all, in the order of z."""
         cases, counts = self.case.unique(return_counts=True)
-        whole = torch.isin(self.case, cases[counts == SLICES_PER_CASE])  # slices are sorted by case and z
-        return whole.nonzero()[:, 0].view(-1, SLICES_PER_CASE)
+        whole = torch.isin(self.case, cases[counts == self.slices_per_brain])
+        return whole.nonzero()[:, 0].view(-1, self.slices_per_brain)
 
     def whole_brains(self) -> Tensor:
-        """uint8 [n, 32, S, S], on the CPU: the cases that have all their slices, in the order of z."""
+        """uint8 [n, slices_per_brain, S, S], on the CPU: the brains that have all their slices, in the order of z."""
         return self.images[self.whole_cases().to(self.images.device)].cpu()
 
     def check_whole_cases(self, flag: str) -> None:
-        """Raises UserError naming the flag that needs it unless position i is slice i % 32 of case i // 32."""
-        z = torch.arange(len(self)) % SLICES_PER_CASE
-        if len(self) != SLICES_PER_CASE * len(self.case.unique()) or not torch.equal(self.z, z):
+        """Raises UserError, which names the flag that needs whole brains, if any brain lacks a slice."""
+        n = self.slices_per_brain
+        if len(self) != n * len(self.case.unique()) or not torch.equal(self.z, torch.arange(len(self)) % n):
             raise UserError(
-                f"{flag} needs all {SLICES_PER_CASE} slices of every case in {self.split}; "
+                f"{flag} needs all {n} slices of every brain in {self.split}; "
                 f"python dataset.py {self.folder} lists what is missing"
             )
 
     def content_box(self) -> tuple[int, int, int, int]:
-        """(top, left, height, width) that a model has to code: CONTENT_BOX if every head fits in it, else all."""
-        size = self.images.shape[-1]
-        top, left, height, width = (side * size // 256 for side in CONTENT_BOX)
-        reached = self.images.amax(0) > 0
-        reached[top : top + height, left : left + width] = False
-        return (0, 0, size, size) if reached.any() else (top, left, height, width)
+        """(top, left, height, width) of the part of the pictures that a model has to code, see layout.content_box."""
+        return layout.content_box(self.images.amax(0).cpu().numpy() > 0)
 
 
 def load_slices(
     folder: Path, split: str, image_size: int, device: torch.device | str = "cpu", masks: bool = False
 ) -> Slices:
-    """A split, decoded once into a memory-mapped cache and, on a GPU with room, moved there whole."""
+    """One split at image_size x image_size pixels, with its masks if asked for.
+
+    It is decoded once, into data/cache, and mapped into memory from there; a GPU with room for it holds its images.
+    Raises UserError if a file is missing, cannot be read, or is no square that can be reduced by an integer factor.
+    """
     files = list_slices(folder, split)
     images = torch.from_numpy(_cached(folder, split, "case", files, image_size))
     digest = hashlib.blake2b(images.numpy(), digest_size=8).hexdigest()
@@ -280,17 +239,20 @@ def load_slices(
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
         images = images.to(device)
     case, z = (torch.tensor([f[i] for f in files]) for i in (0, 1))
-    if not 0 <= int(z.min()) <= int(z.max()) < SLICES_PER_CASE:
-        raise UserError(f"slices of {split} in {folder} are numbered up to {int(z.max())}; 0..31 is expected")
-    print(f"{split}: {len(files)} slices of {len(case.unique())} cases at {image_size} px, digest {digest}")
+    if int(z.max()) >= MOST_SLICES:
+        raise UserError(
+            f"slices of {split} in {folder} are numbered up to {int(z.max())}, above {MOST_SLICES - 1}; "
+            "rename or remove such files"
+        )
+    print(f"{split}: {len(files)} slices of {len(case.unique())} brains at {image_size} px, digest {digest}")
     return Slices(images, z, case, labels, folder, split, digest)
 
 
 def _cached(folder: Path, split: str, kind: str, files: list[tuple[int, int, Path]], image_size: int) -> np.ndarray:
-    """The decoded split, uint8 [N, image_size, image_size], mapped from data/cache; made there if it is not yet.
+    """The decoded split, uint8 [N, image_size, image_size], mapped from data/cache, which is written if need be.
 
-    The key holds every file's name, size and time, so a changed folder is decoded anew. Two processes that start at
-    once both write, each to a name of its own, and the last rename wins with the same bytes.
+    The cache's name depends on every file's name, size and time, so a changed folder is decoded anew. Two processes
+    that start at once both write, each under a name of its own; the last rename wins with the same bytes.
     """
     key = hashlib.blake2b(f"{folder.resolve()} {kind}".encode(), digest_size=8)
     for _, _, path in files:
@@ -303,12 +265,10 @@ def _cached(folder: Path, split: str, kind: str, files: list[tuple[int, int, Pat
         try:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_size, image_size)}
             resize = _area_resize if kind == "case" else _centre_resize
-            with open(
-                temporary, "wb"
-            ) as file:  # in sequence: a full disk is an error here, and a crash in a memory map
+            with open(temporary, "wb") as file:  # a full disk is an error here, in a memory map it would be a crash
                 np.lib.format.write_array_header_1_0(file, header)
-                for _, _, path in files:
-                    file.write(resize(read_png(path), image_size, path).tobytes())
+                for _, _, path in util.progress(files, f"decoding {split}", unit="slices"):
+                    file.write(resize(read_slice(path), image_size, path).tobytes())
             _refuse_swapped(np.load(temporary, mmap_mode="r"), kind, folder)
             os.replace(temporary, cache)
         finally:
@@ -341,7 +301,7 @@ def _centre_resize(mask: np.ndarray, size: int, path: Path) -> np.ndarray:
 
 
 def _refuse_swapped(pixels: np.ndarray, kind: str, folder: Path) -> None:
-    """Training on the masks by mistake is common; a few pictures tell."""
+    """Raises UserError where masks stand for images, or images for masks; about 16 of the pictures decide."""
     labelled = np.isin(pixels[:: max(1, len(pixels) // 16)], MASK_VALUES).all()
     if kind == "case" and labelled and pixels.any():
         raise UserError(
@@ -353,17 +313,19 @@ def _refuse_swapped(pixels: np.ndarray, kind: str, folder: Path) -> None:
 
 
 def random_moves(count: int, generator: torch.Generator) -> Tensor:
-    """float32 [count, 4], even in [-1, 1]: how far `move` turns, scales and shifts pictures, 0 is not at all."""
+    """float32 [count, 4], uniform in [-1, 1]: the `moves` of `move`."""
     return (2 * torch.rand(4, count, generator=generator) - 1).T
 
 
 def move(
     x: Tensor, moves: Tensor, degrees: float = 4, scale: float = 0.04, shift: float = 0.012, mode: str = "bilinear"
 ) -> Tensor:
-    """Turns by up to `degrees`, scales by up to 1 +- `scale`, shifts by up to `shift` of the side; x [B, C, H, W].
+    """x [B, C, H, W] turned, scaled and shifted a little.
 
-    moves [B, 4] says how far of that: turn, shrink, shift up and left. `mode` is grid_sample's: bilinear smooths a
-    little, bicubic less, and may leave [-1, 1].
+    Args:
+        moves: [B, 4] in [-1, 1], the parts of the four limits to go: turn, shrink, shift up, shift left.
+        degrees, scale, shift: these limits; shift is a part of the picture's side.
+        mode: of grid_sample. "bilinear" smooths a little, "bicubic" less, but its values may leave [-1, 1].
     """
     turn, shrink, up, left = moves.T.to(x.device)
     angle, shrink = turn * degrees * np.pi / 180, 1 + shrink * scale
@@ -378,27 +340,26 @@ def move(
 
 def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Reads every file once. Returns (report lines, problems); no problems means the folder can be trained on."""
-    report, problems, cases_of, seen_pictures = [], [], {}, {}
-    for split in _splits(folder):
-        try:
-            files = list_slices(folder, split)
-        except UserError:
+    report, problems, files_of, seen_pictures = [], [], _files_of_splits(folder), {}
+    per_brain = _slices_of_most(files_of)
+    if per_brain:
+        report.append(f"most brains have {per_brain} slices, z = 0..{per_brain - 1}")
+    for split, files in files_of.items():
+        if not files:
             (problems if split != "test" else report).append(f"{split}: no images")
             continue
-        cases_of[split] = {case for case, _, _ in files}
+        cases = sorted({case for case, _, _ in files})
         seen = Counter((case, z) for case, z, _ in files)
-        missing = [
-            f"case {c} slice {z}" for c in sorted(cases_of[split]) for z in range(SLICES_PER_CASE) if (c, z) not in seen
-        ]
-        extra = [f"case {c} slice {z}" for (c, z), n in sorted(seen.items()) if n > 1 or not 0 <= z < SLICES_PER_CASE]
-        readable, unreadable = _read_all(files)
+        missing = [f"case {c} slice {z}" for c in cases for z in range(per_brain) if (c, z) not in seen]
+        extra = [f"case {c} slice {z}" for (c, z), n in sorted(seen.items()) if n > 1 or z >= per_brain]
+        readable, unreadable = _read_all(files, f"reading {split}")
         images = [image for image, _ in readable]
         sizes = Counter(f"{i.shape[1]}x{i.shape[0]}" for i in images)
         lit = [i for i in images if i.any()]
         copies = _identical(readable, seen_pictures)
         report.append(
-            f"{split}: {len(files)} images of {len(cases_of[split])} cases, {dict(sizes)}, 8-bit grey, "
-            f"{len(files) / len(cases_of[split]):.1f} slices per case"
+            f"{split}: {len(files)} images of {len(cases)} brains, {dict(sizes)}, 8-bit grey, "
+            f"{len(files) / len(cases):.1f} slices per brain"
         )
         if images:
             count, grey = sum(np.bincount(i.ravel(), minlength=256) for i in images), np.arange(256)
@@ -416,19 +377,34 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
                 problems.append(f"{split}: {len(images) - len(lit)} images are entirely black")
             if len(sizes) > 1 or images[0].shape[0] != images[0].shape[1]:
                 problems.append(f"{split}: images should be squares of one size, not {dict(sizes)}")
-        problems += _some(f"{split}: missing", missing) + _some(f"{split}: double or out of 0..31", extra)
+        problems += _some(f"{split}: missing", missing)
+        problems += _some(f"{split}: double or out of 0..{per_brain - 1}", extra)
         problems += _some(f"{split}: unreadable", unreadable) + _some(f"{split}: identical pictures", copies)
         report_masks, problem_masks = _check_masks(folder, split, files)
         report += report_masks
         problems += problem_masks
-    for (a, in_a), (b, in_b) in itertools.combinations(cases_of.items(), 2):
-        problems += _some(f"cases in both {a} and {b}", [str(c) for c in sorted(in_a & in_b)])
+    for a, b in itertools.combinations(files_of, 2):
+        both = {case for case, _, _ in files_of[a]} & {case for case, _, _ in files_of[b]}
+        problems += _some(f"cases in both {a} and {b}", [str(case) for case in sorted(both)])
     return report, problems
 
 
-def _splits(folder: Path) -> tuple[str, ...]:
-    """The splits to look for; a folder of bare slices, such as samples, counts as one."""
-    return SPLITS if any(folder.glob("keras_png_slices_*")) else ("train",)
+def _files_of_splits(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
+    """{split: its (case, z, file), perhaps none}; a folder of bare slices, such as samples, counts as "train"."""
+    files = {}
+    for split in SPLITS if has_splits(folder) else SPLITS[:1]:
+        try:
+            files[split] = list_slices(folder, split)
+        except UserError:
+            files[split] = []
+    return files
+
+
+def _slices_of_most(files_of: dict[str, list[tuple[int, int, Path]]]) -> int:
+    """The number of slices, 1 + the largest z, of most brains of all splits; of two equally frequent the larger."""
+    last = {(split, case): z for split, files in files_of.items() for case, z, _ in files}  # files are sorted by z
+    counts = Counter(min(z + 1, MOST_SLICES) for z in last.values())
+    return max(counts, key=lambda n: (counts[n], n), default=0)
 
 
 def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list[str]]:
@@ -436,7 +412,7 @@ def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list
         seg_files = list_slices(folder, split, "seg")
     except UserError:
         return [f"  {split}: no masks (brain scores need them, training does not)"], []
-    readable, unreadable = _read_all(seg_files)
+    readable, unreadable = _read_all(seg_files, f"reading masks of {split}")
     masks = [mask for mask, _ in readable]
     wrong = [path.name for mask, path in readable if not np.isin(mask, MASK_VALUES).all()]
     orphans = [f"case {c} slice {z}" for c, z in sorted({f[:2] for f in files} ^ {f[:2] for f in seg_files})]
@@ -449,19 +425,19 @@ def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list
     )
 
 
-def _read_all(files: list[tuple[int, int, Path]]) -> tuple[list[tuple[np.ndarray, Path]], list[str]]:
-    """(picture, file) of those that can be read, and what is wrong with the others."""
+def _read_all(files: list[tuple[int, int, Path]], title: str) -> tuple[list[tuple[np.ndarray, Path]], list[str]]:
+    """[(picture, file)] of the files that can be read, and a line on each of the others."""
     readable, unreadable = [], []
-    for _, _, path in files:
+    for _, _, path in util.progress(files, title, unit="slices"):
         try:
-            readable.append((read_png(path), path))
+            readable.append((read_slice(path), path))
         except UserError as error:
             unreadable.append(str(error).split(";")[0])
     return readable, unreadable
 
 
 def _identical(readable: list[tuple[np.ndarray, Path]], seen: dict[bytes, Path]) -> list[str]:
-    """Pairs of equal pictures; `seen` goes from split to split, since a copy across splits is the worst kind."""
+    """A line on each pair of equal pictures. `seen` is kept from split to split: copies across splits are the worst."""
     return [
         f"{path.name} = {kept.name if kept.parent == path.parent else f'{kept.parent.name}/{kept.name}'}"
         for image, path in readable
@@ -476,16 +452,15 @@ def _some(what: str, items: list[str]) -> list[str]:
 
 
 def contact_sheet(folder: Path) -> Image.Image:
-    """A row for each of up to six cases, spread over the splits, at z = 0, 5, .. 30; anterior is to the right."""
-    rows, names, wanted = [], [], range(0, SLICES_PER_CASE, 5)
-    for split in _splits(folder):
-        try:
-            at = {(case, z): path for case, z, path in list_slices(folder, split)}
-        except UserError:
-            continue
+    """A row for each of up to six brains, spread over the splits, with about seven z; anterior is to the right."""
+    files_of = _files_of_splits(folder)
+    per_brain = max(1, _slices_of_most(files_of))
+    rows, names, wanted = [], [], range(0, per_brain, math.ceil(per_brain / 7))
+    for split, files in files_of.items():
+        at = {(case, z): path for case, z, path in files}
         cases = sorted({case for case, _ in at})
-        for case in [cases[0], cases[len(cases) // 2]][: len(cases)]:
-            row = [read_png(at[case, z]) if (case, z) in at else None for z in wanted]
+        for case in sorted({*cases[:1], *cases[len(cases) // 2 :][:1]}):
+            row = [read_slice(at[case, z]) if (case, z) in at else None for z in wanted]
             shape = next((image.shape for image in row if image is not None), None)
             if shape is None:
                 continue
@@ -496,7 +471,7 @@ def contact_sheet(folder: Path) -> Image.Image:
     captions = [f"z = {z}" for _ in rows for z in wanted]
     return sheets.sheet(
         rows,
-        title=f"{folder.name}: cases down, slice index z across; anterior is right, grey 0..255",
+        title=f"{folder.name}: brains down, slice index z across; anterior is right, grey 0..255",
         row_names=names,
         captions=captions,
     )
@@ -513,7 +488,10 @@ def main() -> None:
         nargs=3,
         metavar="N",
         default=list(PHANTOM_CASES.values()),
-        help="phantom cases in train, validate and test (default: %(default)s)",
+        help="phantom brains in train, validate and test (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--slices", type=util.positive_int, default=32, help="of a phantom's brain (default: %(default)s)"
     )
     parser.add_argument("--seed", type=util.seed, default=0, help="of the phantom (default: %(default)s)")
     parser.add_argument(
@@ -528,8 +506,10 @@ def main() -> None:
             raise UserError("--phantom needs a folder to write to, which must be new")
         if args.folder.exists():
             raise UserError(f"{args.folder} exists already; name a new folder for the phantom")
-        write_phantom(args.folder, dict(zip(SPLITS, args.cases)), args.seed)
-    folder = _inner(args.folder) if args.folder else find_data(None)
+        if not 2 <= args.slices <= MOST_SLICES:
+            raise UserError(f"--slices {args.slices}: a phantom's brain has 2 to {MOST_SLICES} slices")
+        write_phantom(args.folder, dict(zip(SPLITS, args.cases)), args.seed, slices=args.slices)
+    folder = layout.release_folder(args.folder) if args.folder else find_data(None)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_train")
     print(f"check-up of {folder}{' (the phantom)' if is_phantom(folder) else ''}: reading every file ...", flush=True)

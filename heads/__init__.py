@@ -1,1 +1,1 @@
-"""Where heads come from, and who they are."""
+"""Where heads come from, how their slices lie on disk, and which persons they belong to."""

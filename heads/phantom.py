@@ -1,25 +1,24 @@
 """A phantom: generated brain-like heads in the form of the OASIS-1 slices, for those who have no OASIS data.
 
-What it is: an implicit model of a head. Every surface (scalp, skull, pia, sulci, ventricles, nuclei) is the zero level
-of a signed distance in mm that varies smoothly with z, so 32 neighbouring axial cuts of one head come out together.
-What it is not: anatomy. Folds and textures are invented, sizes and contrasts were set by eye and by the release's mean
-statistics, and no one's head is in it. Nothing learnt from it says anything about brains: it serves examples and
-tests, never diagnosis.
+The phantom is an implicit model of a head. Every surface (scalp, skull, pia, sulci, ventricles, nuclei) is the zero
+level of a signed distance in mm that varies smoothly with the height z, so all axial cuts through one head fit
+together. The phantom is no anatomy: folds and textures are invented, sizes and contrasts were set by eye and by the
+release's mean statistics. No person's head is in it. It serves examples and tests, never diagnosis.
 
 Conventions are those of the preprocessed 2-D OASIS-1 release (Marcus et al. 2007, J. Cogn. Neurosci. 19:1498-1507):
-256 x 256 pixels of about 1 mm, anterior to the right, z = 0 at the basal ganglia and z = 31 above the lateral
+256 x 256 pixels of about 1 mm, anterior to the right, heights from 0 mm at the basal ganglia to 31 mm above the lateral
 ventricles, content inside rows 40..215 and columns 24..231, each slice scaled by itself to a maximum of 255, and
 tissue masks on the brain only: 0 background, 85 cerebrospinal fluid, 170 grey matter, 255 white matter.
 """
 
 import numpy as np
 
-SLICES, SIZE = 32, 256
-TOP, LEFT, ROWS, COLS = 40, 24, 176, 208  # the content box
+HEIGHT, SIZE = 31, 256  # mm from the lowest slice to the highest; pixels
+TOP, LEFT, ROWS, COLS = 40, 24, 176, 208  # what the heads may fill
 CSF, GREY, WHITE = 85, 170, 255
 
-# Spindles along z, as rows of (z, x, y, radius, x, y, radius): two ends in mm from the brain's centre, x to the front,
-# y to the side. A negative radius means absent; between rows everything is interpolated.
+# Spindles, as rows of (z, x, y, radius, x, y, radius): at the height z two ends in mm from the brain's centre, x to the
+# front, y to the side. A negative radius means absent; between rows everything is interpolated.
 FRONTAL_HORN = [
     (0, 25, 5, 0.4, 42, 11, 1.6),
     (8, 20, 4, 1.8, 42, 12, 3.0),
@@ -61,12 +60,16 @@ THALAMUS = [
 ]
 
 
-def smooth_noise(rng: np.random.Generator, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Gaussian noise of unit variance, float32 [32, 176, 208], smooth over `spacing` = (z, y, x) voxels."""
+def smooth_noise(rng: np.random.Generator, z: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Gaussian noise of unit variance at the heights z [N] in mm: float32 [N, 176, 208].
+
+    It is a cubic B-spline through random knots, which lie `spacing` = (z, y, x) mm apart. The knots are the same for
+    all N, so other heights show the same noise in other places.
+    """
     weights = []
-    for size, step in zip((SLICES, ROWS, COLS), spacing):
+    for size, at, step in zip((HEIGHT + 1, ROWS, COLS), (z, np.arange(ROWS), np.arange(COLS)), spacing):
         knots = np.arange(int(np.ceil(size / step)) + 4) - 1.5
-        t = np.abs(np.arange(size)[:, None] / step - knots[None])
+        t = np.abs(at[:, None] / step - knots[None])
         w = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)  # cubic B-spline
         weights.append((w / np.linalg.norm(w, axis=1, keepdims=True)).astype(np.float32))
     wz, wy, wx = weights
@@ -75,10 +78,9 @@ def smooth_noise(rng: np.random.Generator, spacing: tuple[float, float, float]) 
     return np.matmul(np.matmul(wy, field), wx.T)
 
 
-def along_z(rows: list[tuple]) -> list[np.ndarray]:
-    """Table rows (z, value, ...) interpolated to every slice: one float32 [32, 1, 1] per value."""
+def along_z(z: np.ndarray, rows: list[tuple]) -> list[np.ndarray]:
+    """Table rows (z, value, ...) interpolated to the heights z [N] in mm: one float32 [N, 1, 1] per value."""
     table = np.array(rows, np.float32)
-    z = np.arange(SLICES)
     return [np.interp(z, table[:, 0], column).astype(np.float32)[:, None, None] for column in table.T[1:]]
 
 
@@ -87,9 +89,11 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(a * a + b * b)
 
 
-def spindle(x: np.ndarray, y: np.ndarray, rows: list[tuple], swell: float = 1.0, bow: float = 0.0) -> np.ndarray:
-    """Signed distance in mm to a spindle bowed to the side, negative inside: float32 [32, 176, 208]."""
-    ax, ay, ar, bx, by, br = along_z(rows)
+def spindle(
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, rows: list[tuple], swell: float = 1.0, bow: float = 0.0
+) -> np.ndarray:
+    """Signed distance in mm to a spindle bowed to the side, negative inside: float32 [N, 176, 208] at heights z [N]."""
+    ax, ay, ar, bx, by, br = along_z(z, rows)
     dx, dy = bx - ax, by - ay
     t = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx**2 + dy**2), 0, 1)
     radius = ar + t * (br - ar) + 0.8 * (ar + br) * t * (1 - t)
@@ -103,7 +107,7 @@ def smooth_min(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
 
 
 def inside(height: np.ndarray, softness: float = 1.4) -> np.ndarray:
-    """Share of a voxel on the positive side of a surface, which fades over `softness` mm: partial volume."""
+    """Share of a voxel on the positive side of a surface; it rises from 0 to 1 over `softness` mm (partial volume)."""
     return np.clip(0.5 + height / softness, 0, 1)
 
 
@@ -118,18 +122,20 @@ def hull_depth(x: np.ndarray, y: np.ndarray, length: float, width: float, taper:
     return (1 - rho) / np.maximum(slope, 0.5 / length)
 
 
-def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
-    """One head as 32 neighbouring axial slices.
+def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """One head, cut at N = `slices` heights that lie evenly from the lowest (0 mm) to the highest (31 mm).
 
-    Returns images uint8 [32, 256, 256] (0..255, maximum 255 in every slice, exactly 0 outside the head) and masks
-    uint8 [32, 256, 256] (0 background, 85 CSF, 170 grey, 255 white; brain only). The result depends on (seed, case)
-    alone, not on which other cases are made. Both must be >= 0 (ValueError).
+    Returns images uint8 [N, 256, 256] (0..255, maximum 255 in every slice, exactly 0 outside the head) and masks
+    uint8 [N, 256, 256] (0 background, 85 CSF, 170 grey, 255 white; brain only). The anatomy depends on (seed, case)
+    alone, not on N and not on which other heads are made. Raises ValueError unless seed and case are >= 0 and
+    slices >= 2.
     """
-    if seed < 0 or case < 0:
-        raise ValueError(f"seed and case must be >= 0, got seed={seed}, case={case}")
+    if seed < 0 or case < 0 or slices < 2:
+        raise ValueError(f"seed and case must be >= 0, slices >= 2; got seed={seed}, case={case}, slices={slices}")
     rng = np.random.default_rng((seed, case))
     age = rng.beta(1.3, 1.6)  # 0 young .. 1 old: wide ventricles come with wide sulci
-    rise = np.linspace(0, 1, SLICES, dtype=np.float32)[:, None, None]  # from the lowest slice to the highest
+    z = np.linspace(0, HEIGHT, slices)  # float64, mm
+    rise = np.linspace(0, 1, slices, dtype=np.float32)[:, None, None]  # from the lowest slice to the highest
 
     # Head coordinates: x to the front, y to the side, with a small tilt, shift and a bent midline.
     row, col = np.mgrid[:ROWS, :COLS].astype(np.float32)
@@ -144,13 +150,13 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     taper = rng.normal(0.06, 0.025)
     low = hull_depth(x, y, length, width, taper, 0.07)
     high = hull_depth(x + 1, y, length - 5, width - 1.5, taper + 0.05, 0.0)
-    outline = low + rise**1.5 * (high - low) + 0.5 * smooth_noise(rng, (16, 24, 24))
-    depth = outline + 0.8 * smooth_noise(rng, (12, 11, 11))
+    outline = low + rise**1.5 * (high - low) + 0.5 * smooth_noise(rng, z, (16, 24, 24))
+    depth = outline + 0.8 * smooth_noise(rng, z, (12, 11, 11))
 
     # Interhemispheric fissure, open in front of and behind the corpus callosum.
-    wobble = smooth_noise(rng, (12, 14, 14))
+    wobble = smooth_noise(rng, z, (12, 14, 14))
     side = np.abs(y - midline + 0.5 * wobble)
-    genu, splenium = along_z([(0, 40, -42), (8, 50, -36), (16, 47, -32), (24, 40, -36), (28, 25, -24), (31, 4, -4)])
+    genu, splenium = along_z(z, [(0, 40, -42), (8, 50, -36), (16, 47, -32), (24, 40, -36), (28, 25, -24), (31, 4, -4)])
     callosum = np.maximum(np.minimum(genu - x, x - splenium), 0)
     fissure = distance(side, callosum)
 
@@ -163,11 +169,11 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     share = np.abs(y) / (np.abs(y) + np.maximum(low, 0) + 4)
     arc = medial + share**2 * (3 - 2 * share) * (convex - medial)
     phase = arc * (2 * np.pi / 25) + 0.8 * np.tanh(y / 4)
-    phase = phase + (2.2 - 0.9 * share) * smooth_noise(rng, (14, 13, 13))
-    wave = np.sin(phase) + (1.0 - 0.45 * share) * smooth_noise(rng, (8, 7.5, 7.5))
-    slope = np.sqrt(sum(g**2 for g in np.gradient(wave)))
+    phase = phase + (2.2 - 0.9 * share) * smooth_noise(rng, z, (14, 13, 13))
+    wave = np.sin(phase) + (1.0 - 0.45 * share) * smooth_noise(rng, z, (8, 7.5, 7.5))
+    slope = np.sqrt(sum(g**2 for g in np.gradient(wave, HEIGHT / (slices - 1), 1, 1)))
     bank = np.minimum(depth, np.maximum(2 + 0.9 * wobble, 1.3) * fissure + 2 * callosum)
-    local = smooth_noise(rng, (12, 11, 11))
+    local = smooth_noise(rng, z, (12, 11, 11))
     sulci = distance(wave / (slope + 0.06), 1.5 * np.maximum(bank - 19 - 6 * np.cos(phase) - 5 * local, 0))
     sulci -= (0.35 + 1.2 * age + 0.6 * local) * np.clip(1.4 - bank / 18, 0.3, 1.2)
 
@@ -183,24 +189,26 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     pia = smooth_min(pia, fissure - (0.5 + 0.7 * age) * (1 + 0.4 * local), 3.0)
     pia = smooth_min(pia, sylvian, 3.0)
 
-    # Ventricles and nuclei are spindles in slightly bent space, so that the two sides are no mirror images.
-    bent_x = x + 2.0 * smooth_noise(rng, (14, 16, 16))
-    bent_y = side + 1.2 * smooth_noise(rng, (14, 16, 16))
+    # Ventricles and nuclei are spindles in slightly bent space, so that left and right are no mirror images.
+    bent_x = x + 2.0 * smooth_noise(rng, z, (14, 16, 16))
+    bent_y = side + 1.2 * smooth_noise(rng, z, (14, 16, 16))
     swell = 0.6 + 0.9 * age + rng.normal(0, 0.08)
     spread = bent_y - 3 * (swell - 1)
-    (bow,) = along_z([(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
+    (bow,) = along_z(z, [(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
     lateral = (
         smooth_min(
-            spindle(bent_x, spread, FRONTAL_HORN, swell, -4), spindle(bent_x, spread, OCCIPITAL_HORN, swell, bow), 4.0
+            spindle(bent_x, spread, z, FRONTAL_HORN, swell, -4),
+            spindle(bent_x, spread, z, OCCIPITAL_HORN, swell, bow),
+            4.0,
         )
         + 0.8 * wobble
     )
     lateral = np.maximum(lateral, 1.2 - side)  # septum pellucidum
-    ventricles = np.minimum(lateral, spindle(bent_x, side, THIRD_VENTRICLE, 0.7 + 1.3 * age))
-    cistern = spindle(bent_x, bent_y, CISTERN, 0.8 + 0.4 * age) + 1.5 * local
-    vermis = spindle(bent_x, bent_y, VERMIS) + local
-    nuclei = np.minimum(spindle(bent_x, spread, CAUDATE), spindle(bent_x, bent_y, PUTAMEN, 1.0, 8))
-    pale = np.minimum(spindle(bent_x, bent_y, PALLIDUM), spindle(bent_x, bent_y, THALAMUS))
+    ventricles = np.minimum(lateral, spindle(bent_x, side, z, THIRD_VENTRICLE, 0.7 + 1.3 * age))
+    cistern = spindle(bent_x, bent_y, z, CISTERN, 0.8 + 0.4 * age) + 1.5 * local
+    vermis = spindle(bent_x, bent_y, z, VERMIS) + local
+    nuclei = np.minimum(spindle(bent_x, spread, z, CAUDATE), spindle(bent_x, bent_y, z, PUTAMEN, 1.0, 8))
+    pale = np.minimum(spindle(bent_x, bent_y, z, PALLIDUM), spindle(bent_x, bent_y, z, THALAMUS))
     deep = np.minimum(np.minimum(lateral, nuclei), np.minimum(pale, cistern))
     pia = np.maximum(pia, 4 - deep)  # no sulcus runs into the deep structures
 
@@ -213,29 +221,29 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     # T1 contrast, white matter = 1.
     fluid_level, grey_level = rng.normal(0.17, 0.03), rng.normal(0.59, 0.03)
     brain = 1 - (1 - grey_level) * grey
-    brain += 0.025 * smooth_noise(rng, (2, 3, 3))
+    brain += 0.025 * smooth_noise(rng, z, (2, 3, 3))
     brain += (fluid_level - brain) * fluid
 
     # Layers of the head outside the brain, by height above the hull.
     height = -outline
     bone = height - 0.7 - 0.4 * age
-    skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, (16, 40, 40))
-    scalp = rng.normal(5.4, 0.7) + 0.9 * smooth_noise(rng, (14, 28, 28))
+    skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, z, (16, 40, 40))
+    scalp = rng.normal(5.4, 0.7) + 0.9 * smooth_noise(rng, z, (14, 28, 28))
     muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(y) - 25, 20) * np.clip(1.1 - rise, 0, 1)
     flesh = bone - np.maximum(skull, 2)
     fat = flesh - muscle
     skin = fat - np.maximum(scalp, 3)
-    marrow = np.clip(skull - 3.3, 0, 2) * np.clip(0.25 + 0.2 * smooth_noise(rng, (8, 10, 10)), 0, 0.6)
+    marrow = np.clip(skull - 3.3, 0, 2) * np.clip(0.25 + 0.2 * smooth_noise(rng, z, (8, 10, 10)), 0, 0.6)
     head = brain + inside(height) * (0.25 - brain)
     head += inside(bone) * (0.2 + marrow * np.exp(-(((bone - 0.55 * skull) / 1.1) ** 2)) - head)
     head += inside(flesh) * (0.6 - head)
-    head += inside(fat, 2.0) * (rng.normal(1.5, 0.1) + 0.16 * smooth_noise(rng, (6, 9, 9)) - head)
+    head += inside(fat, 2.0) * (rng.normal(1.5, 0.1) + 0.16 * smooth_noise(rng, z, (6, 9, 9)) - head)
     head *= 1 - inside(skin + 1.5, 5.0)
 
     # The coil: a smooth bias, Rician noise, a little blur, and each slice scaled by itself.
-    head *= np.exp(0.07 * smooth_noise(rng, (40, 90, 90)) - 0.004 * np.minimum(depth, 30))
+    head *= np.exp(0.07 * smooth_noise(rng, z, (40, 90, 90)) - 0.004 * np.minimum(depth, 30))
     sigma = rng.uniform(0.025, 0.055)
-    noise = rng.standard_normal((2, SLICES, ROWS, COLS), dtype=np.float32) * sigma
+    noise = rng.standard_normal((2, slices, ROWS, COLS), dtype=np.float32) * sigma
     head = distance(head + noise[0], noise[1])
     head[:, 1:-1] += 0.15 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
     head[:, :, 1:-1] += 0.15 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
@@ -248,7 +256,7 @@ def phantom_case(seed: int, case: int) -> tuple[np.ndarray, np.ndarray]:
     tissue[depth < 0] = 0
 
     box = np.s_[:, TOP : TOP + ROWS, LEFT : LEFT + COLS]
-    images, masks = np.zeros((2, SLICES, SIZE, SIZE), np.uint8)
+    images, masks = np.zeros((2, slices, SIZE, SIZE), np.uint8)
     images[box] = np.round(head)
     masks[box] = tissue
     return images, masks

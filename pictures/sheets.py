@@ -18,10 +18,10 @@ def sheet(
     captions: list[str] | None = None,
     zoom: int = 1,
 ) -> Image.Image:
-    """Lays pictures out in rows, pixel for pixel, with a title and, if given, a name per row and a caption per picture.
+    """Lays pictures out in rows under a title, with a name per row and a caption per picture if they are given.
 
     Args:
-        rows: each uint8 [columns, H, W] or [columns, H, W, 3].
+        rows: each uint8 [columns, H, W] or [columns, H, W, 3]; all pictures have one size, rows may differ in length.
         captions: one per picture, in reading order; drawn under the pictures.
         zoom: every pixel becomes zoom x zoom pixels.
     """
@@ -48,10 +48,10 @@ def sheet(
 
 
 def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
-    """The 32 slices of one brain, uint8 [32, S, S], as 4 rows of 8 in the order of z; anterior is right."""
-    rows = list(slices.reshape(4, 8, *slices.shape[1:]))
+    """The slices of one brain, uint8 [N, S, S], in rows of 8 in the order of z; anterior is right."""
+    rows = [slices[first : first + 8] for first in range(0, len(slices), 8)]
     zoom = max(1, 128 // slices.shape[1])
-    return sheet(rows, title=title, captions=[f"z = {z}" for z in range(32)], zoom=zoom)
+    return sheet(rows, title=title, captions=[f"z = {z}" for z in range(len(slices))], zoom=zoom)
 
 
 def save_picture(path: Path, picture) -> None:
@@ -65,7 +65,7 @@ def save_picture(path: Path, picture) -> None:
 
 
 def save_gif(path: Path, frames: list[np.ndarray], seconds: float) -> None:
-    """Writes frames, uint8 [H, W] each, as a GIF that loops for ever and rests for 2 s on its last frame."""
+    """Writes frames, uint8 [H, W] each, as a GIF of so many seconds that loops for ever; the last frame stays 2 s."""
     duration = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
     buffer = io.BytesIO()
     imageio.imwrite(buffer, np.stack(frames), extension=".gif", duration=duration, loop=0)

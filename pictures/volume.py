@@ -1,16 +1,16 @@
 """A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
 
-write_brain leaves everything of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
-folder of them.
+write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
+folder of new brains.
 
 Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
 wide; it is 1 mm high, since neighbouring z lie about 1 mm apart. The origin is the middle of the picture on the lowest
 slice, so z in mm is the slice index; it is no anatomical landmark.
 
 Left and right are a convention. The release says that anterior is to the right of a slice, not which side is up. Here
-the top is LEFT, because what one sees speaks for it: the marker capsule outside the scalp, which OASIS-1 describes at
-the left forehead (Marcus et al. 2007), lies at the top in nearly every head that shows one. Do not conclude from these
-files on which side of a person anything was.
+the top is LEFT, and the pictures support it: the marker capsule outside the scalp, which OASIS-1 describes at the left
+forehead (Marcus et al. 2007), lies at the top in nearly every head that shows one. Do not conclude from these files on
+which side of a person anything was.
 """
 
 import gzip
@@ -22,9 +22,8 @@ import nibabel
 import numpy as np
 
 import util
-from dataset import CONTENT_BOX, write_slices
+from heads.layout import content_box, write_slices
 from pictures import sheets
-from training import checkpoints
 from util import UserError
 
 FIELD = 256  # mm, the side of a slice
@@ -58,13 +57,9 @@ def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
 
 
 def head_box(slices: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of slices uint8 [N, S, S] worth showing: the content box, or all if there is more outside."""
-    size = slices.shape[1]
-    top, left, height, width = (n * size // FIELD for n in CONTENT_BOX)
-    rows, columns = slice(top, top + height), slice(left, left + width)
-    outside = slices.any(0)
-    outside[rows, columns] = False
-    return (slice(0, size), slice(0, size)) if outside.any() else (rows, columns)
+    """The rows and columns of slices uint8 [N, S, S] that pictures show: those of layout.content_box."""
+    top, left, height, width = content_box(slices.any(0))
+    return slice(top, top + height), slice(left, left + width)
 
 
 def cut(slices: np.ndarray, axis: str, mm: float) -> np.ndarray:
@@ -83,10 +78,9 @@ def cut(slices: np.ndarray, axis: str, mm: float) -> np.ndarray:
 
 
 def reslices(slices: np.ndarray, title: str):
-    """A figure of slices uint8 [N, S, S]: an axial slice, two sagittal and two coronal cuts, all at one scale in mm.
+    """A matplotlib figure of slices uint8 [N, S, S]: one axial, two sagittal and two coronal cuts, all at one scale.
 
-    Dashed lines show where each cut lies: those of the sagittal cuts are blue, of the coronal ones orange, of the
-    axial one green.
+    Dashed lines show where the other cuts lie: blue for sagittal, orange for coronal, green for axial cuts.
     """
     from matplotlib.figure import Figure
 
@@ -137,9 +131,9 @@ def reslices(slices: np.ndarray, title: str):
 
 
 def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
-    """Frames uint8 [H, W] of slices uint8 [N, S, S] with their z: from the lowest to the highest, and down again.
+    """2 N - 1 frames, uint8 [H, W], of slices uint8 [N, S, S]: from the lowest to the highest, and down again.
 
-    In 64 grey levels, which halves the GIF.
+    Each says its z. They have 64 grey levels, which halves the GIF.
     """
     rows, columns = head_box(slices)
     coarse = (slices[:, rows, columns] >> 2) * np.uint16(255) // 63
@@ -159,14 +153,15 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
 
 
 def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
-    """Writes all of new brain number i, slices uint8 [32, S, S] in the order of z, into the folder `out`.
+    """Writes all files of new brain i into the folder `out`. Equal slices give equal bytes.
 
-    Files: brain_000.png, the sheet; brain_000_scroll.gif, up and down through z; brain_000_reslices.png;
-    brain_000.nii.gz; and the slices, case_000_slice_0.nii.png to _31. Equal slices give equal bytes.
+    The files of brain 0 are brain_000.png, the sheet; brain_000_scroll.gif, up and down through z;
+    brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on.
 
     Args:
-        title: what the pictures say about the brain.
-    Returns the paths of the four, in this order.
+        slices: uint8 [N, S, S] in the order of z.
+        title: of the pictures.
+    Returns the paths of the first four, in this order.
     """
     sheet, gif, across, nifti = (
         out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
@@ -180,14 +175,15 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
 
 
 class Samples:
-    """A folder of new brains that all come from the same weights and settings, as its samples.json tells.
+    """A folder of new brains that all come from the same weights and settings; its samples.json records them.
 
-    Where that tells of others, the folder is moved aside first: nothing is lost, and no score is of a mixture.
+    If the folder holds brains of other weights or settings, it is moved aside first. So nothing is lost, and no score
+    is of a mixture.
 
     Args:
         out: the folder.
-        made_by: JSON values that decide what a brain of a given number looks like.
-    Raises UserError where samples.json cannot be read, and for the current folder if it would have to move.
+        made_by: the weights and settings, as JSON values; with a brain's number they decide how it looks.
+    Raises UserError if samples.json cannot be read, or if the folder would have to move and is the current one.
     """
 
     def __init__(self, out: Path, made_by: dict):
@@ -203,14 +199,20 @@ class Samples:
                 self.record["brains"] = brains
             else:
                 move_aside(out)
-        self.record |= {"commit": checkpoints.commit_of_code(), "versions": checkpoints.versions()}
+        self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
         self._write()
 
     def _write(self) -> None:
         util.write_file(self.file, json.dumps(self.record, indent=2).encode())
 
     def add(self, i: int, slices: np.ndarray, name: str, how: str, known: dict | None = None) -> None:
-        """Writes brain i, as write_brain, with what is known of the person, and says so."""
+        """Writes brain i with write_brain, records what is known of the person, and prints the files' names.
+
+        Args:
+            slices: uint8 [N, S, S] in the order of z.
+            name, how: what the brain is called, and how it was sampled; the pictures' title says both.
+            known: the person's age, sex and CDR as text, as far as the model was told them.
+        """
         files = ", ".join(file.name for file in write_brain(self.out, i, slices, f"sampled {name}: {how}"))
         self.record["brains"][str(i)] = known or {}
         self._write()

@@ -1,0 +1,115 @@
+"""The layout of slices on disk: folders, names, reading and writing, and what every picture has in common.
+
+The release, keras_png_slices_data (OASIS-1 as released for teaching), is the first entry of LAYOUTS:
+
+    keras_png_slices_{train,validate,test}/case_NNN_slice_Z.nii.png        8-bit grey, Z from 0, the lowest slice
+    keras_png_slices_seg_{train,validate,test}/seg_NNN_slice_Z.nii.png     0, 85, 170, 255: none, CSF, grey, white
+
+NNN, the case, is the number of a brain. A folder without such subfolders may hold the files themselves and counts as
+any split. Slices in another layout need one more entry of LAYOUTS, and its reader, in this file.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from util import UserError
+
+SPLITS = ("train", "validate", "test")
+RELEASE_FOLDER = "keras_png_slices_data"
+MASK_VALUES = (0, 85, 170, 255)  # no brain, cerebrospinal fluid, grey matter, white matter
+# Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
+# pixels around them for augmentation.
+CONTENT_BOX = (32, 16, 192, 224)  # top, left, height, width
+
+
+def read_png(path: Path) -> np.ndarray:
+    """uint8 [H, W] of an 8-bit grey PNG. Raises UserError naming the file when it is damaged or of another kind."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode != "L":
+                kind = {"I;16": "16-bit grey", "I": "32-bit grey", "RGB": "colour"}.get(picture.mode, picture.mode)
+                raise UserError(f"{path} is {kind}, not 8-bit grey; convert it to one 8-bit channel")
+            return np.asarray(picture)
+    except (OSError, SyntaxError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} cannot be read as PNG ({error}); copy it again from the release") from None
+
+
+class Layout(NamedTuple):
+    """One way to store slices. The keys "case" and "seg" stand for images and masks."""
+
+    folders: dict[str, str]  # the folder of a split, with {split} in its name
+    names: dict[str, str]  # pattern of a file's name: group 1 is the case, group 2 the slice index z
+    read: Callable[[Path], np.ndarray]  # a file's pixels, uint8 [H, W]
+
+
+RELEASE = Layout(
+    folders={"case": "keras_png_slices_{split}", "seg": "keras_png_slices_seg_{split}"},
+    names={kind: rf"{kind}_(\d+)_slice_(\d+)\.nii\.png" for kind in ("case", "seg")},
+    read=read_png,
+)
+LAYOUTS = [RELEASE]  # those that list_slices looks for
+
+
+def release_folder(folder: Path) -> Path:
+    """The folder keras_png_slices_data inside `folder`, if it is there, else `folder` itself."""
+    inner = folder / RELEASE_FOLDER
+    return inner if inner.is_dir() else folder
+
+
+def has_splits(folder: Path) -> bool:
+    """Whether the folder is divided into splits; else it holds the slices themselves, as a folder of samples does."""
+    names = (name for layout in LAYOUTS for name in layout.folders.values())
+    return any(any(folder.glob(name.format(split="*"))) for name in names)
+
+
+def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int, int, Path]]:
+    """(case, z, file) of a split's images, or with kind "seg" of its masks; sorted by case and z.
+
+    Raises UserError where there is no such folder, or no slice in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_{split}, e.g. --data FOLDER")
+    divided = has_splits(folder)
+    parts = [folder / layout.folders[kind].format(split=split) if divided else folder for layout in LAYOUTS]
+    for layout, part in zip(LAYOUTS, parts):
+        matches = [(re.fullmatch(layout.names[kind], path.name), path) for path in part.glob("*")]
+        if slices := sorted((int(match[1]), int(match[2]), path) for match, path in matches if match):
+            return slices
+    raise UserError(f"{parts[0]} has no {kind}_NNN_slice_Z.nii.png; python dataset.py {folder} tells what is there")
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """uint8 [H, W] of a file that list_slices found. Raises UserError naming the file if it cannot be read."""
+    names = ((layout, name) for layout in LAYOUTS for name in layout.names.values())
+    return next(layout for layout, name in names if re.fullmatch(name, path.name)).read(path)
+
+
+def write_slices(folder: Path, case: int, images: np.ndarray, kind: str = "case") -> None:
+    """Writes one brain, uint8 [N, H, W], in the release's layout: {kind}_{case}_slice_{0..N-1}.nii.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for z, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{kind}_{case:03d}_slice_{z}.nii.png", compress_level=1)
+
+
+def content_box(seen: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the part of a picture that holds every head.
+
+    Args:
+        seen: bool [S, S], True at every pixel that is not black in some slice.
+    Returns CONTENT_BOX at the size of the picture. Returns the whole picture, (0, 0, S, S), if a head lies outside that
+    box, or if its sides are not divisible by 16, as the models' levels need (by 8 under 128 pixels).
+    """
+    size = len(seen)
+    top, left, height, width = (side * size // 256 for side in CONTENT_BOX)
+    step = 16 if size >= 128 else 8
+    outside = seen.copy()
+    outside[top : top + height, left : left + width] = False
+    fits = not outside.any() and height % step == width % step == 0
+    return (top, left, height, width) if fits else (0, 0, size, size)
