@@ -1,8 +1,8 @@
-"""Floors: what codecs without a network reach on the same slices, which evaluate.py prints beside every first stage.
+"""Floors: the scores of codecs without a network on the same slices, which evaluate.py prints beside a first stage.
 
 k-means and the block Karhunen-Loeve transform see exactly what the model sees, the f x f blocks of its coded box, and
 pay for the same grid; AVIF codes the whole picture at the quality whose files come closest to the model's bits. A first
-stage that does not beat them has learned nothing worth its training.
+stage that does not beat them was not worth its training.
 """
 
 import io
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, features
 from torch import Tensor
-from tqdm import tqdm
 
+import util
 from dataset import Slices, to_uint8
-from parts.autoencoder import Autoencoder
+from parts.autoencoder import Autoencoder, karhunen_loeve
+from parts.quantizer import lloyd, nearest_code
 
 Codec = Callable[[Tensor], Tensor]  # real to reconstructed pictures, both uint8 [B, S, S]
 LARGEST_KMEANS = 8192  # codes; beyond it k-means takes hours and has few vectors per centre to learn from
@@ -32,13 +33,13 @@ def score_floors(
     score: Callable[[str, Codec], dict],
     bits: float,
     codebook_size: int | None = None,
-    cases: int = 60,
+    brains: int = 60,
 ) -> list[dict]:
     """Rows {"codec", "bits" or "numbers", scores} of the codecs on the split `data`.
 
     Args:
         model: gives box, block size and width; its network is not used.
-        train: the codecs are fitted to the blocks of its first `cases` cases.
+        train: the codecs are fitted to the blocks of its first `brains` brains.
         score: the scores on `data` of a codec, called with its name and the function from real to decoded pictures.
         bits: per image, which AVIF is to match.
         codebook_size: K for k-means on the model's grid; None leaves k-means out.
@@ -48,7 +49,7 @@ def score_floors(
         print("AVIF: left out, since this Pillow was built without it; pip install --upgrade pillow brings it")
     f, (C, h, w), rows = model.factor, model.latent_shape, []
     C = min(C, f * f)  # a block has no more coordinates
-    chosen = torch.isin(train.case, train.case.unique()[:cases])
+    chosen = torch.isin(train.case, train.case.unique()[:brains])
     blocks = to_blocks(model, train.images.cpu()[chosen]).flatten(0, 1)
     if codebook_size is not None and codebook_size <= LARGEST_KMEANS:
         centres = kmeans(blocks, codebook_size)
@@ -56,7 +57,7 @@ def score_floors(
         rows.append({**scores, "bits": h * w * float(np.log2(codebook_size))})
     elif codebook_size is not None:
         print(f"k-means: left out, since K {codebook_size:,} is above {LARGEST_KMEANS:,}")
-    scores = score(f"block KLT f{f} d{C}", partial(project, model, klt(blocks, C)))
+    scores = score(f"block KLT f{f} d{C}", partial(project, model, karhunen_loeve(blocks, C)[0].float()))
     rows.append({**scores, "numbers": C * h * w})
     if has_avif:
         quality, sizes = avif_quality(data.images, bits), []
@@ -75,19 +76,14 @@ def to_blocks(model: Autoencoder, pictures: Tensor) -> Tensor:
 
 
 def from_blocks(model: Autoencoder, blocks: Tensor) -> Tensor:
-    """The pictures, uint8 [B, S, S], of what to_blocks returns."""
+    """The pictures, uint8 [B, S, S], of blocks as to_blocks returns them."""
     x = F.fold(blocks.transpose(1, 2), model.box[2:], model.factor, stride=model.factor)
     return to_uint8(model.pad(2 * x - 1))[:, 0]
 
 
-def klt(blocks: Tensor, channels: int) -> Tensor:
-    """Orthonormal columns [D, channels]: the leading eigenvectors of the second moment of blocks [N, D] about black."""
-    return torch.linalg.eigh((blocks.T @ blocks).double())[1].flip(1)[:, :channels].float()
-
-
 def project(model: Autoencoder, basis: Tensor, pictures: Tensor) -> Tensor:
-    """Every block of uint8 [B, S, S] from its coordinates, real numbers, in the columns of basis [f * f, C]."""
-    return from_blocks(model, to_blocks(model, pictures) @ basis @ basis.T)
+    """Every block of uint8 [B, S, S] from its C coordinates in the orthonormal rows of basis [C, f * f]."""
+    return from_blocks(model, to_blocks(model, pictures) @ basis.T @ basis)
 
 
 # ------------------------------------------------------------------------------------------------------------ k-means
@@ -96,7 +92,7 @@ def project(model: Autoencoder, basis: Tensor, pictures: Tensor) -> Tensor:
 def quantise(model: Autoencoder, centres: Tensor, pictures: Tensor) -> Tensor:
     """Every block of uint8 [B, S, S] replaced by the nearest of centres [K, f * f]."""
     vectors = to_blocks(model, pictures)
-    return from_blocks(model, centres[_nearest(vectors.flatten(0, 1), centres)[0]].view_as(vectors))
+    return from_blocks(model, centres[nearest_code(vectors.flatten(0, 1), centres)].view_as(vectors))
 
 
 @torch.no_grad()
@@ -111,29 +107,14 @@ def kmeans(vectors: Tensor, K: int, seed: int = 0, iterations: int = 40, at_most
 
     candidates, distance = pool[:30_000], torch.ones(min(len(pool), 30_000))
     centres = torch.zeros(K - 1, pool.shape[1])
-    for k in tqdm(range(K - 1), desc=f"k-means start, K {K}", disable=None):
+    for k in util.progress(range(K - 1), f"k-means start, K {K}", unit="centre"):
         # far from all centres so far, with probability as the squared distance
         centres[k] = candidates[torch.multinomial(distance + 1e-12, 1, generator=generator)[0]]
         to_new = (candidates - centres[k]).square().sum(1)
         distance = torch.minimum(distance, to_new) if k else to_new
 
-    for _ in tqdm(range(iterations), desc=f"k-means, K {K}", disable=None):
-        idx, distance = _nearest(pool, centres)
-        count = torch.bincount(idx, minlength=K - 1)
-        mean = torch.zeros_like(centres).index_add_(0, idx, pool) / count.clamp(min=1)[:, None]
-        empty = (count == 0).nonzero()[:, 0]
-        mean[empty] = pool[distance.topk(len(empty)).indices]  # to the vectors that are served worst
-        centres = mean
-    return torch.cat([centres, torch.zeros(1, centres.shape[1])])
-
-
-def _nearest(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the nearest centre and squared distance to it, for each of [N, D]."""
-    parts = [
-        (v.square().sum(1, keepdim=True) + centres.square().sum(1) - 2 * v @ centres.T).min(1)
-        for v in vectors.split(16_384)
-    ]
-    return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+    steps = util.progress(range(iterations), f"k-means, K {K}", unit="iteration")
+    return torch.cat([lloyd(pool, centres, steps, generator=generator), torch.zeros(1, centres.shape[1])])
 
 
 # --------------------------------------------------------------------------------------------------------------- AVIF

@@ -1,7 +1,6 @@
-"""Scores as pure functions of tensors: of pictures beside their reconstruction, of whole brains, of sets of brains
-beside each other, of codes and latents.
+"""Scores as pure functions of tensors: of reconstructions, whole brains, sets of brains, codes and latents.
 
-Every function names its equation. Nothing here knows a model, a folder or a flag: evaluate.py does.
+Every function names its equation. Nothing here knows a model, a folder or a flag.
 """
 
 import math
@@ -13,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import util
+from module import cosines
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first; Wang et al. 2003, section 3.2
 COUNTABLE = 2**14  # codes; the 750,000 positions of a validation split are too few to count more of them
 RINGS = 16  # of spatial frequency; at 64 px none of them is empty
-DARK = 15  # grey of 0..255: a head is what is brighter; decoders leave a few levels on black
-PATCH, PATCHES, DIRECTIONS, BINS = 7, 32, 64, 320  # pixels a side; per slice and level; of projection; of a histogram
-FINEST_BIN = 1e-4  # of the histograms, grey 0..1; bins widen towards +-PATCH by a constant factor
+DARK = 15  # grey level of 0..255 up to which a pixel is background: decoders leave a few levels on black
+PATCH, PATCHES = 7, 32  # pixels a side of the patches of sliced Wasserstein; patches per slice and level
+DIRECTIONS, BINS = 64, 320  # onto which patches are projected; of the histogram of each projection
+FINEST_BIN = 1e-4  # width of the bins around 0, grey 0..1; bins widen towards +-PATCH by a constant factor
 ACTIVE = 0.01  # variance of the mean above which a latent number carries something (Burda et al. 2016, section 3)
 
 # ------------------------------------------------------------------------------------------------- pictures, compared
@@ -44,7 +45,7 @@ def slice_scores(x_hat: Tensor, x: Tensor, mask: Tensor | None) -> dict[str, Ten
 
 
 def mean_scores(scores: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over all slices of a list of slice_scores, leaving out slices without brain where that is asked."""
+    """Means over all slices of a list of slice_scores; NaN, as of slices without brain, is left out."""
     return {name: float(torch.cat([s[name] for s in scores]).nanmean()) for name in scores[0]}
 
 
@@ -111,27 +112,24 @@ def radial_spectrum(pictures: Tensor, bands: int = RINGS) -> Tensor:
 
 
 def adjacent_ssim(brains: Tensor) -> Tensor:
-    """SSIM of the slices z and z + 1, over the whole picture: float64 [n, N - 1] of brains uint8 [n, N, S, S].
+    """SSIM of the slices z and z + 1, over the whole picture: float64 [n, Z - 1] of brains uint8 [n, Z, S, S].
 
-    Slices that belong to different heads score low. Above the value of real brains it is no merit either: the slices
-    then change too little with z.
+    Slices of different brains score low. A value above that of real brains is no merit: such slices change too little
+    with z.
     """
     return torch.stack([slice_scores(brain[1:], brain[:-1], None)["ssim"] for brain in brains])
 
 
 def reslice_spectrum(brains: Tensor) -> Tensor:
-    """Mean power along z, by frequency: float64 [n, N] of brains uint8 [n, N, S, S], of grey 0..1.
+    """Mean power along z, by frequency: float64 [n, Z] of brains uint8 [n, Z, S, S], of grey 0..1.
 
     Entry k is the mean over all pixels of the squared k-th coefficient of the orthonormal cosine transform along z
-    (DCT-II), of frequency k / (2 N) cycles per slice; entry 0 is the constant. The transform continues the brain
-    mirrored at its lowest and highest slice, where it does not jump, which a Fourier transform's periodic continuation
-    would. White noise of variance v has power v at every k. Jitter from slice to slice shows at the high end.
+    (DCT-II), of frequency k / (2 Z) cycles per slice; entry 0 is the constant. The cosine transform mirrors the brain
+    at its lowest and highest slice, so nothing jumps there; a Fourier transform, which repeats the brain, would jump.
+    White noise of variance v has power v at every k. Jitter from slice to slice shows at the high end.
     """
-    N = brains.shape[1]
-    k, z = torch.arange(N, dtype=torch.float64)[:, None], torch.arange(N, dtype=torch.float64)
-    basis = torch.cos(math.pi * k * (2 * z + 1) / (2 * N)) * math.sqrt(2 / N)
-    basis[0] /= math.sqrt(2)
-    basis = basis.to(brains.device)
+    Z = brains.shape[1]
+    basis = cosines(Z, Z).to(brains.device, torch.float64)
     return torch.stack([(basis @ (brain.flatten(1).double() / 255)).square().mean(1) for brain in brains])
 
 
@@ -139,7 +137,7 @@ def reslice_spectrum(brains: Tensor) -> Tensor:
 
 
 def random_features(pictures: Tensor, channels: int = 16, seed: int = 0) -> Tensor:
-    """Activations of a convolution network nobody trained, float32 [B, 64], of uint8 [B, S, S].
+    """Activations of an untrained convolution network, float32 [B, 64], of uint8 [B, S, S].
 
     Four strided 5x5 convolutions with ReLU and seeded weights (He et al. 2015, eq. 10, no bias); each of their 4 x 16
     channels is averaged over the slice. Random filters see edges and texture at every scale and prefer no anatomy.
@@ -156,11 +154,11 @@ def random_features(pictures: Tensor, channels: int = 16, seed: int = 0) -> Tens
 def texture_features(pictures: Tensor) -> Tensor:
     """Histogram, shape and texture as in radiomics (Zwanenburg et al. 2020), float32 [B, 42], of uint8 [B, S, S].
 
-    The head is what is brighter than DARK. In this order: its share of the picture, centre and spread in rows and
-    columns (5); mean, sd, skewness, excess kurtosis of its grey (4); a histogram in 15 bins (15); mean and sd of the
-    gradient (2); contrast, dissimilarity, homogeneity, energy, correlation, entropy of co-occurring grey levels, 16 of
-    them, at distances of 1 and 4 pixels in four directions together (Haralick 1973) (12); mean power of three octaves
-    of a Laplacian pyramid (3), and the noise level (1).
+    The head is all pixels brighter than DARK. In this order: the head's share of the picture, its centre and spread in
+    rows and columns (5); mean, sd, skewness, excess kurtosis of its grey (4); its histogram in 15 bins (15); mean and
+    sd of the gradient (2); contrast, dissimilarity, homogeneity, energy, correlation, entropy of co-occurring grey
+    levels (Haralick 1973), 16 levels, four directions together, at a distance of 1 pixel and of 4 (12); mean power of
+    three octaves of a Laplacian pyramid (3); the noise level (1).
     """
     B, S = pictures.shape[:2]
     grey, head = pictures.float() / 255, (pictures > DARK).float()
@@ -218,14 +216,14 @@ def _displaced(level: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
 def noise_level(pictures: Tensor) -> Tensor:
     """Standard deviation of noise, in grey levels 0..255, float32 [B], of uint8 [B, S, S] (Immerkaer 1996).
 
-    The mean absolute answer to a kernel that is blind to planes, over the pixels whose 3x3 neighbourhood is brighter
-    than DARK. Fine texture counts as noise too: what blur takes away is in this number.
+    The mean absolute response to a kernel that is blind to planes, over the pixels whose 3x3 neighbourhood is brighter
+    than DARK. Fine texture counts as noise too, so blur lowers this number.
     """
     kernel = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], device=pictures.device)
     grey = pictures[:, None].float()
-    answer = F.conv2d(grey, kernel[None, None]).abs()
+    response = F.conv2d(grey, kernel[None, None]).abs()
     lit = (-F.max_pool2d(-grey, 3, 1) > DARK).float()
-    return math.sqrt(math.pi / 2) / 6 * (answer * lit).sum((1, 2, 3)) / lit.sum((1, 2, 3)).clamp(min=1)
+    return math.sqrt(math.pi / 2) / 6 * (response * lit).sum((1, 2, 3)) / lit.sum((1, 2, 3)).clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------- sets of slices, compared
@@ -234,8 +232,8 @@ def noise_level(pictures: Tensor) -> Tensor:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Squared Frechet distance of the gaussians that fit features x [N, D] and y [M, D] (Heusel et al. 2017, eq. 6).
 
-    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). From N slices it comes out too large, by a term in 1 / N:
-    compare only distances of equally many slices from one y (Chong and Forsyth 2020).
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). Estimated from N slices it is too large by a term in 1 / N,
+    so only distances of equally many slices from one y can be compared (Chong and Forsyth 2020).
     """
     x, y = x.double(), y.double()
     root = _root(y.T.cov())
@@ -267,10 +265,10 @@ def mmd2(within_x: Tensor, between: Tensor, within_y: Tensor, brains: Tensor | N
     """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) from kernel_means [n, n], [n, m], [m, m].
 
     Brains, not slices, are the independent observations: pairs of slices of one brain are left out, as the equation
-    leaves out those of a slice with itself. For two draws from one distribution it is 0 on average, so it is negative
+    leaves out pairs of a slice with itself. For two draws from one distribution the mean is 0, so values are negative
     as often as positive.
 
-    brains: int64 indices into x, with repetitions, of a bootstrap resample.
+    brains: int64 indices into x, with repetitions, of a bootstrap resample; None: each brain once.
     """
     brains = torch.arange(len(within_x)) if brains is None else brains
     other = (brains[:, None] != brains).double()
@@ -284,8 +282,9 @@ def manifold_scores(x: Tensor, real: Tensor, k: int = 5) -> dict[str, Tensor]:
     """Precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2), density, coverage (Naeem et al. 2020, section 3).
 
     Around every slice lies a ball that reaches to its k-th nearest neighbour among the slices of other brains of its
-    set: the nearest ones of its own brain are nearly itself. Identical sets of slices, each a brain of its own, have 1
-    in all four; for two draws from one distribution density is 1 and coverage about 1 - 2^-k on average.
+    set; slices of its own brain do not count, since its neighbours there are nearly itself. Identical sets of slices,
+    each slice a brain of its own, have 1 in all four; for two draws from one distribution density is 1 and coverage
+    about 1 - 2^-k on average.
 
     Args:
         x, real: features [n, N, D] and [m, M, D] of brains.
@@ -326,8 +325,10 @@ def wasserstein(x: Tensor, y: Tensor) -> Tensor:
 
 
 def laplacian_pyramid(x: Tensor) -> list[Tensor]:
-    """Levels of x [B, 1, S, S] from fine to coarse, S to 16 pixels (Burt and Adelson 1983): what each loses when it is
-    halved, and the last as it is."""
+    """Levels of x [B, 1, S, S] from fine to coarse, S to 16 pixels (Burt and Adelson 1983).
+
+    Each level is the detail that halving the picture removes; the last is the small picture that remains.
+    """
     window = torch.tensor([1.0, 4, 6, 4, 1], device=x.device, dtype=x.dtype) / 16
     kernel, levels = (window[:, None] * window)[None, None], []
     while x.shape[-1] > 16:
@@ -348,16 +349,16 @@ def bin_edges() -> Tensor:
 def patch_histograms(brain: Tensor, seed: int = 0) -> Tensor:
     """Projections of the patches of a brain's Laplacian pyramids, float32 [levels, DIRECTIONS, BINS], sum 1 per row.
 
-    PATCHES patches of 7x7 pixels from every slice of uint8 [N, S, S] and level, at places that are random but the same
-    in every brain, along random unit vectors. Histograms make sets of brains: their mean is that of the set.
+    PATCHES patches of 7x7 pixels from every slice of uint8 [Z, S, S] and level, at places that are random but the same
+    in every brain, along random unit vectors. The histogram of a set of brains is the mean of theirs.
     """
     generator, found = torch.Generator().manual_seed(seed), []
     edges, offset = bin_edges().to(brain.device, torch.float32), torch.arange(PATCH)
     for level in laplacian_pyramid(brain[:, None].float() / 255):
-        N, _, S, _ = level.shape
+        Z, _, S, _ = level.shape
         direction = F.normalize(torch.randn(PATCH**2, DIRECTIONS, generator=generator), dim=0).to(level)
-        row, column = torch.randint(0, S - PATCH + 1, (2, N, PATCHES, 1, 1), generator=generator)
-        slot = torch.arange(N)[:, None, None, None]
+        row, column = torch.randint(0, S - PATCH + 1, (2, Z, PATCHES, 1, 1), generator=generator)
+        slot = torch.arange(Z)[:, None, None, None]
         patches = level[slot, 0, row + offset[:, None], column + offset].reshape(-1, PATCH**2)
         bins = torch.bucketize(patches @ direction, edges) + BINS * torch.arange(DIRECTIONS, device=level.device)
         count = torch.bincount(bins.flatten(), minlength=BINS * DIRECTIONS).view(DIRECTIONS, BINS)
@@ -370,7 +371,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor) -> Tensor:
 
     x, y: patch_histograms [levels, DIRECTIONS, BINS] of two sets. The mean over directions of the 1-Wasserstein
     distance of the projections, in units of the sd of y's. Unlike the paper, both sets are divided by the same sd:
-    dividing each by its own would hide the contrast that blur takes away.
+    dividing each by its own would hide a loss of contrast.
     """
     edges = bin_edges()
     middle = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
@@ -398,19 +399,19 @@ def thumbnails(pictures: Tensor, size: int = 64) -> Tensor:
 def nearest(brains: Tensor, reference: Tensor, next_ones: int = 5) -> dict[str, Tensor]:
     """The most similar training slice of every slice, and the most similar training brain of every brain.
 
-    Distance is sqrt(2 - 2 r), with r the correlation of two thumbnails over all pixels, which brightness and contrast
-    do not change; the smallest over shifts of the slice by up to a pixel of the thumbnails, in steps of half of one,
-    and over z - 1, z and z + 1. Blurred slices are nearer to everything. So the relative distance counts, that to the
-    nearest brain over the mean of those to the next few (Carlini et al. 2023, adaptive threshold): near 1 for a new
-    head, near 0 for a copy, sharp or not.
+    The distance of two slices is sqrt(2 - 2 r), with r the correlation of their thumbnails over all pixels, which does
+    not depend on brightness and contrast. It is the smallest over shifts of up to one pixel of the thumbnails, in steps
+    of half a pixel, and over the training slices z - 1, z and z + 1. Blurred slices have small distances to all others;
+    so what counts is the relative distance, that to the nearest brain over the mean of those to the next few (Carlini
+    et al. 2023, adaptive threshold): near 1 for a new brain, near 0 for a copy, sharp or not.
 
     Args:
-        brains: uint8 [n, N, S, S] in the order of z.
-        reference: thumbnails uint8 [m, N, s, s] of training brains, more than two.
-    Returns {"distance", "relative" float32 [n, N], "brain", "z" int64 [n, N]: to and of the nearest slice,
-    "brain_relative" float32 [n], "nearest_brain" int64 [n]: likewise of whole brains, by the mean over equal z}.
+        brains: uint8 [n, Z, S, S] in the order of z.
+        reference: thumbnails uint8 [m, Z, s, s] of training brains, more than two.
+    Returns {"distance", "relative" float32 [n, Z], "brain", "z" int64 [n, Z]: to and of the nearest slice,
+    "brain_relative" float32 [n], "nearest_brain" int64 [n]: of whole brains, by the mean distance over equal z}.
     """
-    n, N, size = brains.shape[:3]
+    n, Z, size = brains.shape[:3]
     m, step = len(reference), max(1, size // 128)
 
     def unit(pictures: Tensor) -> Tensor:
@@ -419,15 +420,16 @@ def nearest(brains: Tensor, reference: Tensor, next_ones: int = 5) -> dict[str, 
 
     known = unit(reference)
     shifts = [(step * down, step * right) for down in range(-2, 3) for right in range(-2, 3)]
-    apart, at = torch.empty(n, N, m), torch.empty(n, N, m, dtype=torch.int64)
+    apart, at = torch.empty(n, Z, m), torch.empty(n, Z, m, dtype=torch.int64)
     same = torch.zeros(n, m)
-    for z in range(N):  # borders are black, so that pictures can be rolled
+    for z in util.progress(range(Z), "nearest training slices", unit="z"):
+        # borders are black, so a picture can be shifted by rolling it
         moved = torch.cat([unit(thumbnails(brains[:, z].roll(by, (1, 2)))) for by in shifts])
-        others = range(max(0, z - 1), min(N, z + 2))
+        others = range(max(0, z - 1), min(Z, z + 2))
         r = torch.stack([(moved @ known[:, other].T).view(-1, n, m).amax(0) for other in others])
         distance, which = (2 - 2 * r).clamp(min=0).sqrt().min(0)
         apart[:, z], at[:, z] = distance, which + others[0]
-        same += (2 - 2 * r[z - others[0]]).clamp(min=0).sqrt() / N
+        same += (2 - 2 * r[z - others[0]]).clamp(min=0).sqrt() / Z
 
     def relative(distance: Tensor) -> Tensor:
         close = distance.topk(min(m, 1 + next_ones), largest=False).values
@@ -445,9 +447,10 @@ def nearest(brains: Tensor, reference: Tensor, next_ones: int = 5) -> dict[str, 
 
 
 def diversity(brains: Tensor, step: int = 4) -> Tensor:
-    """MS-SSIM of slices of two different brains at one z: float64 [n, N / step] of uint8 [n, N, S, S], n >= 2.
+    """MS-SSIM of slices of two different brains at one z: float64 [n, Z / step] of uint8 [n, Z, S, S], n >= 2.
 
-    At every step-th z each brain is compared with one other, another one at every z. High values mean little variety.
+    At every step-th z each brain is compared with one other brain, and the other one changes with z. High values mean
+    little variety.
     """
     n, scores = len(brains), []
     for turn, z in enumerate(range(step // 2, brains.shape[1], step)):
@@ -459,14 +462,14 @@ def diversity(brains: Tensor, step: int = 4) -> Tensor:
 # ------------------------------------------------------------------------------------------------ means and intervals
 
 
-def bootstrap_interval(values: Tensor, case: Tensor, resamples: int = 1000, seed: int = 0) -> list[float] | None:
-    """95 % interval [low, high] of the mean of values [N], NaN left out, by percentiles of a bootstrap over cases.
+def bootstrap_interval(values: Tensor, brain: Tensor, resamples: int = 1000, seed: int = 0) -> list[float] | None:
+    """95 % interval [low, high] of the mean of values [N], NaN left out, by percentiles of a bootstrap over brains.
 
-    Whole cases (int [N]) are drawn with replacement, each with all its slices, since slices of one head are alike
-    (Efron and Tibshirani 1993, chapter 13, with clusters). None where there are fewer than two cases.
+    Whole brains (`brain`, int [N], says to which a value belongs) are drawn with replacement, each with all its slices,
+    since slices of one brain are alike (Efron and Tibshirani 1993, chapter 13, with clusters). None below two brains.
     """
     values = values.double().numpy()
-    owner = np.unique(case.numpy(), return_inverse=True)[1]
+    owner = np.unique(brain.numpy(), return_inverse=True)[1]
     known = ~np.isnan(values)
     total, count = np.bincount(owner, np.where(known, values, 0)), np.bincount(owner, known)
     total, count = total[count > 0], count[count > 0]
@@ -477,7 +480,7 @@ def bootstrap_interval(values: Tensor, case: Tensor, resamples: int = 1000, seed
 
 
 def with_interval(row: dict, name: str, form: str = ".4f") -> str:
-    """A mean and, where it is known, its interval, such as 0.9513 [0.9490, 0.9534]; a dash for what is missing."""
+    """A mean and, where it is known, its interval, such as 0.9513 [0.9490, 0.9534]; a dash where it is missing."""
     if name not in row:
         return "-"
     interval = row.get(f"{name}_interval")
@@ -489,8 +492,8 @@ def centred_interval(
 ) -> list[float] | None:
     """95 % interval of a statistic of `count` brains, by a bootstrap over brains; None for fewer than two.
 
-    A resample repeats brains, and so looks poorer in variety than it is: distances between distributions come out too
-    large on average. Therefore only the spread about the resamples' own mean is taken, and laid around the value.
+    A resample repeats brains, so its variety is too small, and its distance from another distribution too large on
+    average. Therefore only the spread of the resamples about their own mean is taken, and laid around the value.
 
     Args:
         statistic: of int64 [count] indices of brains, with repetitions; NaN where these do not suffice.
@@ -504,27 +507,29 @@ def centred_interval(
     return [max(least, float(low)), float(high)]
 
 
-def summarise(scores: dict[str, Tensor], case: Tensor) -> dict:
-    """{name: mean, name_interval: 95 % interval over cases or None} of scores [N], NaN, or a score of NaN, left out."""
+def summarise(scores: dict[str, Tensor], brain: Tensor) -> dict:
+    """{name: mean, name_interval: 95 % interval over brains or None} of scores [N]; NaN is left out.
+
+    A score that is NaN on every slice has no entries.
+    """
     result = {}
     for name, values in scores.items():
-        if values.isnan().all():  # masks without any brain
-            continue
-        result |= {name: float(values.nanmean()), f"{name}_interval": bootstrap_interval(values, case)}
+        if not values.isnan().all():
+            result |= {name: float(values.nanmean()), f"{name}_interval": bootstrap_interval(values, brain)}
     return result
 
 
-def curve_over_z(values: Tensor, z: Tensor, case: Tensor) -> tuple[dict[int, float], dict[int, list[float] | None]]:
-    """Mean, and interval over cases, of values [N] at every slice index that has any."""
+def curve_over_z(values: Tensor, z: Tensor, brain: Tensor) -> tuple[dict[int, float], dict[int, list[float] | None]]:
+    """Mean, and interval over brains, of values [N] at every slice index that has any."""
     mean, interval = {}, {}
     for at in z[~values.isnan()].unique().tolist():
         mean[at] = float(values[z == at].nanmean())
-        interval[at] = bootstrap_interval(values[z == at], case[z == at])
+        interval[at] = bootstrap_interval(values[z == at], brain[z == at])
     return mean, interval
 
 
 def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One dictionary of [N] of those of the batches."""
+    """One dictionary of [N] of the dictionaries of all batches."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -546,9 +551,9 @@ def latent_statistics(mean: Tensor, square: Tensor, variance: Tensor) -> dict:
     """How much of a VAE's latent is noise, and how many of its channels carry anything.
 
     Args:
-        mean, square, variance: float64 [C], averages over positions of the posterior mean, its square, and the
-            posterior variance. Over all positions the black ones, which are half of a slice and far from the rest,
-            widen Var(mean) and hide the noise; so ask over those that hold the head, or brain, as well.
+        mean, square, variance: float64 [C], averages over positions of the posterior mean, of its square, and of the
+            posterior variance. Over all positions Var(mean) is large and hides the noise, since half of them are black
+            and far from the rest; averages over the head, or brain, say more.
     Returns {"noise_share": Var(sigma eps) / Var(latent) = E[sigma^2] / (Var(mean) + E[sigma^2]), averaged over the
     channels, "noise_share_per_channel", "active_channels": those with Var(mean) > 0.01 (Burda et al. 2016)}.
     """

@@ -1,21 +1,23 @@
 """Scores of new brains, each computed twice in the same way: of sampled brains, and of as many held-out real ones.
 
-Both are compared with the same training brains, so the second score is the floor: what real people differ by. No
-network pretrained on photographs is needed. realism_page.py makes their tables and page.
+Both are compared with the same training brains, so the second value is the floor: how far real brains are apart. No
+network pretrained on photographs is needed. Every score is one entry of SAMPLE_SCORES.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import util
-from dataset import SLICES_PER_CASE, Slices
+from dataset import Slices
+from heads.layout import list_slices, read_slice
 from scores.metrics import (
     adjacent_ssim,
     bootstrap_interval,
@@ -37,130 +39,237 @@ from scores.metrics import (
     thumbnails,
     wasserstein,
 )
-from scores.scorer import TISSUES, Scorer, read_slices
+from scores.scorer import COMMAND, TISSUES, Scorer, read_slices
 from util import UserError
 
-SPACES = {"trained": "trained encoder", "random": "random network", "texture": "histogram and texture"}
-# name: (what it is called, unit, group on the page); the order is that of the page
-SAMPLE_SCORES = {
-    **{f"frechet_{space}": (f"Frechet distance, {name}", "", "distance") for space, name in SPACES.items()},
-    **{f"mmd2_{space}": (f"MMD², {name}, x 1000", "", "distance") for space, name in SPACES.items()},
-    "sliced_wasserstein": ("sliced Wasserstein, mean of levels, x 1000", "", "distance"),
-    "sliced_wasserstein_finest": ("sliced Wasserstein, finest level, x 1000", "", "distance"),
-    "spectrum": ("power spectrum, rms difference", "dB", "distance"),
-    "csf_wasserstein": ("CSF area, 1-Wasserstein", "mm²", "distance"),
-    "grey_wasserstein": ("grey-matter area, 1-Wasserstein", "mm²", "distance"),
-    "white_wasserstein": ("white-matter area, 1-Wasserstein", "mm²", "distance"),
-    "adjacent_profile": ("SSIM of neighbouring slices, mean difference of 31 pairs", "", "distance"),
-    "reslice_spectrum": ("spectrum along z, rms difference", "dB", "distance"),
-    "precision": ("precision", "", "value"),
-    "recall": ("recall", "", "value"),
-    "density": ("density", "", "value"),
-    "coverage": ("coverage", "", "value"),
-    "diversity": ("MS-SSIM of different brains", "", "value"),
-    "noise": ("noise level", "grey levels", "value"),
-    "z_error": ("error of z", "slices", "value"),
-    "adjacent_ssim": ("SSIM of neighbouring slices", "", "value"),
-    "copies": ("slices nearer to training than 99 % of held-out ones", "share", "copies"),
-    "copied_brains": ("brains nearer to training than any held-out one", "share", "copies"),
+ROOT = Path(__file__).parents[1]
+
+# ------------------------------------------------------------------------------------------- what is measured of brains
+
+MEASURES = {  # functions of one brain uint8 [Z, S, S] and of what read_slices reads in it
+    "trained": lambda brain, read: read["features"],  # [Z, 64]
+    "random": lambda brain, read: random_features(brain),  # [Z, 64]
+    "texture": lambda brain, read: texture_features(brain),  # [Z, 42]
+    "areas": lambda brain, read: read["areas"],  # mm^2 of TISSUES, [Z, 3]
+    "z_error": lambda brain, read: (read["z"] - torch.arange(len(brain))).abs(),  # slices, [Z]
+    "noise": lambda brain, read: noise_level(brain),  # grey levels, [Z]
+    "spectrum": lambda brain, read: radial_spectrum(brain).mean(0).float(),  # [RINGS]
+    "adjacent": lambda brain, read: adjacent_ssim(brain[None])[0].float(),  # [Z - 1]
+    "reslice": lambda brain, read: reslice_spectrum(brain[None])[0].float(),  # [Z]
+    "patches": lambda brain, read: patch_histograms(brain),  # [levels, DIRECTIONS, BINS]
 }
+MEASURES_OF_SETS = {"diversity": diversity}  # functions of brains uint8 [n, Z, S, S], of each one beside others
+
+
+# ---------------------------------------------------------------------------------------------- how brains are compared
+# Functions of one measure, of the scored brains [n, ...] and of the reference [m, ...]. They return a function from
+# indices of brains (a bootstrap resample) to the score, and the number of brains to draw from.
+
+Statistic = tuple[Callable[[Tensor], float], int]
+
+
+def mean(x: Tensor, reference: Tensor) -> Statistic:
+    """The mean over brains and slices; the reference plays no part."""
+    return lambda i: float(x[i].mean()), len(x)
+
+
+def of_means(distance: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], Statistic]:
+    """The distance between the means over brains."""
+
+    def compare(x: Tensor, reference: Tensor) -> Statistic:
+        known = reference.mean(0)
+        return lambda i: distance(x[i].mean(0), known), len(x)
+
+    return compare
+
+
+def rms_decibel(x: Tensor, reference: Tensor) -> float:
+    """Root mean square over frequencies of the ratio of two power spectra in dB."""
+    return float(decibel(x, reference).square().mean().sqrt())
+
+
+def standardised(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of features [n, Z, D] in units of the reference's standard deviations."""
+    slices = reference.flatten(0, 1)
+    centre, sd = slices.mean(0), slices.std(0).clamp(min=1e-6)
+    return (x - centre) / sd, (reference - centre) / sd
+
+
+def frechet(x: Tensor, reference: Tensor) -> Statistic:
+    """Frechet distance of the features of all slices."""
+    a, b = standardised(x, reference)
+    return lambda i: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), len(x)
+
+
+def mmd(x: Tensor, reference: Tensor) -> Statistic:
+    """Squared maximum mean discrepancy of the features, times 1000; the kernel's width is the median distance."""
+    a, b = standardised(x, reference)
+    width = float(torch.pdist(b.flatten(0, 1)[:: max(1, len(b) // 16)]).median())
+    blocks = [kernel_means(*pair, width) for pair in ((a, a), (a, b), (b, b))]
+    return lambda i: 1000 * mmd2(*blocks, i), len(x)
+
+
+def manifold(name: str) -> Callable[[Tensor, Tensor], Statistic]:
+    """One of manifold_scores, against as many reference brains as are scored."""
+
+    def compare(x: Tensor, reference: Tensor) -> Statistic:
+        a, b = standardised(x, reference)
+        return mean(manifold_scores(a, spread_evenly(b, len(a)))[name], reference)
+
+    return compare
+
+
+def area(tissue: str) -> Callable[[Tensor, Tensor], Statistic]:
+    """1-Wasserstein distance of the areas of a tissue at each z, mean over z."""
+    k = TISSUES.index(tissue)
+    return lambda x, reference: (lambda i: float(wasserstein(x[i, :, k], reference[:, :, k]).mean()), len(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- the scores
+
+
+class Score(NamedTuple):
+    """A score of a set of brains.
+
+    title, unit: its words on the page.
+    group: its table there: "distance" from training brains, lower is nearer; "value", of which real brains have the
+        right one; "copies".
+    measure, compare: what it is made of, a name out of MEASURES or MEASURES_OF_SETS, and how, a function as above.
+        None for copies, which copy_scores counts.
+    signed: it lies around 0 for real brains, and so may be negative.
+    """
+
+    title: str
+    unit: str
+    group: str
+    measure: str | None = None
+    compare: Callable[[Tensor, Tensor], Statistic] | None = None
+    signed: bool = False
+
+
+SPACES = {"trained": "trained encoder", "random": "random network", "texture": "histogram and texture"}
+# by name; the order is that of the page
+SAMPLE_SCORES = {
+    **{f"frechet_{space}": Score(f"Frechet distance, {words}", "", "distance", space, frechet)
+       for space, words in SPACES.items()},
+    **{f"mmd2_{space}": Score(f"MMD², {words}, x 1000", "", "distance", space, mmd, signed=True)
+       for space, words in SPACES.items()},
+    "sliced_wasserstein": Score("sliced Wasserstein, mean of levels, x 1000", "", "distance", "patches",
+                                of_means(lambda x, known: float(sliced_wasserstein(x, known).mean()))),
+    "sliced_wasserstein_finest": Score("sliced Wasserstein, finest level, x 1000", "", "distance", "patches",
+                                       of_means(lambda x, known: float(sliced_wasserstein(x, known)[0]))),
+    "spectrum": Score("power spectrum, rms difference", "dB", "distance", "spectrum", of_means(rms_decibel)),
+    "csf_wasserstein": Score("CSF area, 1-Wasserstein", "mm²", "distance", "areas", area("csf")),
+    "grey_wasserstein": Score("grey-matter area, 1-Wasserstein", "mm²", "distance", "areas", area("grey")),
+    "white_wasserstein": Score("white-matter area, 1-Wasserstein", "mm²", "distance", "areas", area("white")),
+    "adjacent_profile": Score("SSIM of neighbouring slices, mean difference over z", "", "distance", "adjacent",
+                              of_means(lambda x, known: float((x - known).abs().mean()))),
+    "reslice_spectrum": Score("spectrum along z, rms difference", "dB", "distance", "reslice", of_means(rms_decibel)),
+    "precision": Score("precision", "", "value", "trained", manifold("precision")),
+    "recall": Score("recall", "", "value", "trained", manifold("recall")),
+    "density": Score("density", "", "value", "trained", manifold("density")),
+    "coverage": Score("coverage", "", "value", "trained", manifold("coverage")),
+    "diversity": Score("MS-SSIM of different brains", "", "value", "diversity", mean),
+    "noise": Score("noise level", "grey levels", "value", "noise", mean),
+    "z_error": Score("error of z", "slices", "value", "z_error", mean),
+    "adjacent_ssim": Score("SSIM of neighbouring slices", "", "value", "adjacent", mean),
+    "copies": Score("slices nearer to training than 99 % of held-out ones", "share", "copies"),
+    "copied_brains": Score("brains nearer to training than any held-out one", "share", "copies"),
+}  # fmt: skip
+
+
+def score_samples(
+    brains: Tensor, train: Slices, held_out: Slices, scorer: Scorer, digest: str, resamples: int = 200
+) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """All scores of sampled brains uint8 [n, Z, S, S], beside those of as many held-out ones.
+
+    Args:
+        train, held_out: real slices of the samples' size.
+        digest: of the scorer's weights.
+        resamples: of the bootstrap over brains.
+    Returns (scores, measures): {"brains", "training_brains", "samples", "real": {score: value, score_interval}}, and
+    {"samples", "real", "reference", "near", "near_real"}, of which the pictures are drawn. Raises UserError where
+    slices per brain differ, or a split has fewer than two whole brains.
+    """
+    check_slices(brains.shape[1], (train, held_out), scorer)
+    known, real = (whole_brains(data) for data in (train, held_out))
+    n = min(len(brains), len(real))
+    if n < len(brains):
+        print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
+    measures = {
+        "reference": measure_real(train, known, scorer, digest),
+        "real": measure_real(held_out, spread_evenly(real, n), scorer, digest),
+        "samples": measure(brains[:n], scorer, "samples"),
+    }
+    small = torch.stack([thumbnails(train.images[positions]) for positions in known]).cpu()
+    measures["near"] = nearest(brains[:n].cpu(), small)
+    measures["near_real"] = nearest(held_out.images[real].cpu(), small)
+    result = {"brains": n, "training_brains": len(known)}
+    for name, near in (("samples", "near"), ("real", "near_real")):
+        result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
+        result[name] |= copy_scores(measures[near], measures["near_real"])
+    return result, measures
+
+
+# ------------------------------------------------------------------------------------------------------------- in steps
 
 
 def measure(brains: Tensor, scorer: Scorer, title: str) -> dict[str, Tensor]:
-    """Everything about each brain by itself that scores are made of, [n, ...] each, of uint8 [n, 32, S, S]."""
-    found = []
-    for brain in tqdm(brains, desc=f"measure {title}", unit="brain", disable=None):
-        seen = read_slices(scorer, brain)
-        found.append(
-            {
-                "trained": seen["features"],
-                "random": random_features(brain),
-                "texture": texture_features(brain),
-                "areas": seen["areas"],
-                "z_error": (seen["z"] - torch.arange(len(brain))).abs(),
-                "noise": noise_level(brain),
-                "spectrum": radial_spectrum(brain).mean(0).float(),
-                "adjacent": adjacent_ssim(brain[None])[0].float(),
-                "reslice": reslice_spectrum(brain[None])[0].float(),
-                "patches": patch_histograms(brain),
-            }
-        )
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    """All MEASURES of brains uint8 [n, Z, S, S], by name, [n, ...] each."""
+    found = {name: [] for name in MEASURES}
+    for brain in util.progress(brains, f"measure {title}", unit="brain"):
+        read = read_slices(scorer, brain)
+        for name, function in MEASURES.items():
+            found[name].append(function(brain, read))
+    of_sets = {name: function(brains) for name, function in MEASURES_OF_SETS.items()}
+    return {name: torch.stack(values) for name, values in found.items()} | of_sets
 
 
-def measure_real(data: Slices, cases: Tensor, scorer: Scorer, digest: str) -> dict[str, Tensor]:
-    """measure of the given cases of a split, and their "diversity"; kept in data/cache, since real brains stay.
+def measure_real(data: Slices, positions: Tensor, scorer: Scorer, digest: str) -> dict[str, Tensor]:
+    """measure of brains of a split, whose slices lie at positions int64 [n, Z]; kept in data/cache.
 
-    The key holds the slices, the scorer (by its digest) and the code that measures.
+    The name of the cache depends on the slices, the scorer (by its digest), and the code that measures.
     """
-    code = [Path(__file__).parent / name for name in ("metrics.py", "scorer.py")]
-    key = hashlib.blake2b(f"{data.digest} {cases.tolist()} {digest}".encode(), digest_size=8)
-    for path in code:
-        key.update(path.read_bytes())
-    cache = Path("data/cache") / f"{data.split}_measures_{data.images.shape[-1]}_{key.hexdigest()}.safetensors"
+    cases = data.case[positions[:, 0]].tolist()
+    key = hashlib.blake2b(f"{data.digest} {cases} {digest} {digest_of_code()}".encode(), digest_size=8).hexdigest()
+    cache = Path("data/cache") / f"{data.split}_measures_{data.images.shape[-1]}_{key}.safetensors"
     if cache.is_file():
         return safetensors.torch.load_file(cache)
-    brains = torch.stack([data.images[data.case == case] for case in cases])
-    found = measure(brains, scorer, data.split) | {"diversity": diversity(brains)}
+    found = measure(data.images[positions].cpu(), scorer, data.split)
     util.write_file(cache, safetensors.torch.save(found))
     return found
 
 
-def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, tuple[Callable, int]]:
-    """Scores as functions of brain indices (of a bootstrap resample), and how many brains these count.
-
-    x, reference: measure of the brains scored, also with "diversity", and of those they are compared with. Features
-    are in units of the reference's standard deviations.
-    """
-    n, scores = len(x["areas"]), {}
-    for space in SPACES:
-        mean, sd = reference[space].flatten(0, 1).mean(0), reference[space].flatten(0, 1).std(0).clamp(min=1e-6)
-        a, b = ((part[space] - mean) / sd for part in (x, reference))
-        width = float(torch.pdist(b.flatten(0, 1)[:: max(1, len(b) // 16)]).median())
-        blocks = [kernel_means(*pair, width) for pair in ((a, a), (a, b), (b, b))]
-        scores[f"frechet_{space}"] = lambda i, a=a, b=b: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), n
-        scores[f"mmd2_{space}"] = lambda i, blocks=blocks: 1000 * mmd2(*blocks, i), n
-        if space == "trained":
-            as_many = spread_evenly(b, n)
-            for name, values in manifold_scores(a, as_many).items():
-                scores[name] = lambda i, values=values: float(values[i].mean()), len(values)
-
-    patches, spectrum, reslice = (reference[name].mean(0) for name in ("patches", "spectrum", "reslice"))
-    scores["sliced_wasserstein"] = (
-        lambda i: float(sliced_wasserstein(x["patches"][i].mean(0), patches).mean()), n)  # fmt: skip
-    scores["sliced_wasserstein_finest"] = (
-        lambda i: float(sliced_wasserstein(x["patches"][i].mean(0), patches)[0]), n)  # fmt: skip
-    for name, known in (("spectrum", spectrum), ("reslice", reslice)):
-        key = "reslice_spectrum" if name == "reslice" else name
-        scores[key] = (
-            lambda i, name=name, known=known: float(decibel(x[name][i].mean(0), known).square().mean().sqrt()), n,
-        )  # fmt: skip
-    for k, tissue in enumerate(TISSUES):
-        scores[f"{tissue}_wasserstein"] = (
-            lambda i, k=k: float(wasserstein(x["areas"][i, :, k], reference["areas"][:, :, k]).mean()), n,
-        )  # fmt: skip
-    profile = reference["adjacent"].mean(0)
-    scores["adjacent_profile"] = lambda i: float((x["adjacent"][i].mean(0) - profile).abs().mean()), n
-    for name, key in (("noise", "noise"), ("z_error", "z_error"), ("adjacent_ssim", "adjacent"), ("diversity",) * 2):
-        scores[name] = lambda i, key=key: float(x[key][i].mean()), n
-    return scores
+def digest_of_code(root: Path = ROOT) -> str:
+    """16 hexadecimal digits of PyTorch's version and of all files of the project whose code can run in `measure`."""
+    files = [root / name for name in ("util.py", "module.py", "dataset.py")] + sorted((root / "scores").glob("*.py"))
+    digest = hashlib.blake2b(torch.__version__.encode(), digest_size=8)
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def with_intervals(scores: dict[str, tuple[Callable, int]], resamples: int) -> dict:
+def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Statistic]:
+    """{score: (function of brain indices, number of brains)} from `measure` of scored brains and of the reference."""
+    compared = {name: score for name, score in SAMPLE_SCORES.items() if score.compare}
+    return {name: score.compare(x[score.measure], reference[score.measure]) for name, score in compared.items()}
+
+
+def with_intervals(scores: dict[str, Statistic], resamples: int) -> dict:
     """{name: value, name_interval: 95 %} of statistics_of."""
     result = {}
-    for name, (statistic, count) in tqdm(scores.items(), desc="bootstrap", unit="score", disable=None):
+    for name, (statistic, count) in util.progress(scores.items(), "bootstrap", unit="score"):
         result[name] = statistic(torch.arange(count))
-        least = -math.inf if name.startswith("mmd2") else 0.0
+        least = -math.inf if SAMPLE_SCORES[name].signed else 0.0
         result[f"{name}_interval"] = centred_interval(statistic, count, resamples, least=least)
     return result
 
 
 def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:
-    """Shares of slices and brains that lie nearer to training ones than held-out ones do, and the limits.
+    """Shares of slices and brains that are nearer to training ones than held-out ones are, and the limits.
 
-    By relative distance (metrics.nearest). "copies" are below the 1st percentile of held-out slices, so 1 in 100 of
-    new ones is too; "copies_excess" is the share beyond that. "copied_brains" are below all held-out brains.
+    What counts is the relative distance of metrics.nearest. "copies" are below the 1st percentile of held-out slices,
+    so 1 in 100 new ones is too; "copies_excess" is the share beyond that. "copied_brains" are below all held-out ones.
     """
     limit = float(near_real["relative"].quantile(0.01))
     brain_limit = float(near_real["brain_relative"].min())
@@ -174,44 +283,61 @@ def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:
     return result | {"copies_excess": max(0.0, (result["copies"] - 0.01) / 0.99)}
 
 
-def score_samples(
-    brains: Tensor, train: Slices, held_out: Slices, scorer: Scorer, digest: str, resamples: int = 200
-) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """All scores of sampled brains uint8 [n, 32, S, S], beside those of as many held-out ones.
+# -------------------------------------------------------------------------------------------------------- whole brains
 
-    Args:
-        train, held_out: real slices of the samples' size.
-        digest: of the scorer's weights.
-        resamples: of the bootstrap over brains.
-    Returns (scores, measures): {"brains", "training_brains", "samples", "real": {score: value, score_interval}}, and
-    {"samples", "real", "reference", "near", "near_real"}, what the pictures are drawn of.
+
+def load_samples(run: str, limit: int | None = None) -> tuple[Tensor, list[int], Path]:
+    """Whole brains uint8 [n, Z, S, S], their numbers, and the folder, of a second stage's run or a folder of slices.
+
+    Z is 1 + the largest z there. Brains that lack slices are left out, and a line says so; of the others the first
+    `limit` are taken. Raises UserError where fewer than two are left, or pictures differ in size.
     """
-    known, real_cases = (whole_cases(data) for data in (train, held_out))
-    n = min(len(brains), len(real_cases))
-    if n < len(brains):
-        print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
-    chosen = {"reference": (train, known), "real": (held_out, spread_evenly(real_cases, n))}
-    measures = {name: measure_real(data, cases, scorer, digest) for name, (data, cases) in chosen.items()}
-    measures["samples"] = measure(brains[:n], scorer, "samples") | {"diversity": diversity(brains[:n])}
-    small = torch.stack([thumbnails(train.images[train.case == case]) for case in known])
-    everyone = torch.stack([held_out.images[held_out.case == case] for case in real_cases])
-    measures["near"], measures["near_real"] = (nearest(part.cpu(), small.cpu()) for part in (brains[:n], everyone))
-    result = {"brains": n, "training_brains": len(known)}
-    for name in ("samples", "real"):
-        result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
-        near = measures["near" if name == "samples" else "near_real"]
-        result[name] |= copy_scores(near, measures["near_real"])
-    return result, measures
+    folder = Path(run) if Path(run).is_dir() else Path(f"{run}_vis") / "samples"
+    if not folder.is_dir():
+        raise UserError(
+            f"--samples {run}: neither a folder nor a run with {folder}; "
+            f"draw some with: python stable_diffusion.py --name {Path(run).name} --sample --brains 35"
+        )
+    files: dict[int, dict[int, Path]] = {}
+    for number, z, path in list_slices(folder, "samples"):
+        files.setdefault(number, {})[z] = path
+    Z = 1 + max(z for brain in files.values() for z in brain)
+    whole = {number: brain for number, brain in files.items() if len(brain) == Z}
+    if len(whole) < len(files):
+        print(f"{len(files) - len(whole)} of {len(files)} brains have not all {Z} slices and are left out")
+    numbers = list(whole)[:limit]
+    if len(numbers) < 2:
+        raise UserError(f"{folder} has {len(numbers)} whole brains; scores of samples need two, and trust needs dozens")
+    pictures = [[read_slice(whole[number][z]) for z in range(Z)] for number in numbers]
+    shapes = {picture.shape for brain in pictures for picture in brain}
+    if len(shapes) > 1 or len(set(*shapes)) > 1:
+        raise UserError(f"{folder} has pictures of {sorted(shapes)} pixels; squares of one size are expected")
+    return torch.from_numpy(np.array(pictures)), numbers, folder
 
 
-def whole_cases(data: Slices) -> Tensor:
-    """int64: the cases of a split that have all 32 slices. Raises UserError where fewer than two have."""
-    cases, count = data.case.unique(return_counts=True)
-    if (count == SLICES_PER_CASE).sum() < 2:
+def check_slices(Z: int, splits: tuple[Slices, ...], scorer: Scorer) -> None:
+    """Raises UserError unless brains of the splits have Z slices, as the samples have, and the scorer reads Z."""
+    for data in splits:
+        if data.slices_per_brain != Z:
+            raise UserError(
+                f"samples have {Z} slices a brain, {data.split} in {data.folder} has {data.slices_per_brain}; "
+                "give the data they were trained on with --data"
+            )
+    if scorer.slices_per_brain != Z:
+        raise UserError(
+            f"the scorer was trained on brains of {scorer.slices_per_brain} slices, these have {Z}; "
+            f"train one on your data with: {COMMAND}"
+        )
+
+
+def whole_brains(data: Slices) -> Tensor:
+    """int64 [n, Z]: the positions of a split's whole brains. Raises UserError where there are fewer than two."""
+    positions = data.whole_cases()
+    if len(positions) < 2:
         raise UserError(f"{data.split} in {data.folder} has fewer than two whole brains; give more with --data")
-    return cases[count == SLICES_PER_CASE]
+    return positions
 
 
-def spread_evenly(cases: Tensor, count: int) -> Tensor:
-    """`count` of cases [n, ...] at even distances, the first and the last among them; all where n is less."""
-    return cases[torch.linspace(0, len(cases) - 1, min(count, len(cases))).long()]
+def spread_evenly(brains: Tensor, count: int) -> Tensor:
+    """`count` of brains [n, ...] at even distances, the first and the last among them; all of them if n is less."""
+    return brains[torch.linspace(0, len(brains) - 1, min(count, len(brains))).long()]
