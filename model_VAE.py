@@ -73,7 +73,7 @@ def fit_codes(quantizer: nn.Module, latents: list[Tensor]) -> None:
 
 
 class CodeAutoencoder(Autoencoder):
-    """What VQVAE and VQVAE2 share: a latent that is rounded to codes out of K on one grid, or on several.
+    """Base of VQVAE and VQVAE2: the latent is rounded to codes out of K on one grid, or on several.
 
     idx is int64 [B, h, w] where there is one grid, else a tuple with such a tensor for every grid.
     """
@@ -126,7 +126,7 @@ class CodeAutoencoder(Autoencoder):
         return self.decode_indices(self.encode_indices(x, z), z)
 
     def prior_latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents [count, C, h, w] of codes drawn one by one, as often as training used them (VQ)."""
+        """Normalised latents [count, C, h, w] of codes drawn one by one, see random_codes of the quantiser."""
         return self.dequantise(self._random_codes(count, generator))
 
 

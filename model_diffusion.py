@@ -276,6 +276,7 @@ class LatentDiffusion(nn.Module):
         self.latent_shape, self.recipe, self.T = tuple(latent_shape), RECIPES[recipe], T
         self.slices, self.slices_per_brain, self.drop_z = slices, slices_per_brain, drop_z
         self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
+        # called linear in files of weights
         self.linear = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions))
         self.calibration = Calibration(self.latent_shape, slices_per_brain)
         self.unet = UNet(

@@ -344,7 +344,7 @@ class PixelCNN2(nn.Module):
 PRIORS = {prior.kind: prior for prior in (PixelCNN, PixelCNN2)}
 
 
-# ---------------------------------------------------------------------------------------------- codes of one or two grids
+# -------------------------------------------------------------------------------------------- codes of one or two grids
 
 Codes = Tensor | tuple[Tensor, Tensor]  # idx int64 [B, h, w] of a VQVAE, (top, bottom) of a VQVAE2
 
@@ -389,25 +389,30 @@ def sample_brain(
 
 
 @torch.no_grad()
-def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0) -> np.ndarray:
-    """uint8 [Z, S, S] of the codes of a brain in the order of z, with the grain of (seed, brain) if there is one."""
-    latent = first_stage.dequantise(idx)
-    z = torch.arange(len(latent), device=latent.device)
-    x = first_stage.decode_with_grain(latent, z, util.brain_generator(seed, brain, "grain"))
-    return to_uint8(x)[:, 0].cpu().numpy()
+def decode_brain(
+    first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0, shown: list[int] | None = None
+) -> np.ndarray:
+    """uint8 [Z, S, S] of the codes of a brain in the order of z, or only of the slices shown, with grain if there is
+    any: that of (seed, brain)."""
+    Z, device = len(grids_of(idx)[0]), grids_of(idx)[0].device
+    z = torch.arange(Z, device=device) if shown is None else torch.tensor(shown, device=device)
+    latent, generator = first_stage.dequantise(pick(idx, z)), util.brain_generator(seed, brain, "grain")
+    return to_uint8(first_stage.decode_with_grain(latent, z, generator, Z))[:, 0].cpu().numpy()
 
 
-def filling_frames(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int, brain: int, shown: list[int]) -> list[np.ndarray]:
+def filling_frames(
+    first_stage: VQVAE | VQVAE2, idx: Codes, seed: int, brain: int, shown: list[int]
+) -> list[np.ndarray]:
     """Pictures uint8 [S, 4 S] of some slices after each row of codes, those of the top grid before the bottom's.
 
     Where codes are missing stands the code of the grid's corner, which is black.
     """
     partial = each_grid(lambda grid: grid[:, :1, :1].expand_as(grid).clone(), idx)
-    frames = [np.hstack(decode_brain(first_stage, partial, seed, brain)[shown])]
+    frames = [np.hstack(decode_brain(first_stage, partial, seed, brain, shown))]
     for filled, grid in zip(grids_of(partial), grids_of(idx), strict=True):
         for r in range(grid.shape[1]):
             filled[:, r] = grid[:, r]
-            frames.append(np.hstack(decode_brain(first_stage, partial, seed, brain)[shown]))
+            frames.append(np.hstack(decode_brain(first_stage, partial, seed, brain, shown)))
     return frames
 
 
@@ -441,8 +446,8 @@ def flags() -> Flags:
     flags = Flags(SCRIPT, __doc__)
     train, sample, positive = flags.train, flags.sample, util.positive_int
     train("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file")
-    train("--steps", type=positive, presets=(600, 2400, 40_000), changeable=True, help="optimiser steps at most")
-    train("--batch-size", type=positive, presets=(32, 16, 64), help="slices per step and process")
+    train("--steps", type=positive, presets=(300, 2400, 20_000), changeable=True, help="optimiser steps at most")
+    train("--batch-size", type=positive, presets=(16, 16, 64), help="slices per step and process")
     train("--learning-rate", type=util.positive_float, presets=(1e-3, 8e-4, 3e-4), help="Adam's, after warm-up")
     train("--channels", type=positive, presets=(48, 64, 128), help="width of both stacks")
     train("--layers", type=positive, presets=(6, 8, 12), help="gated layers")

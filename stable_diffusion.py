@@ -49,8 +49,8 @@ SCRIPT = Path(__file__).name
 MODELS = {LatentDiffusion.kind: LatentDiffusion}
 BLOCKS = 2  # residual blocks a level of the UNet
 MODES = 24  # of the Gaussian prior, or a quarter of the brains where these are few
-CALIBRATION_BRAINS = 64  # drawn after training,
-CALIBRATION_LEAST = 8  # if so many whole training brains say what power heads have
+CALIBRATION_BRAINS = 64  # drawn after training at most, or a quarter of the whole training brains;
+CALIBRATION_LEAST = 8  # with fewer of these nothing says what power heads have
 SHOWN = (0.12, 0.38, 0.62, 0.88)  # heights of the slices in process.gif, as shares of the brain's
 
 
@@ -59,8 +59,8 @@ def flags() -> Flags:
     flags = Flags(SCRIPT, __doc__)
     train, sample, positive = flags.train, flags.sample, util.positive_int
     train("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file")
-    train("--steps", type=positive, presets=(1000, 1600, 100_000), changeable=True, help="optimiser steps")
-    train("--batch-size", type=positive, presets=(64, 32, 128), help="slices per step and process")
+    train("--steps", type=positive, presets=(600, 1600, 14_000), changeable=True, help="optimiser steps")
+    train("--batch-size", type=positive, presets=(32, 32, 128), help="slices per step and process")
     train("--learning-rate", type=util.positive_float, presets=(1e-3, 5e-4, 2e-4), help="Adam's, after warm-up")
     train("--widths", type=positive, nargs="+", metavar="W", presets=((32, 64), (64, 128, 192), (128, 256, 384)),
           help="channels of each level of the UNet")  # fmt: skip
@@ -163,10 +163,14 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_brain(first_stage: Autoencoder, latent: Tensor, seed: int = 0, brain: int = 0) -> np.ndarray:
-    """uint8 [Z, S, S] of latents [Z, C, h, w] in the order of z, with the grain of (seed, brain) if there is one."""
-    z = torch.arange(len(latent), device=latent.device)
-    x = first_stage.decode_with_grain(latent, z, util.brain_generator(seed, brain, "grain"))
+def decode_brain(
+    first_stage: Autoencoder, latent: Tensor, seed: int = 0, brain: int = 0, shown: list[int] | None = None
+) -> np.ndarray:
+    """uint8 [Z, S, S] of latents [Z, C, h, w] in the order of z, or only of the slices shown, with grain if there is
+    any: that of (seed, brain)."""
+    z = torch.arange(len(latent)) if shown is None else torch.tensor(shown)
+    generator = util.brain_generator(seed, brain, "grain")
+    x = first_stage.decode_with_grain(latent[z], z.to(latent.device), generator, len(latent))
     return to_uint8(x)[:, 0].cpu().numpy()
 
 
@@ -201,7 +205,7 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
         samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person))
         if i == 0:
             shown = [int(height * len(slices)) for height in SHOWN]
-            frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i)[shown]) for latent in way]
+            frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i, shown)) for latent in way]
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slices z = {shown}: {out}/process.gif")
 
@@ -423,7 +427,8 @@ def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -
     if known < CALIBRATION_LEAST:
         print(f"samples are not calibrated: {known} whole training brains do not say what power heads have")
         return False
-    seed, brains, Z = util.mix_seed(run.args.seed, "calibration"), CALIBRATION_BRAINS, model.slices_per_brain
+    seed, Z = util.mix_seed(run.args.seed, "calibration"), model.slices_per_brain
+    brains = min(CALIBRATION_BRAINS, known // 4)
     z = torch.arange(Z, device=run.device).repeat(brains)
     people = (draw_person({}, description, seed, i) for i in range(brains))
     people = torch.stack([in_numbers(person, model.conditions) for person in people]).to(run.device)

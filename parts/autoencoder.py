@@ -133,7 +133,7 @@ class LinearPath(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """What VAE, VQVAE and VQVAE2 share: coded box, encoder, two decoders, grain, linear path, scale of the latents.
+    """Base of VAE, VQVAE and VQVAE2: coded box, encoder, two decoders, grain, linear path, scale of the latents.
 
     Three parts are trained one after the other, see `train_only`: first the codec, which is all but the following; then
     the perceptual decoder, which begins as a copy of the codec's fidelity decoder and is trained against a
@@ -192,7 +192,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_sd", torch.ones(latent_channels, 1, 1))
 
-    # ---- what decodes, and what training changes
+    # ---- two decoders, three parts to train
 
     def use_decoder(self, name: str) -> None:
         """Lets "fidelity" or "perceptual" decode from now on. Raises ValueError where there is no such decoder."""
@@ -261,12 +261,11 @@ class Autoencoder(nn.Module):
         features = decoder.features(latent, self.embed_z(z))
         return self._linear_decode(latent) - 1 + decoder.out(features).float(), features
 
-    def _picture(self, latent: Tensor, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x [B, 1, S, S] by the decoder in use; with a generator, and where there is any, with grain."""
+    def _picture(self, latent: Tensor, z: Tensor, white: Tensor | None = None) -> Tensor:
+        """x [B, 1, S, S] by the decoder in use; with grain made of white noise [B, 1, H, W], if that is given."""
         box, features = self._decode(latent, z)
-        if generator is not None and self.has_grain:
-            white = noise_of_slices(len(z), *self.box[2:], generator).to(box.device)
-            box = self.grain.add(box, white, self.grain.log_sd(features))
+        if white is not None:
+            box = self.grain.add(box, white.to(box.device), self.grain.log_sd(features))
         return self.pad(box.clamp(-1, 1))
 
     # ---- training
@@ -317,13 +316,20 @@ class Autoencoder(nn.Module):
         self._check_grid("latent", latent, self.latent_shape, z)
         return self._picture(self._denormalise(latent), z)
 
-    def decode_with_grain(self, latent: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-        """As decode, with grain, for neighbouring slices of ONE brain in the order of z; else as decode.
+    def decode_with_grain(
+        self, latent: Tensor, z: Tensor, generator: torch.Generator, slices_per_brain: int | None = None
+    ) -> Tensor:
+        """As decode, and with grain where the decoder in use has any, for slices of ONE brain.
 
-        The grain's noise follows from the generator, on the CPU, and the number of slices.
+        Grain is noise of the whole brain, drawn by the generator on the CPU. z are all its slices in their order, or,
+        where slices_per_brain is given, some of 0 .. slices_per_brain - 1.
         """
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self._picture(self._denormalise(latent), z, generator)
+        white = None
+        if self.has_grain:
+            white = noise_of_slices(slices_per_brain or len(z), *self.box[2:], generator)
+            white = white[z.cpu()] if slices_per_brain else white
+        return self._picture(self._denormalise(latent), z, white)
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         """x [B, 1, S, S] at z int64 [B] coded and decoded, by way of the codes where the model has codes."""

@@ -133,7 +133,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor, idx: Tensor) -> None:
-        """Moves averages and codebook, without a branch on what is in them: a GPU need not wait for the answer."""
+        """Moves averages and codebook, without a branch on their values, for which a GPU would have to wait."""
         count = torch.zeros_like(self.count).index_add_(0, idx, vectors.new_ones(len(idx)))
         total = torch.zeros_like(self.total).index_add_(0, idx, vectors)
         chosen = vectors[torch.randint(len(vectors), (self.codebook_size,), device=vectors.device)]
@@ -156,7 +156,7 @@ class VectorQuantizer(nn.Module):
         """k-means on encoder outputs float32 [N, dim]. Raises ValueError if N < K."""
         K = self.codebook_size
         if len(vectors) < K:
-            raise ValueError(f"{len(vectors)} vectors cannot start {K} codes")
+            raise ValueError(f"{len(vectors)} vectors are too few for {K} codes")
         distinct = torch.unique(vectors, dim=0)  # half of all vectors are the black background
         distinct = distinct if len(distinct) >= K else vectors
         begin = distinct[torch.randperm(len(distinct))[:K]]
@@ -250,7 +250,7 @@ class FiniteScalarQuantizer(nn.Module):
         """Spreads the bins over encoder outputs float32 [N, C], with 0, which black has, in the middle of a bin."""
         lit = vectors[vectors.abs().amax(1) > 1e-3]
         if len(lit) == 0:
-            raise ValueError("black vectors alone cannot start the levels")
+            raise ValueError("all vectors are black, which says nothing about the levels")
         low, high = torch.quantile(lit[:: max(1, len(lit) // 100_000)], lit.new_tensor([0.005, 0.995]), dim=0)
         low, high = low.clamp(max=0), high.clamp(min=0)  # else the shift below could leave all of them in one bin
         self.width.copy_((high - low).clamp(min=1e-3) / 3)  # the outer half of a per cent saturates: tanh 1.5 = 0.905

@@ -43,7 +43,7 @@ def build_first_stage(
     Weights without an encoder, as a released second stage has them, make a first stage that only decodes.
     The description stays on the model as `description`, for those who store it beside their own weights.
     """
-    model = MODELS[description["kind"]](**description["model_kwargs"])
+    model = _untrained(description, MODELS, path)
     model.description = description
     if not any(name.startswith("encoder.") for name in weights):
         model.keep_decoders()
@@ -83,14 +83,17 @@ def load_second_stage(
         parts[part] = in_words_of_today(part_of(weights, f"{part}."), described)
     weights, description = parts["prior"]
     description |= {"first_stage": parts["first_stage"][1], "path": str(path)}
-    try:
-        prior = models[description["kind"]](**description["model_kwargs"]).eval().requires_grad_(False)
-    except (TypeError, ValueError):
-        raise UserError(f"{path} has settings that this version does not know; train it anew") from None
-    fill_model(prior, weights, path)
+    prior = fill_model(_untrained(description, models, path), weights, path).eval().requires_grad_(False)
     prior.description = description
     weights, described = parts["first_stage"]
     return prior.to(device), build_first_stage(described, weights, path, decoder).to(device)
+
+
+def _untrained(description: dict, models: dict[str, type], path: Path) -> nn.Module:
+    try:
+        return models[description["kind"]](**description["model_kwargs"])
+    except (TypeError, ValueError):
+        raise UserError(f"{path} has settings that this version does not know; train it anew") from None
 
 
 def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[dict[str, Tensor], dict]:
@@ -102,7 +105,11 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
     if "schedule" in kwargs:
         chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
         kwargs["recipe"] = next((name for name, recipe in RECIPES.items() if tuple(recipe) == chosen), "unknown")
-    for name in ("quantizer", "quantizer_options", "slice_noise"):
-        kwargs.pop(name, None)
     weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}
+    kwargs.pop("quantizer", None)
+    if kwargs.pop("quantizer_options", {}).get("sphere"):
+        kwargs["sphere"] = True  # which no model takes: other codes would be nearest
+    if (noise := kwargs.pop("slice_noise", "matched")) != "matched":  # it was shared by all slices, or each had its own
+        one = torch.ones_like(weights["slice_correlation"])
+        weights["slice_correlation"] = one if noise == "shared" else torch.eye(one.shape[-1]).expand_as(one)
     return weights, description | {"model_kwargs": kwargs}
