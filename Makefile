@@ -41,32 +41,6 @@ demo: $(VENV)/installed
 	@echo "  training curves of the three             demo/log/curves.png"
 	@echo "  scores of the first stage                demo/model_ckpt/vqvae/reconstruction_validate.json and .png"
 
-test: $(VENV)/installed requirements-test.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
-	touch $@
-
-# Everything of the demo lives in demo/, so that it never touches runs of your own. Run twice, it resumes.
-demo: $(VENV)/installed
-	mkdir -p demo
-	cd demo && unset OASIS_DATA && \
-	$(RUN)/prestage_train.py --model vqvae --preset demo && \
-	$(RUN)/stable_diffusion.py --preset demo && $(RUN)/stable_diffusion.py --sample --brains 2 && \
-	$(RUN)/pixelCNN.py --preset demo && $(RUN)/pixelCNN.py --sample --brains 2 && \
-	$(RUN)/dataset.py data/phantom && \
-	$(RUN)/evaluate.py --reconstruction vqvae --no-floors && \
-	MPLBACKEND=agg $(RUN)/logger.py log
-	@echo
-	@echo "The demo's pictures:"
-	@echo "  phantom slices                     demo/check_vis/contact_sheet.png"
-	@echo "  real | reconstructed | difference  $$(ls demo/vqvae_vis/reconstruction_*.png | tail -1)"
-	@echo "  new brains, latent diffusion       demo/diffusion_vis/samples/brain_000.png and brain_001.png"
-	@echo "  the same in 3-D                    demo/diffusion_vis/samples/brain_000_scroll.gif, _reslices.png, .nii.gz"
-	@echo "  from noise to brain                demo/diffusion_vis/samples/process.gif"
-	@echo "  new brains, PixelCNN               demo/pixelcnn_vis/samples/brain_000.png and brain_001.png"
-	@echo "  codes filling row by row           demo/pixelcnn_vis/samples/process.gif"
-	@echo "  training curves of the three       demo/log/curves.png"
-	@echo "  scores of the first stage          demo/model_ckpt/vqvae/reconstruction_validate.json and .png"
-
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest

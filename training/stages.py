@@ -105,11 +105,7 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
     if "schedule" in kwargs:
         chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
         kwargs["recipe"] = next((name for name, recipe in RECIPES.items() if tuple(recipe) == chosen), "unknown")
+    for name in ("quantizer", "quantizer_options", "slice_noise"):
+        kwargs.pop(name, None)
     weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}
-    kwargs.pop("quantizer", None)
-    if kwargs.pop("quantizer_options", {}).get("sphere"):
-        kwargs["sphere"] = True  # which no model takes: other codes would be nearest
-    if (noise := kwargs.pop("slice_noise", "matched")) != "matched":  # it was shared by all slices, or each had its own
-        one = torch.ones_like(weights["slice_correlation"])
-        weights["slice_correlation"] = one if noise == "shared" else torch.eye(one.shape[-1]).expand_as(one)
     return weights, description | {"model_kwargs": kwargs}
