@@ -87,6 +87,18 @@ def test_resuming_drops_what_was_logged_after_the_checkpoint(clock):
     assert lines() == []
 
 
+def test_a_run_that_stops_between_two_lines_goes_on_with_the_same_means(clock):
+    """What was added since the last line is part of the checkpoint."""
+    for stops in ([], [1, 4]):
+        log = Logger("run", {}, step=0, every=3)
+        for step in range(1, 7):
+            log.add(step, {"loss": torch.tensor(float(step))} | ({"late": 2.0 * step} if step > 4 else {}), images=step)
+            if step in stops:
+                state, log = log.state_dict(), Logger("run", {}, step=step, every=3)
+                log.load_state_dict(json.loads(json.dumps(state)))
+        assert [(line["step"], line["loss"], line.get("late")) for line in lines()] == [(3, 2, None), (6, 5, 11)]
+
+
 def test_a_last_line_cut_by_a_crash_is_left_out(clock):
     log = Logger("run", {}, step=0, every=1)
     for step in (1, 2, 3):

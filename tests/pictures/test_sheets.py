@@ -1,6 +1,7 @@
 """Laws of sheets.py: every pixel is where it should be."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pictures import sheets
@@ -15,15 +16,21 @@ def test_sheet_shows_every_pixel_as_it_is():
         assert (windows == wanted).all((2, 3)).sum() == 1
 
 
-def test_brain_sheet_shows_32_slices_in_the_order_of_z():
-    brain = np.random.default_rng(0).integers(0, 256, (32, 128, 128), dtype=np.uint8)
+@pytest.mark.parametrize("slices", [5, 20, 32, 48])
+def test_brain_sheet_shows_all_slices_in_the_order_of_z(slices):
+    """In rows of eight, the last of which may be short; each with a caption of its own."""
+    brain = np.random.default_rng(0).integers(0, 256, (slices, 128, 128), dtype=np.uint8)
     page = np.asarray(sheets.brain_sheet(brain, "noise"))
-    corners = [np.argwhere(page[:-127, :-127] == slice_[0, 0]) for slice_ in brain]
-    places = [
-        next((tuple(c) for c in at if (page[c[0] : c[0] + 128, c[1] : c[1] + 128] == s).all()), None)
-        for s, at in zip(brain, corners)
-    ]
-    assert None not in places and places == sorted(places) and len({row for row, _ in places}) == 4
+    places, captions = [], set()
+    for slice_ in brain:
+        corners = np.argwhere(page[:-127, :-127] == slice_[0, 0])
+        (place,) = [(r, c) for r, c in corners if (page[r : r + 128, c : c + 128] == slice_).all()]
+        places.append(place)
+        captions.add(page[place[0] + 128 : place[0] + 146, place[1] : place[1] + 60].tobytes())
+    assert places == sorted(places) and len(captions) == slices
+    assert len({row for row, _ in places}) == -(-slices // 8) and len({column for _, column in places}) == min(
+        8, slices
+    )
 
 
 def test_save_gif_keeps_every_frame_and_rests_on_the_last(tmp_path):

@@ -4,18 +4,14 @@ import gzip
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import pixelCNN
-import stable_diffusion
-from dataset import list_slices, read_png
+from heads.layout import list_slices, read_png
 from heads.phantom import phantom_case
-from model_diffusion import LatentDiffusion
 from pictures import volume
 from util import UserError
 
@@ -26,10 +22,10 @@ def head() -> np.ndarray:
     return phantom_case(0, 1)[0]
 
 
-def small(head: np.ndarray, size: int) -> np.ndarray:
-    """The head at size x size pixels, every one of them one of the head's."""
+def small(head: np.ndarray, size: int, slices: int = 32) -> np.ndarray:
+    """The head at size x size pixels, every one of them one of the head's; above slice 31 it begins again."""
     step = 256 // size
-    return head[:, ::step, ::step].copy()
+    return head[np.arange(slices) % 32, ::step, ::step].copy()
 
 
 # ---------------------------------------------------------------------------------------------------------- the volume
@@ -125,9 +121,10 @@ def test_a_marked_voxel_appears_where_its_mm_are_in_all_three_directions(size):
     assert not middle.images[0].get_array().any() and not back.images[0].get_array().any()
 
 
-def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head):
+@pytest.mark.parametrize("slices", [8, 20, 32, 48])
+def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head, slices):
     """Anterior right, left up in the slice, superior up elsewhere; equal mm are equally long in all panels."""
-    figure = volume.reslices(head, "a phantom")
+    figure = volume.reslices(small(head, 64, slices), "a phantom")
     figure.draw_without_rendering()
     assert "a phantom" in figure.get_suptitle() and "convention" in figure.get_suptitle()
     assert len({round(np.diff(panel.transData.transform([(0, 0), (10, 0)]), axis=0)[0, 0], 3)
@@ -141,7 +138,7 @@ def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head)
             assert letters["A"][0] > letters["P"][0] and across.startswith("y")
             assert letters["L"][1] > letters["R"][1] and top < 0 < bottom  # mm to the right are counted downwards
         else:
-            assert letters["S"][1] > letters["I"][1] and top > bottom
+            assert letters["S"][1] > letters["I"][1] and np.allclose((bottom, top), (-0.5, slices - 0.5))
             start, end = "LR" if panel.get_title().startswith("coronal") else "PA"
             assert letters[end][0] > letters[start][0]
     boxes = [panel.get_tightbbox() for panel in figure.axes]
@@ -161,35 +158,37 @@ def test_nothing_that_is_not_black_is_cut_off(head):
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("size", [64, 256])
-def test_the_gif_goes_up_and_down_once(head, size, tmp_path):
+@pytest.mark.parametrize("size, count", [(64, 32), (256, 32), (64, 20), (64, 48)])
+def test_the_gif_goes_up_and_down_once(head, size, count, tmp_path):
     """Frame after frame the slices 0 .. 31 .. 0, within the grey levels it keeps, each with another caption."""
-    slices = small(head, size)
+    slices = small(head, size, count)
     volume.write_brain(tmp_path, 0, slices, "a head")
-    order = [*range(32), *range(30, -1, -1)]
+    order = [*range(count), *range(count - 2, -1, -1)]
     zoom, (rows, columns) = 256 // size, volume.head_box(slices)
     with Image.open(tmp_path / "brain_000_scroll.gif") as gif:
         frames = [np.asarray(frame.convert("L")).astype(int) for frame in ImageSequence.Iterator(gif)]
         assert gif.info["loop"] == 0
-    assert len(frames) == 63 and (tmp_path / "brain_000_scroll.gif").stat().st_size < 2_000_000
+    assert len(frames) == 2 * count - 1 and (tmp_path / "brain_000_scroll.gif").stat().st_size < 2_000_000
     for z, frame in zip(order, frames, strict=True):
         shown = frame[26 : 26 + 192 : zoom, 4 : 4 + 224 : zoom]
         assert np.abs(shown - slices[z, rows, columns]).max() <= 4
     captions = {frame[:26].tobytes() for frame in frames}
-    assert len(captions) == 32
+    assert len(captions) == count
     assert all(np.array_equal(a, b) for a, b in zip(frames, reversed(frames)))
 
 
-def test_write_brain_returns_what_it_wrote(head, tmp_path):
-    """Sheet, GIF, reslices and volume, by name and number; and the slices, which dataset.py reads."""
-    slices = small(head, 64)
+@pytest.mark.parametrize("count", [20, 32, 48])
+def test_write_brain_returns_what_it_wrote(head, count, tmp_path):
+    """Sheet, GIF, reslices and volume, by name and number; and the slices, which list_slices finds."""
+    slices = small(head, 64, count)
     files = volume.write_brain(tmp_path / "new", 12, slices, "a head")
     assert [file.name for file in files] == [
         "brain_012.png", "brain_012_scroll.gif", "brain_012_reslices.png", "brain_012.nii.gz"]  # fmt: skip
     found = list_slices(tmp_path / "new", "test")
-    assert [place[:2] for place in found] == [(12, z) for z in range(32)]
+    assert [place[:2] for place in found] == [(12, z) for z in range(count)]
     assert np.array_equal(np.stack([read_png(path) for *_, path in found]), slices)
     assert {*files, *(path for *_, path in found)} == set((tmp_path / "new").iterdir())
+    assert np.array_equal(np.asanyarray(nibabel.load(files[-1]).dataobj).transpose(2, 0, 1), slices)
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path, capsys):
@@ -216,31 +215,3 @@ def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, monkeypatch):
     Path("samples.json").write_text("[]")
     with pytest.raises(UserError, match="no record of samples"):
         volume.Samples(Path("."), {"weights": "a"})
-
-
-def test_both_scripts_write_the_same_files_for_a_brain(head, tmp_path, monkeypatch, run_main):
-    """stable_diffusion.py and pixelCNN.py, each with its model replaced by one that draws this head."""
-    slices = small(head, 64)
-    prior = LatentDiffusion(latent_shape=(1, 1, 1), channels=8, channel_multipliers=(1,), blocks=1)
-    first_stage = SimpleNamespace(decoder_in_use="fidelity", draw_grain=lambda *args: None)
-    described = (prior, first_stage, {"step": 7})
-    monkeypatch.setattr(stable_diffusion, "load_second_stage", lambda *args: described)
-    monkeypatch.setattr(stable_diffusion, "sample_latents", lambda *args: [None, None])
-    monkeypatch.setattr(stable_diffusion, "decode_brain", lambda *args: slices)
-    monkeypatch.setattr(pixelCNN, "load_prior", lambda *args: described)
-    monkeypatch.setattr(pixelCNN, "sample_brain", lambda *args: None)
-    monkeypatch.setattr(pixelCNN, "decode_codes", lambda *args, **more: slices)
-    monkeypatch.setattr(pixelCNN, "filling_frames", lambda *args: list(slices))
-    written = []
-    for module, name in ((stable_diffusion, "diffusion"), (pixelCNN, "pixelcnn")):
-        (tmp_path / "model_ckpt" / name).mkdir(parents=True)
-        (tmp_path / "model_ckpt" / name / "model.safetensors").touch()
-        status, out, errors = run_main(module, "--sample", "--brains", 2)
-        assert status == 0, errors
-        folder = tmp_path / f"{name}_vis/samples"
-        written.append({path.name for path in folder.iterdir()})
-        for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz"):
-            assert f"brain_001{ending}" in written[-1] and f"brain_001{ending}" in out
-        voxels = np.asanyarray(nibabel.load(folder / "brain_001.nii.gz").dataobj)
-        assert np.array_equal(voxels.transpose(2, 0, 1), slices)
-    assert written[0] == written[1] and len(written[0]) == 2 * 36 + 2
