@@ -7,10 +7,10 @@ Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels c
 wide; it is 1 mm high, since neighbouring z lie about 1 mm apart. The origin is the middle of the picture on the lowest
 slice, so z in mm is the slice index; it is no anatomical landmark.
 
-Left and right are a convention. The release says that anterior is to the right of a slice, not which side is up. Here
-the top is LEFT, and the pictures support it: the marker capsule outside the scalp, which OASIS-1 describes at the left
-forehead (Marcus et al. 2007), lies at the top in nearly every head that shows one. Do not conclude from these files on
-which side of a person anything was.
+The top of a slice is the person's LEFT, the right of it the front. Of subject OAS1_0001 the release's slices are slices
+of the official volume with voxels A[x, y, z] turned so that a picture's row is 40 + 175 - x and its column 24 + y, and
+there x runs to the left and y to the front; the marker capsule at the left forehead (Marcus et al. 2007) agrees. So
+row 40 holds the voxels farthest to the left.
 """
 
 import gzip
@@ -99,7 +99,7 @@ def reslices(slices: np.ndarray, title: str):
     tall = max(column, wide * scale)
     size = (7.75 + 6.2 + 0.2, low + tall + 0.9)
     figure = Figure(figsize=size)
-    note = "dashed: where the other cuts lie; left and right are a convention: what is up in a slice is called left"
+    note = "dashed: where the other cuts lie; the top of an axial slice is the person's left"
     figure.suptitle(f"{title}\n{note}", fontsize=12)
     for n, (axis, mm) in enumerate(cuts):
         across, up = {"x": "yz", "y": "xz", "z": "yx"}[axis]

@@ -126,7 +126,7 @@ def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head,
     """Anterior right, left up in the slice, superior up elsewhere; equal mm are equally long in all panels."""
     figure = volume.reslices(small(head, 64, slices), "a phantom")
     figure.draw_without_rendering()
-    assert "a phantom" in figure.get_suptitle() and "convention" in figure.get_suptitle()
+    assert "a phantom" in figure.get_suptitle() and "the person's left" in figure.get_suptitle()
     assert len({round(np.diff(panel.transData.transform([(0, 0), (10, 0)]), axis=0)[0, 0], 3)
                 for panel in figure.axes}) == 1  # fmt: skip
     for panel in figure.axes:
