@@ -9,6 +9,7 @@ MS-SSIM, over the floor, and how many draws exceed 1.5 of it. A floor that happe
 people miss.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,18 +17,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import util
 from dataset import find_data, load_slices
-from scores.samples import SAMPLE_SCORES, measure_real, statistics_of, whole_cases
+from scores.samples import SAMPLE_SCORES, check_slices, measure_real, statistics_of, whole_brains
 from scores.scorer import TISSUES, find_scorer
 from util import UserError
 
-# those that are never negative, and how alike brains are
-COMPARED = [name for name, (_, _, group) in SAMPLE_SCORES.items() if group == "distance" and "mmd2" not in name]
+# distances that are never negative, and how alike brains are
+COMPARED = [name for name, score in SAMPLE_SCORES.items() if score.group == "distance" and not score.signed]
 COMPARED.append("diversity")
 LIMIT = 1.5
+
+
+def flags() -> argparse.ArgumentParser:
+    """This script's command line."""
+    parser = util.plain_parser(__doc__)
+    add = parser.add_argument
+    add("--data", metavar="FOLDER", help="as in training")
+    add("--image-size", type=util.positive_int, default=256, help="pixels a side (default: %(default)s)")
+    add("--draws", type=util.positive_int, default=100, help="of real people (default: %(default)s)")
+    add("--seed", type=util.seed, default=0, help="of the draws (default: %(default)s)")
+    return parser
 
 
 def scores_of(brains: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
@@ -37,27 +48,18 @@ def scores_of(brains: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[s
 
 
 def main() -> None:
-    parser = util.plain_parser(__doc__)
-    add = parser.add_argument
-    add("--data", metavar="FOLDER", help="as in training")
-    add("--image-size", type=int, choices=(64, 128, 256), default=256, help="pixels a side (default: %(default)s)")
-    add("--draws", type=util.positive_int, default=100, help="of real people (default: %(default)s)")
-    add("--seed", type=util.seed, default=0, help="of the draws (default: %(default)s)")
-    args = parser.parse_args()
-    folder = find_data(args.data)
-    train, held_out = (load_slices(folder, split, args.image_size) for split in ("train", "validate"))
-    scorer, description = find_scorer()
-    known, new = whole_cases(train), whole_cases(held_out)
+    args = flags().parse_args()
+    folder, (scorer, description) = find_data(args.data), find_scorer()
+    splits = [load_slices(folder, split, args.image_size) for split in ("train", "validate")]
+    check_slices(splits[1].slices_per_brain, splits, scorer)
+    known, new = (whole_brains(data) for data in splits)
     if len(known) < 2 * len(new):
-        raise UserError(
-            f"{folder} has {len(known)} whole training cases; twice as many as are held out, {2 * len(new)}, are needed"
-        )
-    parts = ((train, known), (held_out, new))
-    people, real = (measure_real(data, cases, scorer, description["digest"]) for data, cases in parts)
-    floor = scores_of(real, people)
+        raise UserError(f"{folder} has {len(known)} whole training brains; {2 * len(new)} are needed, two a held-out")
+    people, real = (measure_real(data, positions, scorer, description["digest"])
+                    for data, positions in zip(splits, (known, new), strict=True))  # fmt: skip
+    floor, drawn = scores_of(real, people), []
     generator = torch.Generator().manual_seed(args.seed)
-    drawn = []
-    for _ in tqdm(range(args.draws), desc="draws", disable=None):
+    for _ in util.progress(range(args.draws), "draws"):
         order = torch.randperm(len(known), generator=generator)
         some, others = ({name: values[i] for name, values in people.items()} for i in order.tensor_split([len(new)]))
         drawn.append(scores_of(some, others))
@@ -66,7 +68,7 @@ def main() -> None:
     for name, ratio in over.items():
         low, median, high = ratio.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         share = (ratio > LIMIT).float().mean()
-        print(f"{SAMPLE_SCORES[name][0]}: {median:.2f} [{low:.2f}, {high:.2f}], above {LIMIT:g} in {share:.0%}")
+        print(f"{SAMPLE_SCORES[name].title}: {median:.2f} [{low:.2f}, {high:.2f}], above {LIMIT:g} in {share:.0%}")
     areas = torch.stack([over[f"{tissue}_wasserstein"] for tissue in TISSUES])
     print(f"one tissue or another above {LIMIT:g}: {(areas > LIMIT).any(0).float().mean():.0%} of the draws")
 

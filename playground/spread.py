@@ -2,15 +2,15 @@
 
     python playground/spread.py --run diffusion --first-stage vqvae      # runs of one's own, or files
 
-What heads differ in most are the principal components of the latents of whole training brains. Left: how far the guess
-at x_0 moves along them when held-out brains do, at each noise; 1 is all of the way. Dashed is the linear denoiser
-alone, solid the network that hears it. Where all is noise no guess can move; samples whose denoiser moves too late are
-too much alike. Right: the spread of sampled brains along the components over that of held-out people. Printed: both,
-and the squared error of the linear guess over that of the mean head, on held-out and on training heads.
+Heads differ most along the principal components of the latents of whole training brains. Left: how far the guess at x_0
+moves along these components when held-out brains do, at each noise; 1 is all of the way. Dashed is the Gaussian prior
+alone, solid the network that sees its guess. Where all is noise no guess can move; with a denoiser that moves too late
+samples are too much alike. Right: the spread of sampled brains along the components over that of held-out people.
+Printed: both, and the squared error of the prior's guess over that of the mean head, on held-out and on training heads.
 """
 
+import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,25 +18,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-import stable_diffusion
 import util
-from dataset import SLICES_PER_CASE, find_data, load_slices
+from dataset import find_data, load_slices
 from heads.people import draw_person
 from model_diffusion import LatentDiffusion
-from model_VAE import load_first_stage, load_second_stage
-from parts.gaussian_prior import CrossFitted
 from pictures import sheets
-from stable_diffusion import encode_all, sample_latents
+from stable_diffusion import MODELS, BrainNoise, Sampling, denoiser, encode_all, sample_latents
+from training.stages import load_first_stage, load_second_stage
 from util import UserError
 
 GROUPS = ((0, 1), (1, 3), (3, 6), (6, 12), (12, 24))  # of components, strongest first
+COMPONENTS = GROUPS[-1][1]
+NAMES = [f"{a + 1}" if b == a + 1 else f"{a + 1} to {b}" for a, b in GROUPS]
 RATIOS = (60, 30, 15, 9, 6, 4, 2.5, 1.5)  # sigma / alpha
 
 
+def flags() -> argparse.ArgumentParser:
+    """This script's command line."""
+    parser = util.plain_parser(__doc__)
+    add = parser.add_argument
+    add("--run", default="diffusion", help="second stage: run name, folder or weights file (default: %(default)s)")
+    add("--first-stage", default="vqvae", metavar="RUN", help="that it was trained on (default: %(default)s)")
+    add("--data", metavar="FOLDER", help="as in training")
+    add("--brains", type=util.positive_int, default=16, help="to sample, and to denoise (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--out", type=Path, default=Path("playground_vis/spread.png"), help="picture (default: %(default)s)")
+    return parser
+
+
 def principal_components(brains: Tensor, count: int) -> Tensor:
-    """Orthonormal [count, D] of brains [n, 32, C, h, w]."""
+    """Orthonormal [count, D] of brains [n, Z, C, h, w], with D = Z C h w; the one of most variance comes first."""
     difference = (brains - brains.mean(0)).flatten(1)
     value, vector = torch.linalg.eigh((difference @ difference.T).double())
     axes = vector.flip(1)[:, :count].to(difference).T @ difference
@@ -50,109 +62,86 @@ def slopes(guesses: Tensor, truth: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def linear_guess(
-    linear: Callable[..., Tensor], model: LatentDiffusion, brains: Tensor, t: int, people: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(x_t, guess at x_0), [n, 32, C, h, w] each, of brains at step t, by `linear` alone; noise by the number."""
-    z = torch.arange(SLICES_PER_CASE, device=brains.device).repeat(len(brains))
-    white = [torch.randn(brains.shape[1:], generator=util.brain_generator(0, i)) for i in range(len(brains))]
-    noise = model.correlate(torch.cat(white).to(brains.device), z, SLICES_PER_CASE)
-    alpha, sigma = model._levels(torch.full(z.shape, t, device=z.device))
-    x = alpha * brains.flatten(0, 1) + sigma * noise
-    people = people[: len(brains)].repeat_interleave(SLICES_PER_CASE, 0)
-    guess = linear(x, alpha, sigma, z, SLICES_PER_CASE, model.slice_correlation, people)
-    return x.view_as(brains), guess.view_as(brains)
+def guesses(model: LatentDiffusion, brains: Tensor, people: Tensor, t: int) -> dict[str, Tensor]:
+    """{"prior", "network": guess at x_0} of noised brains [n, Z, C, h, w] of people [n, K] at step t."""
+    n, Z = brains.shape[:2]
+    z = torch.arange(Z, device=brains.device)
+    alpha, sigma = (level[t].float().expand(n * Z, 1, 1, 1) for level in (model.alpha, model.sigma))
+    x = alpha * brains.flatten(0, 1) + sigma * BrainNoise(model, 0, range(n))()
+    known = people.repeat_interleave(Z, 0)
+    prior = model.linear(x, alpha, sigma, z.repeat(n), Z, model.slice_correlation, known)
+    network = [denoiser(model, person[None], z, Sampling())(part, t)[0] for person, part in zip(people, x.split(Z))]
+    return {"prior": prior.view_as(brains), "network": torch.stack(network)}
 
 
-@torch.no_grad()
-def network_guess(model: LatentDiffusion, x: Tensor, t: int, people: Tensor) -> Tensor:
-    """The same by the network, from x_t [n, 32, C, h, w]."""
-    z = torch.arange(SLICES_PER_CASE, device=x.device)
-    with util.autocast(x.device, "auto"):
-        return torch.stack([model.denoise(b, t, z, people=people[i].expand(len(z), -1))[0] for i, b in enumerate(x)])
-
-
-def main() -> None:
-    parser = util.plain_parser(__doc__)
-    add = parser.add_argument
-    add("--run", default="diffusion", help="second stage: run name, folder or weights file (default: %(default)s)")
-    add("--first-stage", default="vqvae", metavar="RUN", help="what it was trained on (default: %(default)s)")
-    add("--data", metavar="FOLDER", help="as in training")
-    add("--brains", type=util.positive_int, default=16, help="to sample, and to denoise (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--out", type=Path, default=Path("playground_vis/spread.png"), help="picture (default: %(default)s)")
-    args = parser.parse_args()
-    device = util.pick_device(args.device)
-    model, _, description = load_second_stage(args.run, LatentDiffusion, device)
-    first_stage = load_first_stage(args.first_stage, device)
-    if first_stage.description["digest"] != description["first_stage"]["digest"]:
-        raise UserError(f"--first-stage {args.first_stage}: {args.run} was trained on another")
-    brains, people = [], []
-    for split in ("train", "validate"):
-        data = load_slices(find_data(args.data), split, first_stage.image_size, device)
-        whole = data.whole_cases().to(device)
-        brains.append(encode_all(first_stage, data, device, "auto")[0][whole])
-        people.append(data.people(model.conditions).to(device)[whole[:, 0]])
-    known, new = brains
-    if len(known) <= GROUPS[-1][1] or len(new) < 2:
-        raise UserError(f"{data.folder} has {len(known)} and {len(new)} whole cases; more than 24 and 2 are needed")
-    axes = principal_components(known, GROUPS[-1][1])
-
-    def along(latents: Tensor) -> Tensor:
-        """[n, components] of [n, 32, C, h, w]."""
-        return (latents - known.mean(0)).flatten(1) @ axes.T
-
-    def over_the_mean(guess: Tensor, brains: Tensor) -> float:
-        return float((guess - brains).square().mean() / (known.mean(0) - brains).square().mean())
-
-    # how far guesses move
-    some, familiar, moves = new[: args.brains], known[: args.brains], {"linear": [], "network": []}
-    fitted = CrossFitted(model.linear, known, people[0], model.slice_correlation)
-    cross_fitted = fitted.of(torch.arange(len(familiar)))
-    for ratio in tqdm(RATIOS, desc="denoise", unit="level", disable=None):
-        t = int((model.sigma / model.alpha).log().sub(torch.tensor(ratio).log()).abs().argmin())
-        x, guess = linear_guess(model.linear, model, some, t, people[1])
-        for name, of in (("linear", guess), ("network", network_guess(model, x, t, people[1]))):
-            moves[name].append(slopes(along(of), along(some)))
-        seen = [linear_guess(linear, model, familiar, t, people[0])[1] for linear in (model.linear, cross_fitted)]
-        errors = (over_the_mean(guess, some), *(over_the_mean(of, familiar) for of in seen))
-        words = "; ".join(f"{name} {' '.join(f'{v:.2f}' for v in moves[name][-1])}" for name in moves)
-        tqdm.write(
-            f"sigma / alpha {ratio:g}: moves {words}; error of the linear guess over the mean head's {errors[0]:.3f}, "
-            f"on heads it was fitted on {errors[1]:.3f}, on these in training (cross-fitted) {errors[2]:.3f}"
-        )
-
-    # how far samples spread
-    settings = stable_diffusion.flags().parse_args([])
-    settings.seed = 0
-    samples = []
-    for i in tqdm(range(args.brains), desc="sample", unit="brain", disable=None):
-        person = draw_person({}, description, settings.seed, i)
-        samples.append(sample_latents(model, range(i, i + 1), settings, device, person=person)[-1])
-    sampled, held_out = (along(group).var(0) for group in (torch.stack(samples), new))
-    spread = [float((sampled[a:b].sum() / held_out[a:b].sum()).sqrt()) for a, b in GROUPS]
-    names = [f"{a + 1}" if b == a + 1 else f"{a + 1} to {b}" for a, b in GROUPS]
-    for name, value in zip(names, spread, strict=True):
-        print(f"components {name}: {args.brains} samples spread {value:.2f} times as far as {len(new)} people")
-
+def draw(moves: dict[str, list[list[float]]], spread: list[float], title: str):
+    """The picture: slopes at each of RATIOS and in each of GROUPS, and the spread of samples in each of GROUPS."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for g, name in enumerate(names):
+    for g, name in enumerate(NAMES):
         left.plot(RATIOS, [row[g] for row in moves["network"]], color=f"C{g}", label=f"component {name}")
-        left.plot(RATIOS, [row[g] for row in moves["linear"]], color=f"C{g}", linestyle="--")
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.set(
-        xscale="log", xlabel="sigma / alpha, from noise to latent", ylabel="move of the guess over that of the truth"
-    )
+        left.plot(RATIOS, [row[g] for row in moves["prior"]], color=f"C{g}", linestyle="--")
+    left.set(xscale="log", xlabel="sigma / alpha, from noise to latent", title="guesses; dashed: Gaussian prior alone")
+    left.set(ylabel="move of the guess over that of the truth")
     left.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
     left.minorticks_off()
     left.invert_xaxis()
-    left.set_title(f"Guesses at {len(some)} held-out brains; dashed: linear alone")
     left.legend(fontsize=8)
-    right.bar(names, spread, color=[f"C{g}" for g in range(len(GROUPS))])
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.set(xlabel="component of whole brains", ylabel="sd of samples over sd of people")
-    right.set_title(f"Spread of {args.brains} sampled brains over that of {len(new)} held-out people")
-    sheets.save_picture(args.out, figure)
+    right.bar(NAMES, spread, color=[f"C{g}" for g in range(len(GROUPS))])
+    right.set(xlabel="component of whole brains", ylabel="sd of samples over sd of people", title="sampled brains")
+    for axis in (left, right):
+        axis.axhline(1, color="grey", linewidth=0.8)
+    figure.suptitle(title)
+    return figure
+
+
+def main() -> None:
+    args = flags().parse_args()
+    device, folder = util.pick_device(args.device), find_data(args.data)
+    model, _ = load_second_stage(args.run, MODELS, device)
+    first_stage = load_first_stage(args.first_stage, device)
+    if first_stage.description["digest"] != model.description["first_stage"]["digest"]:
+        raise UserError(f"--first-stage {args.first_stage}: {args.run} was trained on another")
+    brains, people = [], []  # of the two splits
+    for split in ("train", "validate"):
+        data = load_slices(folder, split, first_stage.image_size, device)
+        whole = data.whole_cases().to(device)
+        brains.append(encode_all(first_stage, data, "auto")[whole])
+        people.append(data.people(model.conditions).to(device)[whole[:, 0]])
+    known, new = brains
+    if len(known) <= COMPONENTS or len(new) < 2:
+        raise UserError(f"{folder} has {len(known)} and {len(new)} whole brains; {COMPONENTS + 1} and 2 are needed")
+    axes, head = principal_components(known, COMPONENTS), known.mean(0)
+
+    def along(latents: Tensor) -> Tensor:
+        """[n, components] of [n, Z, C, h, w]."""
+        return (latents - head).flatten(1) @ axes.T
+
+    # how far guesses move
+    moves = {"prior": [], "network": []}
+    for ratio in RATIOS:
+        t, errors = int(((model.sigma / model.alpha).log() - torch.tensor(ratio).log()).abs().argmin()), []
+        for group, persons in ((brains[1], people[1]), (brains[0], people[0])):
+            some = group[: args.brains]
+            found = guesses(model, some, persons[: args.brains], t)
+            errors.append(float((found["prior"] - some).square().mean() / (head - some).square().mean()))
+            if group is new:
+                for name, guess in found.items():
+                    moves[name].append(slopes(along(guess), along(some)))
+        words = "; ".join(f"{name} {' '.join(f'{move:.2f}' for move in rows[-1])}" for name, rows in moves.items())
+        print(f"sigma / alpha {ratio:g}: moves {words}; error of the prior over the mean head's {errors[0]:.3f}, "
+              f"on training heads {errors[1]:.3f}", flush=True)  # fmt: skip
+
+    # how far samples spread
+    samples = []
+    for i in range(args.brains):
+        *_, latent = sample_latents(model, Sampling(), range(i, i + 1), [draw_person({}, model.description, 0, i)])
+        samples.append(latent)
+    sampled, held_out = (along(group).var(0) for group in (torch.stack(samples), new))
+    spread = [float((sampled[a:b].sum() / held_out[a:b].sum()).sqrt()) for a, b in GROUPS]
+    for name, value in zip(NAMES, spread, strict=True):
+        print(f"components {name}: {args.brains} samples spread {value:.2f} times as far as {len(new)} people")
+    title = f"{args.brains} sampled brains and {len(new)} held-out people"
+    sheets.save_picture(args.out, draw(moves, spread, title))
     print(f"picture: {args.out}")
 
 

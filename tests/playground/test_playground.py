@@ -1,0 +1,46 @@
+"""Laws of playground/: each script asks one question, its commands parse, and its mathematics is right."""
+
+import importlib
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model_diffusion import LatentDiffusion
+from playground import age, equal_time, noise_sharing, recipes, spread
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(age.__file__).parent.glob("*.py")))
+def test_each_script_asks_a_question_and_its_own_commands_parse(name):
+    script = importlib.import_module(f"playground.{name}")
+    assert "?" in script.__doc__.splitlines()[0]
+    commands = [line for line in script.__doc__.splitlines() if line.startswith(f"    python playground/{name}.py")]
+    assert commands and all(script.flags().parse_args(shlex.split(line, comments=True)[2:]) for line in commands)
+
+
+def test_correlation_components_slopes_and_interpolated_time():
+    ages = np.arange(20.0, 60.0)
+    assert age.correlation(ages, 3 - 2 * ages) == (pytest.approx(-1), pytest.approx([-1, -1]))
+    brains = torch.randn(30, 4, 2, 3, 3, dtype=torch.float64)
+    axes, difference = spread.principal_components(brains, 29), (brains - brains.mean(0)).flatten(1)
+    assert torch.allclose(axes @ axes.T, torch.eye(29, dtype=torch.float64), atol=1e-9)
+    truth = difference @ axes.T
+    assert torch.allclose(truth @ axes, difference, atol=1e-9) and (truth.var(0).diff() < 0).all()
+    assert spread.slopes(0.5 * truth + 7, truth) == pytest.approx([0.5] * 5)
+    points = [{"seconds": 10.0, "ssim": 0.5}, {"seconds": 20.0, "ssim": 0.9}]
+    assert [equal_time.seconds_to(points, ssim) for ssim in (0.4, 0.8, 0.95)] == [10, pytest.approx(17.5), None]
+
+
+def test_kinds_of_noise_and_the_error_of_a_network_that_knows_nothing():
+    """Untrained, v is 0, so x_0 is guessed as alpha x_t, with an error of sigma^2 on latents of unit variance."""
+    model = LatentDiffusion(latent_shape=(4, 8, 8), widths=(8,), blocks=1, slices_per_brain=6).eval()
+    white, z, noise = torch.randn(6, 4, 8, 8), torch.arange(6), {}
+    for kind, correlation in noise_sharing.correlations(model).items():
+        model.slice_correlation.copy_(correlation)
+        noise[kind] = model.correlate(white, z, 6)
+    assert torch.allclose(noise["shared"], noise["shared"][:1], atol=1e-5)
+    assert torch.allclose(noise["own"], white, atol=1e-5) and torch.equal(noise["matched"], noise["shared"])
+    errors = recipes.denoising_error(model, torch.randn(60, 4, 8, 8), z.repeat(10))
+    assert errors == pytest.approx((1 / (1 + torch.exp(-2 * recipes.NOISE))).tolist(), rel=0.05)
