@@ -29,7 +29,7 @@ from pixelCNN import PRIORS, PixelCNN, PixelCNN2
 from scores.ledger import ledger_lines, table, write_ledger
 from scores.page import sample_table, write_page
 from scores.samples import load_samples
-from scores.scorer import COMMAND, NAME, RELEASED, find_scorer, train_scorer
+from scores.scorer import COMMAND, NAME, RELEASED, STEPS, find_scorer, train_scorer
 from training import checkpoints
 from training.stages import load_first_stage, load_second_stage
 from util import UserError
@@ -42,10 +42,11 @@ def flags() -> argparse.ArgumentParser:
     add("--reconstruction", metavar="RUN", default="vqvae",
         help="first stage: run name, folder or weights file (default: %(default)s)")  # fmt: skip
     add("--samples", metavar="RUN", help="score new brains instead: a second stage's run, or a folder of slices")
-    add("--train-scorer", action="store_true", help="train the scorer of samples instead, ten minutes on a CPU core; "
-        "the same command resumes")  # fmt: skip
+    add("--train-scorer", type=util.positive_int, nargs="?", const=STEPS, metavar="STEPS", help="train the scorer of "
+        f"samples instead, {STEPS} steps, ten minutes on a CPU core; the same command resumes")  # fmt: skip
     add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all")
-    add("--scorer", metavar="RUN", help="of samples: run or file; default: the run scorer, else the released one")
+    add("--scorer", metavar="RUN", help="reads the samples: run or file; default: the run scorer, else the released "
+        "one; with --train-scorer the name of the run to train")  # fmt: skip
     util.add_decoder_flag(parser, "fidelity", "fidelity")
     add("--data", metavar="FOLDER", help="as in training")
     add("--split", choices=("train", "validate", "test"), default="validate",
@@ -126,7 +127,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
 def main() -> None:
     args = flags().parse_args()
     if args.train_scorer:
-        train_scorer(find_data(args.data), args.device, name=args.scorer or NAME)
+        train_scorer(find_data(args.data), args.device, name=args.scorer or NAME, steps=args.train_scorer)
     elif args.samples:
         evaluate_samples(args)
     else:

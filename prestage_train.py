@@ -110,12 +110,16 @@ def critic_say(step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------- validation and pictures
 
 
+def watched_slices(data: Slices) -> Tensor:
+    """int64 [n]: positions of the slices that reports look at, spread over a split."""
+    return torch.linspace(0, len(data) - 1, min(WATCHED_SLICES, len(data))).round().long()
+
+
 @torch.no_grad()
 def validate(model: Autoencoder, data: Slices, run: Run) -> dict[str, float]:
     """Mean scores over slices spread over a split, named as they are logged."""
     scores, codes = [], []
-    watched = torch.linspace(0, len(data) - 1, min(WATCHED_SLICES, len(data))).round().long()
-    for part in watched.split(32):
+    for part in watched_slices(data).split(32):
         x, z, _ = data.batch(part, run.device)
         with run.autocast():
             if isinstance(model, VQVAE):
@@ -129,6 +133,15 @@ def validate(model: Autoencoder, data: Slices, run: Run) -> dict[str, float]:
     if codes and model.codebook_size <= COUNTABLE:
         result |= code_usage(torch.cat(codes).cpu().numpy(), model.codebook_size)
     return {f"validate/{name}": value for name, value in result.items()}
+
+
+@torch.no_grad()
+def validate_grain(model: Autoencoder, data: Slices, run: Run) -> float:
+    """The loss of the grain over slices spread over a split."""
+    parts = watched_slices(data).split(32)
+    batches = (data.batch(part, run.device)[:2] for part in parts)
+    with run.autocast():
+        return float(sum(model.grain_loss(x, z) * len(x) for x, z in batches)) / sum(map(len, parts))
 
 
 @torch.no_grad()
@@ -340,7 +353,7 @@ def learn_grain(args: argparse.Namespace, model: Autoencoder, data: dict[str, Sl
             loss = model.grain_loss(x, z)
         if run.update({"grain": loss}):
             if run.report_due:
-                run.report({})
+                run.report({"validate/grain": validate_grain(run.ema, data["validate"], run)})
             save_first_stage(run, run.ema, description)
     run.finish()
     run.say_where()

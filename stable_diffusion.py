@@ -325,10 +325,13 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, people: Tensor,
     return float(torch.cat(losses).mean())
 
 
-def check_slices(args: argparse.Namespace, data: Slices) -> None:
-    """Raises UserError unless batches are made of whole windows."""
-    if args.slices > data.slices_per_brain:
-        raise UserError(f"--slices {args.slices}: a brain has {data.slices_per_brain}")
+def check_slices(args: argparse.Namespace, train: Slices, held_out: Slices) -> None:
+    """Raises UserError unless batches are made of whole windows, and brains are alike."""
+    if args.slices > train.slices_per_brain:
+        raise UserError(f"--slices {args.slices}: a brain has {train.slices_per_brain}")
+    if args.slices > 1 and held_out.slices_per_brain != train.slices_per_brain:
+        raise UserError(f"--slices {args.slices}: brains have {train.slices_per_brain} slices in train, but "
+                        f"{held_out.slices_per_brain} in validate; use --slices 1")  # fmt: skip
     if args.batch_size % args.slices:
         raise UserError(
             f"--batch-size {args.batch_size} is no multiple of --slices {args.slices}; it counts slices, not windows"
@@ -377,7 +380,7 @@ def train(args: argparse.Namespace) -> None:
     first_stage = load_first_stage(args.first_stage, device)
     folder = find_data(args.data)
     data = {split: load_slices(folder, split, first_stage.image_size, device) for split in ("train", "validate")}
-    check_slices(args, data["train"])
+    check_slices(args, *data.values())
     conditions = known_conditions(folder)
 
     # every slice is encoded once

@@ -27,7 +27,7 @@ from training.run import Run
 from util import UserError
 
 COMMAND = "python evaluate.py --train-scorer"
-NAME = "scorer"  # of the run that trains one
+NAME, STEPS = "scorer", 600  # of the run that trains one
 RELEASED = checkpoints.RELEASED / "scorer.safetensors"
 TISSUES = ("csf", "grey", "white")
 SIZE = 256  # px and mm, the side of the pictures it reads: a pixel is 1 mm^2
@@ -155,7 +155,7 @@ def train_scorer(
     device: str = "auto",
     *,
     name: str = NAME,
-    steps: int = 600,
+    steps: int = STEPS,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     seed: int = 0,
@@ -174,9 +174,9 @@ def train_scorer(
     data = {split: load_slices(folder, split, SIZE, masks=True) for split in ("train", "validate")}
     train = data["train"]
     settings = {"name": name, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    settings |= {"seed": seed, "precision": precision, "preset": None}
+    settings |= {"seed": seed, "precision": precision}
     args = argparse.Namespace(**settings, recorded=list(settings), script=COMMAND.split()[1])
-    args.device, args.compile, args.minutes = device, False, None
+    args.device, args.compile, args.minutes = device, False, None  # of this start, not of the run
     fixed = {"slices_per_brain": train.slices_per_brain, "box": train.content_box()}
     model_kwargs = {"channels": (16, 32, 64), "features": 64} | fixed | (model_kwargs or {})
     torch.manual_seed(seed)
@@ -239,7 +239,7 @@ def save_scorer(run: Run, model_kwargs: dict, held_out: Slices) -> None:
     scorer = checkpoints.fill_model(Scorer(**model_kwargs), rounded, run.weights).eval()
     scores = {"validate": accuracy(scorer, held_out), "validate at 64 px": accuracy(scorer, held_out, reduce=4)}
     logged = {f"validate/{name}": value for name, value in scores["validate"].items()}
-    run.report(logged, tissues=draw(scorer, held_out))
+    run.report(logged, tissues=draw_tissues(scorer, held_out))
     data = {key: value for key, value in run.data["train"].items() if key != "folder"}
     description = {"kind": "scorer", "model_kwargs": model_kwargs, "step": run.done, "seed": run.args.seed}
     description |= {"data": data, "accuracy": scores, "commit": util.commit_of_code()}
@@ -276,18 +276,18 @@ def accuracy(scorer: Scorer, data: Slices, reduce: int = 1) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(scorer: Scorer, data: Slices):
+def draw_tissues(scorer: Scorer, data: Slices):
     """A sheet of slices of one brain: as they are, then with the true and with the read tissues in colour."""
-    shown = torch.arange(len(data))[data.case == data.case[0]][2::5]
-    x, z, _ = data.batch(shown)
+    chosen = torch.arange(len(data))[data.case == data.case[0]][2::5]
+    x, z, _ = data.batch(chosen)
     logits, whole, _ = scorer(x)
     colours = torch.tensor([[0, 0, 0], [60, 120, 255], [150, 150, 150], [255, 255, 255]], dtype=torch.uint8)
-    labels = torch.searchsorted(torch.tensor(MASK_VALUES), data.masks[shown].long())
-    rows = [data.images[shown][..., None].expand(-1, -1, -1, 3), colours[labels], colours[logits.argmax(1)]]
+    labels = torch.searchsorted(torch.tensor(MASK_VALUES), data.masks[chosen].long())
+    rows = [data.images[chosen][..., None].expand(-1, -1, -1, 3), colours[labels], colours[logits.argmax(1)]]
     captions = [f"z = {n}, read as {n_hat:.1f}" for n, n_hat in zip(z.tolist(), expected_z(whole).tolist())]
     return sheets.sheet(
         [row.numpy() for row in rows],
         title=f"{data.split} case {int(data.case[0])}; CSF blue, grey matter grey, white matter white; anterior right",
         row_names=["slice", "mask", "read"],
-        captions=captions + [""] * 2 * len(shown),
+        captions=captions + [""] * 2 * len(chosen),
     )

@@ -225,6 +225,8 @@ def weights_to_sample(flags: Flags, args: argparse.Namespace, typed: dict, relea
     settings = {flag: value for flag, value in typed.items() if flag not in flags.one_start | flags.sampling}
     if Path(args.name).is_file():
         return Path(args.name)
+    if args.name.endswith(".safetensors"):
+        raise UserError(f"--name {args.name}: there is no such file here; mend the path, or give the name of a run")
     if run_weights(args.name).is_file():
         if (Path("log") / args.name / "run.json").is_file():  # weights alone are enough to sample
             read_run(flags, args.name, settings)

@@ -60,7 +60,8 @@ def save_second_stage(path: Path, prior: nn.Module, first_stage: Autoencoder, de
     """Writes a prior and the first stage it was trained on into one file, so that sampling needs one path."""
     weights = {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
     weights |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state_dict().items()}
-    save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": first_stage.description})
+    described = {name: value for name, value in first_stage.description.items() if name != "path"}
+    save_weights(path, weights, {"kind": prior.kind, **description, "first_stage": described})
 
 
 def load_second_stage(
