@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import dataset
-from evaluate import score_codec
 from model_VAE import VAE
 from scores import floors
 from scores.floors import avif, avif_quality, from_blocks, kmeans, score_floors, to_blocks
+from scores.ledger import score_codec
 
 
 @pytest.fixture
 def validate(phantom_folder, tmp_path, monkeypatch) -> dataset.Slices:
-    """Eight slices of one head at 64 px, with masks."""
+    """Eight slices of one brain at 64 px, with masks."""
     monkeypatch.chdir(tmp_path)
     data = dataset.load_slices(phantom_folder, "validate", 64, masks=True)
     data.images, data.masks, data.z, data.case = (part[::4] for part in (data.images, data.masks, data.z, data.case))
@@ -68,7 +68,7 @@ def test_blocks_are_those_of_the_coded_box_and_come_back(tiny_sizes, validate):
 def test_the_klt_floor_is_lossless_with_all_channels_and_grows_with_them(tiny_sizes, validate, no_avif):
     rows = [scored(VAE(**tiny_sizes | {"latent_channels": C}), validate)[f"block KLT f4 d{C}"] for C in (1, 4, 8, 16)]
     assert [row["numbers"] for row in rows] == [C * 12 * 14 for C in (1, 4, 8, 16)]
-    assert rows[3]["psnr"] == 100 and rows[3]["ssim"] == pytest.approx(1) == rows[3]["brain_ssim"]
+    assert rows[3]["psnr"] == pytest.approx(100) and rows[3]["ssim"] == pytest.approx(1) == rows[3]["brain_ssim"]
     blocks = to_blocks(VAE(**tiny_sizes), validate.images).flatten(0, 1)
     basis = torch.linalg.svd(blocks, full_matrices=False)[2]
     for row, C in zip(rows[:3], (1, 4, 8)):  # no other C numbers per block leave less error
@@ -90,7 +90,7 @@ def test_the_kmeans_floor_is_exact_where_codes_suffice(tiny_sizes, validate, no_
     validate.images = torch.zeros(8, 64, 64, dtype=torch.uint8)
     validate.images[:, 8:56, 4:60] = kinds[grid].permute(0, 1, 3, 2, 4).reshape(8, 48, 56)
     row = scored(VAE(**tiny_sizes), validate, codebook_size=8)["k-means 4x4, K 8"]
-    assert row["psnr"] == 100 and row["ssim"] == pytest.approx(1)
+    assert row["psnr"] == pytest.approx(100) and row["ssim"] == pytest.approx(1)
 
 
 def test_codebooks_too_large_for_kmeans_are_left_out_and_said(tiny_sizes, validate, no_avif, capsys):
