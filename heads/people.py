@@ -73,7 +73,7 @@ def read_people(table: Path) -> dict[int, dict[str, float]]:
             if match := re.fullmatch(r"OAS1_(\d+)_MR1", row["ID"]):
                 cells = {name: row[condition.column].strip() for name, condition in CONDITIONS.items()}
                 people[int(match[1])] = {name: CONDITIONS[name].read(cell) for name, cell in cells.items()}
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, csv.Error) as error:
         columns = ", ".join(condition.column for condition in CONDITIONS.values())
         raise UserError(
             f"{table} has no columns ID, {columns} as OASIS has them ({error}); copy it again, or take it away to "
