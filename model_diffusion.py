@@ -28,6 +28,7 @@ from parts.calibration import Calibration
 from parts.gaussian_prior import GaussianPrior
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
+Draw = Callable[[], Tensor]  # fresh noise of the shape of x_t
 MOVES = 4  # numbers that say how training moved a head, see dataset.move
 
 
@@ -476,12 +477,7 @@ def sampling_times(alpha: Tensor, sigma: Tensor, steps: int) -> list[int]:
 
 
 def sample_ddpm(
-    denoise: Denoise,
-    noise: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    steps: int | None = None,
-    draw: Callable[[], Tensor] | None = None,
+    denoise: Denoise, noise: Tensor, alpha: Tensor, sigma: Tensor, steps: int | None = None, draw: Draw | None = None
 ) -> Iterator[Tensor]:
     """Ancestral sampling, one step of q(x_{t-1} | x_t, x_0) for every t (Ho et al. 2020, eq. 6 and 7).
 
@@ -507,12 +503,7 @@ def sample_ddpm(
 
 
 def sample_ddim(
-    denoise: Denoise,
-    noise: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    steps: int = 50,
-    draw: Callable[[], Tensor] | None = None,
+    denoise: Denoise, noise: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 50, draw: Draw | None = None
 ) -> Iterator[Tensor]:
     """DDIM (Song et al. 2021, eq. 12 with eta = 0), an Euler step of the probability flow. As sample_ddpm."""
     x, times = noise, sampling_times(alpha, sigma, steps)
@@ -526,12 +517,7 @@ def sample_ddim(
 
 
 def sample_heun(
-    denoise: Denoise,
-    noise: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    steps: int = 10,
-    draw: Callable[[], Tensor] | None = None,
+    denoise: Denoise, noise: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 10, draw: Draw | None = None
 ) -> Iterator[Tensor]:
     """Heun's method on the probability flow (Karras et al. 2022, algorithm 1): 2 steps - 1 evaluations of second order.
 
@@ -551,12 +537,7 @@ def sample_heun(
 
 
 def sample_dpm(
-    denoise: Denoise,
-    noise: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    steps: int = 20,
-    draw: Callable[[], Tensor] | None = None,
+    denoise: Denoise, noise: Tensor, alpha: Tensor, sigma: Tensor, steps: int = 20, draw: Draw | None = None
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order with one evaluation a step.
 

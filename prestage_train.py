@@ -231,8 +231,8 @@ def with_perceptual(codec: Autoencoder) -> Autoencoder:
     kwargs = codec.description["model_kwargs"] | {"perceptual": True, "grain": True}
     model = MODELS[codec.kind](**kwargs)
     model.description = {"kind": codec.kind, "model_kwargs": kwargs}
-    if "path" in codec.description:
-        model.description["started_from"] = {name: codec.description[name] for name in ("path", "digest", "step")}
+    if "digest" in codec.description:
+        model.description["started_from"] = {name: codec.description[name] for name in ("digest", "step")}
     kept = {name: t for name, t in codec.state_dict().items() if not name.startswith(("perceptual.", "grain."))}
     model.load_state_dict(kept, strict=False)
     model.start_perceptual()

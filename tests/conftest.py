@@ -1,4 +1,4 @@
-"""What several test files need: a tiny phantom, tiny models, and two ways to start a script."""
+"""What several test files need: small data, tiny models, two ways to start a script, and what a run left behind."""
 
 import os
 import shutil
@@ -13,12 +13,16 @@ import torch
 import dataset
 import util
 from heads.people import PEOPLE_TABLE
+from heads.phantom import phantom_case
+from logger import read_log
+from training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs more than 15 seconds; pytest -m 'not slow' leaves it out")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; pytest -m gpu runs these alone")
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +32,27 @@ def reproducible(monkeypatch):
     torch.manual_seed(0)
 
 
+# --------------------------------------------------------------------------------------------------------------- data
+
+
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory) -> Path:
     """Three heads to train on, one to validate, one to test; 256 px, with masks. Read only."""
     folder = tmp_path_factory.mktemp("data") / "phantom"
     dataset.write_phantom(folder, {"train": 3, "validate": 1, "test": 1})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heads_folder(tmp_path_factory) -> Path:
+    """Four heads to train on and one to validate, of 20 slices of 64 px, with masks. Read only."""
+    folder = tmp_path_factory.mktemp("data") / "heads"
+    for case, split in enumerate(["train"] * 4 + ["validate"], 1):
+        images, masks = phantom_case(0, case, 20)
+        images = images.reshape(20, 64, 4, 64, 4).mean((2, 4)).round().astype(np.uint8)
+        dataset.write_slices(folder / f"keras_png_slices_{split}", case, images)
+        dataset.write_slices(folder / f"keras_png_slices_seg_{split}", case, masks[:, ::4, ::4], "seg")
+    (folder / "PHANTOM.txt").write_text("phantom")
     return folder
 
 
@@ -65,11 +85,43 @@ def people_folder(noise_folder) -> Path:
     return noise_folder
 
 
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture
+def tiny_sizes() -> dict:
+    """Keywords of a small VAE; a VQVAE needs codebook_size as well. Blocks of 4x4 pixels, a latent of 4x12x14."""
+    return {
+        "image_size": 64,
+        "box": (8, 4, 48, 56),
+        "patch": 2,
+        "widths": (8, 16),
+        "blocks": 1,
+        "latent_channels": 4,
+    }
+
+
+@pytest.fixture
+def awaken():
+    """awaken(module): the module with small noise on every parameter, so that no layer stays silent at zero."""
+
+    def move(module, scale: float = 0.05):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(scale * torch.randn_like(parameter))
+        return module
+
+    return move
+
+
+# --------------------------------------------------------------------------------------------------- starting a script
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("dataset.py", "--cases", 3): the CompletedProcess of a process of its own, working in tmp_path."""
 
-    def run(script: str, *flags, cwd=tmp_path, launcher=(), threads=2, timeout=120) -> subprocess.CompletedProcess:
+    def run(script: str, *flags, cwd=tmp_path, launcher=(), threads=2, timeout=600) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if name != "OASIS_DATA"}
         environment |= {"OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
         return subprocess.run(
@@ -108,27 +160,124 @@ def run_main(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def tiny_sizes() -> dict:
-    """Keywords of a small VAE; a VQVAE needs codebook_size as well. Blocks of 4x4 pixels, a latent of 4x12x14."""
-    return {
-        "image_size": 64,
-        "box": (8, 4, 48, 56),
-        "patch": 2,
-        "channels": 8,
-        "channel_multipliers": (1, 2),
-        "blocks": 1,
-        "latent_channels": 4,
-    }
+def refused(run_main):
+    """refused(pixelCNN, "--steps", 0, names=["--steps"]): the script ends with one line that has these words."""
+
+    def check(module, *flags, names: list[str]) -> None:
+        status, _, errors = run_main(module, *flags)
+        assert status == 2 and len(errors.splitlines()) == 1 and all(name in errors for name in names), errors
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def run_in():
+    """run_in(folder, module, "--steps", 3): the script in this process and that folder; for fixtures of wide scope."""
+
+    def run(folder: Path, module, *flags) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("MPLBACKEND", "agg")
+            patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, flags)])
+            module.main()
+
+    return run
+
+
+FIRST_STAGE = ["--preset", "demo", "--precision", "fp32", "--widths", 8, 16, "--patch", 4, "--latent-channels", 4]
+FIRST_STAGE += ["--codebook-size", 16, "--batch-size", 4, "--steps", 3, "--learning-rate", 0.03, "--gan-weight", 0.5]
+
+
+@pytest.fixture(scope="session")
+def first_stages(heads_folder, tmp_path_factory, run_in):
+    """first_stages("--model", "vqvae2"): the weights file of a first stage trained for a step a phase. Read only."""
+    import prestage_train
+
+    made = {}
+
+    def build(*flags: str) -> Path:
+        if flags not in made:
+            folder = tmp_path_factory.mktemp("first")
+            run_in(folder, prestage_train, "--data", heads_folder, "--name", "codes", *FIRST_STAGE, *flags)
+            made[flags] = folder / "model_ckpt/codes/model.safetensors"
+        return made[flags]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def first_stage(first_stages) -> Path:
+    """The weights file of a VQ-VAE of heads_folder: latents of 4x6x7, 16 codes, grain. Read only."""
+    return first_stages()
+
+
+# ---------------------------------------------------------------------------------------------------- stopping a run
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing that it would still have written is written."""
 
 
 @pytest.fixture
-def awaken():
-    """awaken(module): the module with small noise on every parameter, so that no layer stays silent at zero."""
+def at_step(monkeypatch):
+    """at_step(7, action): calls action() once, in the middle of the seventh step that any run does from now on."""
 
-    def move(module, scale: float = 0.05):
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.add_(scale * torch.randn_like(parameter))
-        return module
+    def arrange(number: int, action) -> None:
+        from training import run
 
-    return move
+        calls, update_ema = [], run.update_ema
+
+        def counting(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                action()
+            return update_ema(*args, **kwargs)
+
+        monkeypatch.setattr(run, "update_ema", counting)
+
+    return arrange
+
+
+@pytest.fixture
+def die():
+    """An action for at_step: the run ends as by kill -9."""
+
+    def action():
+        raise Killed
+
+    action.error = Killed
+    return action
+
+
+def unlike(a, b, place: str) -> list[str]:
+    """Where two nested containers of tensors and values differ, to the last bit."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in unlike(a[key], b[key], f"{place} {key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [found for i, pair in enumerate(zip(a, b)) for found in unlike(*pair, f"{place} {i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
+    return [] if a == b else [f"{place}: {a} and {b}"]
+
+
+@pytest.fixture
+def differences():
+    """differences(folder, "a", other, "b"): where two runs' checkpoints, weights or log lines differ, to the last bit.
+
+    The seconds in the logs do not count, nor does what follows from them.
+    """
+
+    def state(folder: Path, name: str) -> dict:
+        files = folder / "model_ckpt" / name
+        found = {path.name: torch.load(path, weights_only=True) for path in files.glob("*.pt")}
+        found["weights"], found["description"] = checkpoints.load_weights(files / "model.safetensors")
+        found["log"] = [
+            {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")}
+            for line in read_log(folder / "log" / name)
+        ]
+        return found
+
+    def compare(folder: Path, name: str, other_folder: Path, other: str) -> list[str]:
+        return unlike(state(folder, name), state(other_folder, other), "")
+
+    return compare

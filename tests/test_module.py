@@ -1,21 +1,22 @@
-"""Laws of module.py: blocks start as the identity, attention is attention, embeddings tell their numbers apart."""
+"""Laws of module.py: blocks begin as the identity, attention is attention, embeddings tell their numbers apart."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
-from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample
+from module import CategoryEmbedding, Downsample, Embedding, ResBlock, SelfAttention, SliceMixing, Upsample, cosines
 
 
 @pytest.mark.parametrize("channels", [6, 32, 40])
-def test_blocks_start_as_the_identity(channels):
-    """So that a deep network first passes its input on; with other channels a ResBlock starts as its skip."""
+def test_blocks_begin_as_the_identity(channels):
+    """So that a deep network first passes its input on; with other channels a ResBlock begins as its skip."""
     x, embedding = torch.randn(2, channels, 4, 6), torch.randn(2, 10)
     assert torch.equal(ResBlock(channels, channels, 10)(x, embedding), x)
     assert torch.equal(SelfAttention(channels)(x), x)
     assert torch.equal(SliceMixing(channels)(x, 2), x)
     block = ResBlock(channels, 7, 10)
-    assert torch.equal(block(x, embedding), F.conv2d(x, block.skip.weight, block.skip.bias))
+    assert_close(block(x, embedding), F.conv2d(x, block.skip.weight, block.skip.bias))
 
 
 def test_a_res_block_is_its_formula(awaken):
@@ -79,6 +80,13 @@ def test_resampling_halves_and_comes_back_also_from_odd_sizes():
     assert torch.equal(up(low), up(low, (8, 10)))
 
 
+def test_cosines_are_an_orthonormal_basis_from_slow_to_fast():
+    rows = cosines(20, 20)
+    assert_close(rows @ rows.T, torch.eye(20))
+    assert (rows.sign().diff(dim=1) != 0).sum(1).tolist() == list(range(20))
+    assert_close(cosines(3, 20), rows[:3])
+
+
 @pytest.mark.parametrize("slices", [1, 2, 6])
 def test_mixing_reaches_the_neighbours_in_one_s_own_brain(awaken, slices):
     """One step up and one down per layer, and never into the next brain of the batch."""
@@ -102,11 +110,12 @@ def test_mixing_equal_slices_is_a_convolution_within_each(awaken):
 
 
 def test_a_number_that_is_not_known_has_a_vector_of_its_own():
-    """NaN stands for it; and it leaves no NaN in any gradient."""
+    """NaN means it; and it leaves no NaN in any gradient."""
     embedding = Embedding(6, unknown=True)
     torch.nn.init.normal_(embedding.unknown)
     out = embedding(torch.tensor([3.0, torch.nan, 5.0]))
-    assert torch.equal(out[1], embedding.unknown) and torch.equal(out[::2], embedding(torch.tensor([3, 5])))
+    assert torch.equal(out[1], embedding.unknown)
+    assert_close(out[::2], embedding(torch.tensor([3, 5])))
     out.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in embedding.parameters())
 

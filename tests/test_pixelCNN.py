@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
-import sys
+import signal
 from itertools import product
 from pathlib import Path
 
@@ -15,18 +16,33 @@ import torch
 from PIL import Image
 
 import pixelCNN
-import prestage_train
 from dataset import list_slices, load_slices
 from logger import read_log
-from model_VAE import VAE, VQVAE, load_first_stage
-from parts.quantizer import FiniteScalarQuantizer
-from pixelCNN import PixelCNN, PixelCNN2, digits_of, draw, gumbel_noise, load_prior, sample_brain
+from model_VAE import VAE, VQVAE
+from parts.quantizer import FiniteScalarQuantizer, digits_of
+from pixelCNN import PRIORS, PixelCNN, PixelCNN2, brain_noise, decode_brain, draw, sample_brain
 from training import checkpoints
+from training import run as training_run
+from training.stages import load_first_stage, load_second_stage
 
-FIRST = ["--preset", "demo", "--steps", "3", "--report-every", "2", "--channels", "8", "--patch", "4"]
-FIRST += ["--codebook-size", "16", "--latent-channels", "4", "--batch-size", "4"]
-TINY = ["--steps", "3", "--report-every", "2", "--channels", "8", "--layers", "2", "--batch-size", "4"]
-ONE_STEP = ["--minutes", "1e-6"]  # a limit that is over when the first step is done
+TINY = ["--preset", "demo", "--precision", "fp32", "--steps", 4, "--channels", 8, "--layers", 2, "--batch-size", 4]
+ONE_STEP = ["--minutes", 1e-9]  # a limit that is over when the first step is done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_reports():
+    """A run has a report in its middle and one at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "REPORTS", 2)
+        yield
+
+
+@pytest.fixture
+def in_double():
+    """Numbers of 64 bits: results computed in two ways, or in other batches, then round to the same codes."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -60,43 +76,29 @@ def standardise(model: PixelCNN) -> None:
 
 
 @pytest.fixture(scope="module")
-def first_stages(phantom_folder, tmp_path_factory):
-    """first_stages("--model", "vqvae2"): the weights file of a first stage trained for three steps. Read only."""
-    made = {}
-
-    def build(*flags: str) -> Path:
-        if flags not in made:
-            folder = tmp_path_factory.mktemp("first")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                argv = ["prestage_train.py", "--data", str(phantom_folder), "--name", "codes", *FIRST, *flags]
-                patch.setattr(sys, "argv", argv)
-                prestage_train.main()
-            made[flags] = folder / "model_ckpt/codes/model.safetensors"
-        return made[flags]
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def first_stage(first_stages) -> Path:
-    """The weights file of a VQ-VAE with 16 codes on a grid of 6x7, trained for three steps. Read only."""
-    return first_stages()
+def straight(heads_folder, first_stage, tmp_path_factory, run_in) -> Path:
+    """The folder of a run "pixelcnn" of four steps that nothing interrupted. Read only."""
+    folder = tmp_path_factory.mktemp("second")
+    run_in(folder, pixelCNN, "--data", heads_folder, "--first-stage", first_stage, *TINY)
+    return folder
 
 
 @pytest.fixture
-def start(run_main, phantom_folder, first_stage):
-    """start("--steps", 3): runs the script on the tiny first stage; returns (exit status, stdout, stderr)."""
-    return lambda *flags: run_main(pixelCNN, "--data", phantom_folder, "--first-stage", first_stage, *TINY, *flags)
+def trained(straight, tmp_path, monkeypatch) -> Path:
+    """The working folder, with a copy of the run "pixelcnn"."""
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
-def train(start):
-    """train("--steps", 3): as start, but checks that it ends well, and returns what it printed."""
+def train(run_main, heads_folder, first_stage):
+    """train("--steps", 3): trains on few heads, checks the exit status, and returns what was printed."""
 
-    def run(*flags) -> str:
-        status, out, errors = start(*flags)
-        assert status == 0, errors
+    def run(*flags, status: int = 0) -> str:
+        start = ["--data", heads_folder, "--first-stage", first_stage, *TINY]
+        ended, out, errors = run_main(pixelCNN, *start, *flags)
+        assert ended == status, errors
         return out
 
     return run
@@ -154,7 +156,7 @@ def dependence(model: PixelCNN, r: int, c: int) -> torch.Tensor:
     return inputs_with_gradient(model, r, c)["embed_idx"]
 
 
-# --------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 @pytest.mark.parametrize("kernel, layers", [(3, 6), (5, 3)])
@@ -325,7 +327,7 @@ def test_the_position_changes_the_distribution(tiny):
 
 
 @pytest.mark.parametrize("kernel, layers, grid", [(3, 3, (4, 5)), (5, 2, (6, 7)), (5, 1, (3, 2)), (3, 2, (1, 6))])
-def test_the_cached_sample_is_the_naive_one(tiny, kernel, layers, grid):
+def test_the_cached_sample_is_the_naive_one(tiny, in_double, kernel, layers, grid):
     """Token for token, at any temperature, for several draws."""
     for seed, temperature in enumerate((1.0, 0.5, 1.7)):
         torch.manual_seed(seed)
@@ -333,12 +335,12 @@ def test_the_cached_sample_is_the_naive_one(tiny, kernel, layers, grid):
         z, noise = torch.tensor([2, 17, 31]), gumbel(3, 11, *grid)
         idx = model.sample(z, noise, temperature)
         assert idx.dtype == torch.int64 and torch.equal(idx, model.sample_naive(z, noise, temperature))
-        assert len(idx.unique()) > 3 and not torch.equal(idx, model.sample(z, noise, 30.0))
+        assert len(idx.unique()) > 3 and not torch.equal(idx, model.sample(z, noise, 0.01))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 @pytest.mark.parametrize("levels", [None, (3, 4, 2)])
-def test_the_cached_sample_of_digits_and_of_two_grids_is_the_naive_one(tiny, levels, top_p):
+def test_the_cached_sample_of_digits_and_of_two_grids_is_the_naive_one(tiny, in_double, levels, top_p):
     """Token for token too; the bottom codes follow the top ones."""
     model = tiny(grids=((2, 3), (4, 6)), codebook_size=24, levels=levels)
     z = torch.tensor([2, 17])
@@ -350,7 +352,7 @@ def test_the_cached_sample_of_digits_and_of_two_grids_is_the_naive_one(tiny, lev
     assert not torch.equal(bottom, model.bottom.sample(z, noise[1], 0.8, top_p, (top + 1) % 24))
 
 
-def test_a_huge_codebook_is_no_trouble(tiny):
+def test_a_huge_codebook_is_no_trouble(tiny, in_double):
     """2^60 codes in 15 digits: bits near the fixed length, and codes within range."""
     model = tiny(codebook_size=2**60, levels=(16,) * 15, grid=(2, 3))
     z, noise = torch.arange(4), torch.stack([model.gumbel_noise() for _ in range(4)])
@@ -360,7 +362,7 @@ def test_a_huge_codebook_is_no_trouble(tiny):
     assert bits.isfinite().all() and 300 < bits.mean() < 600
 
 
-def test_top_p_draws_from_the_nucleus_in_proportion(tiny):
+def test_top_p_draws_from_the_nucleus_in_proportion(tiny, in_double):
     """Of probabilities 0.5, 0.3, 0.15, 0.05, in any order: the fewest with top_p together; 1 is off, 0 is greedy."""
     p = torch.tensor([0.15, 0.5, 0.05, 0.3])
     n, noise = 20_000, gumbel(20_000, 4)
@@ -386,7 +388,7 @@ def test_top_p_draws_from_the_nucleus_in_proportion(tiny):
 def test_draws_follow_the_softmax(tiny):
     """Gumbel noise, added to logits over the temperature: chi-square of 20 000 draws below its 99.99 % quantile."""
     model, n = tiny(grid=(1, 1)), 20_000
-    noise = gumbel_noise(tiny(grid=(100, 200)), 3, 0)[0].flatten(1).T[:, :, None, None]
+    noise = brain_noise(tiny(grid=(100, 200)), 3, 0)[0].flatten(1).T[:, :, None, None]
     for temperature in (1.0, 2.5):
         z = torch.full((n,), 12)
         logits = model.logits(torch.zeros(1, 1, 1, dtype=torch.long), z[:1])[0][0, :, 0, 0]
@@ -407,7 +409,7 @@ def test_samples_have_the_likelihood_that_the_model_gives_them(tiny):
     assert ((count - expected) ** 2 / expected).sum() < 44.3  # 99.99 % for 15 degrees of freedom
 
 
-def test_a_temperature_near_zero_takes_the_likeliest_code(tiny):
+def test_a_temperature_near_zero_takes_the_likeliest_code(tiny, in_double):
     """Whatever the noise."""
     model, z = tiny(), torch.arange(4)
     greedy = model.sample(z, torch.zeros(4, 5, 4, 5))
@@ -416,212 +418,192 @@ def test_a_temperature_near_zero_takes_the_likeliest_code(tiny):
     assert not torch.equal(model.sample(z, gumbel(4, 5, 4, 5)), greedy)
 
 
-def test_a_brain_is_a_function_of_seed_and_number(tiny):
-    """The same alone, after others, or in one batch with them; its 32 slices share one noise."""
-    model, device = tiny(grid=(3, 4)), torch.device("cpu")
-    brains = [sample_brain(model, 7, i, 0.9, device) for i in range(3)]
+def test_a_brain_is_a_function_of_seed_and_number(tiny, in_double):
+    """The same alone, after others, or in one batch with them; its slices share one noise."""
+    model = tiny(grid=(3, 4), slices_per_brain=20)
+    brains = [sample_brain(model, 7, i, 0.9) for i in range(3)]
     torch.manual_seed(99)
-    assert torch.equal(sample_brain(model, 7, 2, 0.9, device), brains[2])
-    noise = torch.cat([gumbel_noise(model, 7, i) for i in range(3)])
-    assert torch.equal(noise[:32], noise[:1].expand(32, -1, -1, -1))
-    together = model.sample(torch.arange(32).repeat(3), noise, 0.9)
+    assert torch.equal(sample_brain(model, 7, 2, 0.9), brains[2]) and len(brains[2]) == 20
+    noise = torch.cat([brain_noise(model, 7, i) for i in range(3)])
+    assert torch.equal(noise[:20], noise[:1].expand(20, -1, -1, -1))
+    together = model.sample(torch.arange(20).repeat(3), noise, 0.9)
     assert torch.equal(together, torch.cat(brains))
     assert not torch.equal(brains[0], brains[1])
-    assert not torch.equal(sample_brain(model, 8, 2, 0.9, device), brains[2])
+    assert not torch.equal(sample_brain(model, 8, 2, 0.9), brains[2])
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
 
 
 def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
-    """Weights, log, pictures; a 4x8 sheet and 32 slices per brain that dataset.py reads, and the GIF."""
+    """Weights, log, pictures; per brain a sheet and as many slices as the data have, and the GIF."""
     out = train("--sample", "--brains", 2, "--temperature", 0.8)
-    assert "training it first" in out and re.search(r"step 3 .*validate/bits \d+", out)
-    model, inside, description = load_prior("pixelcnn")
-    assert model.grid == (6, 7) and model.codebook_size == 16 and description["data"]["slices"] == 96
+    assert "training it first" in out and re.search(r"step 4 .*validate/bits \d+", out)
+    model, inside = load_second_stage("pixelcnn", PRIORS)
+    assert model.grid == (6, 7) and model.codebook_size == 16 and model.slices_per_brain == 20
+    assert model.description["data"]["slices"] == 80
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
     run = json.loads(Path("log/pixelcnn/run.json").read_text())
     assert run["script"] == "pixelCNN.py" and run["parameters"] == sum(p.numel() for p in model.parameters())
     log = read_log(Path("log/pixelcnn"))
-    assert [line["step"] for line in log if "validate/bits" in line] == [2, 3]
-    assert [line["step"] for line in log if "train/bits" in line] == [1, 2, 3]
-    assert {path.name for path in Path("pixelcnn_vis").glob("*.png")} == {"sample_000002.png", "sample_000003.png"}
+    assert [line["step"] for line in log if "validate/bits" in line] == [2, 4]
+    assert [line["step"] for line in log if "train/loss" in line] == [1, 2, 3, 4]
+    assert {path.name for path in Path("pixelcnn_vis").glob("*.png")} == {"sample_000002.png", "sample_000004.png"}
 
     samples = Path("pixelcnn_vis/samples")
-    assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(32)]
+    assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(20)]
     slices = load_slices(samples, "test", 64)
+    assert inside.has_grain  # the decoder with grain is the default
     for i in range(2):
-        pixels = pixelCNN.decode_codes(inside, sample_brain(model, 0, i, 0.8, torch.device("cpu")))
-        assert np.array_equal(slices.images[32 * i : 32 * i + 32], pixels)
+        pixels = decode_brain(inside, sample_brain(model, 0, i, 0.8), 0, i)
+        assert np.array_equal(slices.images[20 * i : 20 * i + 20], pixels)
         voxels = np.asanyarray(nibabel.load(samples / f"brain_{i:03d}.nii.gz").dataobj)
         assert np.array_equal(voxels.transpose(2, 0, 1), pixels)
-        sheet = np.asarray(Image.open(samples / f"brain_{i:03d}.png").convert("L"))
-        assert sheet.shape[0] > 4 * 128 and sheet.shape[1] > 8 * 128
     with Image.open(samples / "process.gif") as gif:
         assert gif.n_frames > 5 and gif.width == 4 * gif.height == 4 * 64
     assert (samples / "process.gif").stat().st_size < 3_000_000
+    record = json.loads((samples / "samples.json").read_text())
+    assert record["made_by"]["settings"] == {"precision": "fp32", "seed": 0, "temperature": 0.8, "top_p": 1.0}
 
 
-FSQ, TWO_GRIDS = ("--quantizer", "fsq", "--levels", "4", "3", "5"), ("--model", "vqvae2", "--patch", "2")
+FSQ, TWO_GRIDS = ("--levels", "4", "3", "5"), ("--model", "vqvae2", "--patch", "2")
 
 
 @pytest.mark.parametrize("flags", [FSQ, TWO_GRIDS, TWO_GRIDS + FSQ], ids=["fsq", "vqvae2", "vqvae2 of fsq"])
-def test_other_codes_are_trained_and_sampled_by_the_same_commands(flags, first_stages, start, run_main):
+def test_other_codes_are_trained_and_sampled_by_the_same_commands(flags, first_stages, train, run_main):
     """Finite scalar quantisation, VQ-VAE-2, and both: resumed, sampled from the one file, GIF; bits of each grid."""
     first = first_stages(*flags)
     for more in (ONE_STEP, ()):
-        status, out, errors = start("--first-stage", first, *more)
-        assert status == 0, errors
+        out = train("--first-stage", first, *more)
+    assert "resumed at step 1" in out
     status, out, errors = run_main(pixelCNN, "--sample", "--top-p", "0.9")
     assert status == 0 and "top-p 0.9" in out, errors
-    model, inside, description = load_prior("pixelcnn")
+    model, inside = load_second_stage("pixelcnn", PRIORS)
     two = "vqvae2" in flags
-    assert description["kind"] == model.kind == ("pixelcnn2" if two else "pixelcnn")
+    assert model.description["kind"] == model.kind == ("pixelcnn2" if two else "pixelcnn")
     assert model.grids == (inside.grids if two else ((6, 7),))
     line = [line for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line][-1]
     if two:
         parts = line["validate/top_bits"] + line["validate/bottom_bits"]
         assert line["validate/bits"] == pytest.approx(parts, rel=1e-5)
-    brain = sample_brain(model, 0, 0, 1.0, torch.device("cpu"), 0.9)
+    brain, shown = sample_brain(model, 0, 0, 1.0, 0.9), [4, 12, 18]
     slices = load_slices(Path("pixelcnn_vis/samples"), "test", 64)
-    assert np.array_equal(slices.images, pixelCNN.decode_codes(inside, brain))
-    frames = pixelCNN.filling_frames(inside, brain, [4, 12, 20, 28])
+    assert np.array_equal(slices.images, decode_brain(inside, brain))
+    frames = pixelCNN.filling_frames(inside, brain, 0, 0, shown)
     assert len(frames) == 1 + sum(grid[0] for grid in model.grids)
-    assert np.array_equal(frames[-1], np.hstack(pixelCNN.decode_codes(inside, brain)[[4, 12, 20, 28]]))
+    assert np.array_equal(frames[-1], np.hstack(decode_brain(inside, brain, 0, 0, shown)))
     with Image.open("pixelcnn_vis/samples/process.gif") as gif:
         assert gif.n_frames > 1
 
 
-def test_the_gif_fills_the_grid_row_by_row(tiny, tiny_sizes):
+def test_the_gif_fills_the_grid_row_by_row(tiny_sizes):
     """It begins with the corner's code everywhere and ends with the brain."""
-    vqvae, idx = VQVAE(codebook_size=5, **tiny_sizes).eval(), torch.randint(5, (32, 12, 14))
+    vqvae, idx = VQVAE(codebook_size=5, **tiny_sizes).eval(), torch.randint(5, (20, 12, 14))
     with torch.no_grad():
         vqvae.linear.analysis.weight.normal_()
-        frames = pixelCNN.filling_frames(vqvae, idx, [4, 12, 20, 28])
-    assert len(frames) == 13 and frames[0].shape == (64, 4 * 64)
-    assert np.array_equal(frames[-1], np.hstack(pixelCNN.decode_codes(vqvae, idx)[[4, 12, 20, 28]]))
+        frames = pixelCNN.filling_frames(vqvae, idx, 0, 0, [4, 12, 18])
+    assert len(frames) == 13 and frames[0].shape == (64, 3 * 64)
+    assert np.array_equal(frames[-1], np.hstack(decode_brain(vqvae, idx, 0, 0, [4, 12, 18])))
     assert not any(np.array_equal(a, frames[-1]) for a in frames[:-1])
 
 
 def test_training_lowers_the_bits_of_brains_never_seen(train):
     """The averaged weights beat the fixed length, which is where a network that knows nothing starts."""
-    train("--steps", 60, "--report-every", 30, "--learning-rate", 0.02, "--dropout", 0)
+    out = train("--steps", 60, "--learning-rate", 0.02, "--dropout", 0)
     bits = [line["validate/bits"] for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line]
     assert bits[-1] < bits[0] and bits[-1] < 0.8 * 42 * 4
+    assert f"best on validate: {min(bits):.0f} bits per image; 168 at fixed length" in out
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
-    """Stopped after every single step: the same weights for use, and the same state."""
-    assert "stopped" not in train("--name", "straight")
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(train, straight, differences, tmp_path):
+    """By its time limit: weights, averages, optimiser, patience and log, to the bit."""
     for step in range(1, 4):
-        out = train("--name", "stopped", *ONE_STEP)
-        assert (f"stopped after {step} of 3 steps" in out) == (step < 3)
-        assert weights("stopped")[1]["kind"] == "pixelcnn"  # from the first stop on, there is something to sample from
-    assert "is finished after 3 steps" in train("--name", "stopped")
-    one, other = last("straight"), last("stopped")
-    for part in ("model", "ema"):
-        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
-    one, other = weights("straight")[0], weights("stopped")[0]
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert f"stopped after {step} steps" in train(*ONE_STEP)
+        assert weights()[1]["kind"] == "pixelcnn"  # from the first stop on, there is something to sample from
+    train()
+    assert differences(straight, "pixelcnn", tmp_path, "pixelcnn") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_whole_step(train, straight, differences, at_step, tmp_path, number):
+    at_step(3, lambda: os.kill(os.getpid(), number))
+    assert "stopped after 3 steps; the same command continues" in train(status=130)
+    assert "resumed at step 3" in train()
+    assert differences(straight, "pixelcnn", tmp_path, "pixelcnn") == []
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
+    train, straight, differences, at_step, die, tmp_path
+):
+    at_step(4, die)
+    with pytest.raises(die.error):
+        train()
+    assert "resumed at step 2" in train()
+    assert differences(straight, "pixelcnn", tmp_path, "pixelcnn") == []
 
 
 def test_a_stop_is_no_report(train, monkeypatch):
     """Neither patience nor the choice of the best weights depends on how often a run was interrupted."""
     worse = iter(range(100))  # the first report is the best
     monkeypatch.setattr(pixelCNN, "validate", lambda *args: {"bits": float(next(worse))})
+    monkeypatch.setattr(training_run, "REPORTS", 3)
     states = {}
     for name, stops in {"straight": 0, "stopped": 4}.items():
         for _ in range(stops):
-            train("--name", name, "--steps", 5, "--report-every", 2, "--patience", 3, *ONE_STEP)
-        out = train("--name", name, "--steps", 5, "--report-every", 2, "--patience", 3)
-        assert "finished" not in out
-        states[name] = (last(name)["step"], last(name)["stale"], weights(name)[1]["step"])
-    assert states["straight"] == (5, 2, 2)
-    assert states["stopped"] == states["straight"]
+            train("--name", name, "--steps", 5, *ONE_STEP)
+        assert "stopping" not in train("--name", name, "--steps", 5)
+        states[name] = (last(name)["step"], last(name)["patience"]["stale"], weights(name)[1]["step"])
+    assert states["straight"] == states["stopped"] == (5, 2, 2)
 
 
 def test_patience_ends_a_run_with_its_best_weights_and_can_be_raised(train, monkeypatch):
-    """As the line that ends it says: raise --steps or --patience to go on."""
     bits = iter([9.0, 8.0, *[8.5] * 100])
     monkeypatch.setattr(pixelCNN, "validate", lambda *args: {"bits": next(bits)})
-    flags = ["--steps", 12, "--report-every", 1]
-    out = train(*flags, "--patience", 3)
+    monkeypatch.setattr(training_run, "REPORTS", 12)
+    out = train("--steps", 12, "--patience", 3)
     assert "not improved for 3 reports" in out and "the same command continues" not in out
-    assert last()["step"] == 5 and last()["best"] == 8.0
+    assert last()["step"] == 5 and last()["patience"] == {"best": 8.0, "stale": 3}
     assert weights()[1]["step"] == 2
-    out = train(*flags, "--patience", 3)
-    assert "finished after 5 steps; raise --steps or --patience" in out
-    assert "resumed at step 5" in train(*flags, "--patience", 5) and last()["step"] == 7
+    out = train("--steps", 12)  # the patience of the run
+    assert "best on validate: 8 bits" in out and last()["step"] == 5
+    assert "resumed at step 5" in train("--steps", 12, "--patience", 5) and last()["step"] == 7
 
 
-def test_what_does_not_fit_is_one_line(train, start, run_main, phantom_folder, first_stage, tiny_sizes):
-    """No first stage, one without codes, another one on resume, and weights of another kind; nothing is written."""
-
-    def refused(*words, module=pixelCNN, flags=()):
-        status, _, errors = run_main(module, "--data", phantom_folder, *flags)
-        assert status == 2 and len(errors.splitlines()) == 1 and all(word in errors for word in words), errors
-
-    refused("there are no weights at vqvae", "python prestage_train.py")
-    vae = VAE(**tiny_sizes)
+def test_what_does_not_fit_is_one_line(trained, refused, heads_folder, first_stage, tiny_sizes):
+    """No first stage, one without codes, weights of another kind, a setting that differs; nothing is written."""
     description = {"kind": "vae", "preset": "demo", "model_kwargs": tiny_sizes, "data": {}, "step": 1}
-    checkpoints.save_weights(Path("model_ckpt/vae/model.safetensors"), vae.state_dict(), description)
-    refused("vae", "no codes", "--model vqvae", flags=["--first-stage", "vae"])
-    refused("vae", "pixelcnn", flags=["--sample", "--name", "vae"])
-    assert not Path("log").exists()
-
-    train(*ONE_STEP)
-    before = {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()}
-    refused("pixelcnn", "no first stage", flags=["--first-stage", "pixelcnn", "--name", "other"])
+    checkpoints.save_weights(Path("model_ckpt/vae/model.safetensors"), VAE(**tiny_sizes).state_dict(), description)
     shutil.copy(first_stage, "codes.safetensors")
-    refused("--first-stage codes.safetensors", "contradicts", flags=["--first-stage", "codes.safetensors"])
-    refused("--layers 3", "contradicts", flags=["--first-stage", first_stage, "--layers", 3])
-    tensors, description = checkpoints.load_weights(first_stage)
-    keep = first_stage.read_bytes()
-    try:  # the same path, but trained further
-        checkpoints.save_weights(first_stage, {name: 1.01 * tensor for name, tensor in tensors.items()}, description)
-        status, _, errors = start()
-        assert status == 2 and len(errors.splitlines()) == 1 and "another first stage" in errors
-    finally:
-        first_stage.write_bytes(keep)
-    assert {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()} == before and len(before) == 2
-    assert "resumed at step 1" in train()
+    before = {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()}
+    new = ["--data", heads_folder, "--preset", "demo", "--name", "new", "--first-stage"]
+    for flags, words in (
+        ([*new, "gone"], ["there are no weights at gone", "python prestage_train.py"]),
+        ([*new, "vae"], ["vae", "no codes", "--model vqvae"]),
+        ([*new, "pixelcnn"], ["pixelcnn", "no first stage"]),
+        (["--sample", "--name", "vae"], ["vae", "pixelcnn"]),
+        (["--first-stage", "codes.safetensors"], ["--first-stage codes.safetensors", "contradicts"]),
+        (["--layers", 3], ["--layers 3", "contradicts"]),
+        (["--sample", "--layers", 3], ["--layers 3", "contradicts"]),
+    ):
+        refused(pixelCNN, *flags, names=words)
+    assert {path: path.read_bytes() for path in Path("model_ckpt/pixelcnn").iterdir()} == before
+    assert not Path("model_ckpt/new").exists() and not list(Path("log/new").glob("metrics*"))
 
 
-def test_one_file_is_enough_to_sample(train, run_main, monkeypatch, first_stage, tmp_path):
+def test_one_file_is_enough_to_sample(trained, run_main, monkeypatch):
     """The weights carry their first stage: elsewhere, without it and without the data, they draw the same brain."""
-    train("--sample", "--out", tmp_path / "here")
-    (tmp_path / "elsewhere/model_ckpt/mine").mkdir(parents=True)
-    shutil.copy("model_ckpt/pixelcnn/model.safetensors", tmp_path / "elsewhere/model_ckpt/mine")
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_main(pixelCNN, "--sample", "--out", "here")[0] == 0
+    shutil.copytree("model_ckpt/pixelcnn", "elsewhere/model_ckpt/mine")
+    shutil.copy("model_ckpt/pixelcnn/model.safetensors", "elsewhere/pixelcnn.safetensors")
+    monkeypatch.chdir("elsewhere")
     monkeypatch.setattr(pixelCNN, "load_first_stage", None)
+    monkeypatch.setattr(pixelCNN, "RELEASED", Path())
     assert run_main(pixelCNN, "--sample", "--name", "mine")[0] == 0
-    for file in (tmp_path / "here").iterdir():
-        assert file.read_bytes() == (Path("mine_vis/samples") / file.name).read_bytes()
-
-
-def test_without_a_run_of_ones_own_the_released_weights_are_sampled(train, run_main, monkeypatch, tmp_path):
-    """The same brain as from the run they are; --name FILE draws it too. A setting of training asks for training."""
-    train("--sample", "--out", tmp_path / "here")
-    (tmp_path / "elsewhere").mkdir()
-    shutil.copy("model_ckpt/pixelcnn/model.safetensors", tmp_path / "elsewhere/pixelcnn.safetensors")
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(checkpoints, "RELEASED", tmp_path / "elsewhere")
-    status, printed, _ = run_main(pixelCNN, "--sample")
-    assert status == 0 and "released weights" in printed
     assert run_main(pixelCNN, "--sample", "--name", "pixelcnn.safetensors", "--out", "named")[0] == 0
-    for file in (tmp_path / "here").iterdir():
-        assert file.read_bytes() == (Path("pixelcnn_vis/samples") / file.name).read_bytes()
-        assert file.read_bytes() == (Path("named") / file.name).read_bytes()
-    status, printed, errors = run_main(pixelCNN, "--sample", "--channels", 16)
-    assert status == 2 and "training it first" in printed and "no weights at vqvae" in errors
-
-
-def test_two_processes_train_one_run(run_script, phantom_folder, first_stage, tmp_path):
-    """torchrun with gloo: one log, one checkpoint, one process speaks."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    flags = ("--data", phantom_folder, "--first-stage", first_stage, *TINY)
-    done = run_script("pixelCNN.py", *flags, launcher=launcher, threads=1, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run pixelcnn:") == 1
-    assert checkpoints.load_checkpoint(tmp_path / "model_ckpt/pixelcnn/last.pt", "pixelCNN.py")["step"] == 3
+    status, out, _ = run_main(pixelCNN, "--sample")  # nothing was trained here
+    assert status == 0 and "sampling the released weights" in out
+    here = {file.name: file.read_bytes() for file in (trained / "here").iterdir()}
+    assert len(here) == 20 + 6
+    for folder in ("mine_vis/samples", "named", "pixelcnn_vis/samples"):
+        assert here == {file.name: file.read_bytes() for file in Path(folder).iterdir()}

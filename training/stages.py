@@ -106,7 +106,7 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
     if "schedule" in kwargs:
         chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
         kwargs["recipe"] = next((name for name, recipe in RECIPES.items() if tuple(recipe) == chosen), "unknown")
-    for name in ("quantizer", "quantizer_options", "slice_noise"):
-        kwargs.pop(name, None)
+    gone = {"slice_noise": "matched", "quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
+    kwargs = {name: value for name, value in kwargs.items() if name != "quantizer" and gone.get(name) != value}
     weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}
     return weights, description | {"model_kwargs": kwargs}

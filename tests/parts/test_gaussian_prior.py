@@ -1,17 +1,10 @@
-"""Laws of linear_denoiser.py: brute-force Gaussian conditioning, and brains made as it says that they are."""
+"""Laws of gaussian_prior.py: brute-force Gaussian conditioning, and brains made as it says that they are."""
 
 import pytest
 import torch
 
 from module import cosines
-from parts.gaussian_prior import (
-    COSINES,
-    CrossFitted,
-    LinearDenoiser,
-    mean_at_each_z,
-    principal_modes,
-    slice_correlation,
-)
+from parts.gaussian_prior import COSINES, GaussianPrior, mean_at_each_z, principal_modes, slice_correlation
 
 
 def fading(slices: int, *rho: float) -> torch.Tensor:
@@ -31,21 +24,21 @@ def draw(count: int, modes: torch.Tensor, mean: torch.Tensor, K: torch.Tensor, r
 
 def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():
     """Whatever the anatomy that all share, and whatever the spread at each z and in each channel."""
-    K, generator = fading(0.8, 0.3), torch.Generator().manual_seed(0)
+    K, generator = fading(32, 0.8, 0.3), torch.Generator().manual_seed(0)
     root = torch.linalg.cholesky(K)
     own = torch.einsum("cab,nbchw->nachw", root, torch.randn(200, 32, 2, 6, 7, generator=generator))
     common = 5 * torch.randn(32, 2, 6, 7, generator=generator)
     spread = 0.1 + torch.rand(32, 2, 1, 1, generator=generator)
     measured = slice_correlation(common + spread * own)
     assert torch.allclose(measured, K, atol=0.06) and torch.allclose(measured[:, range(32), range(32)], torch.ones(()))
-    assert torch.equal(slice_correlation(torch.zeros(2, 32, 1, 2, 2))[0], torch.eye(32))  # two black brains
+    assert torch.equal(slice_correlation(torch.zeros(2, 32, 1, 2, 2))[0], torch.eye(32))  # two equal brains
 
 
 def test_the_mean_is_that_of_all_slices_at_each_z():
-    """Of whole brains or not; nothing is known, so nothing added, where there is no slice."""
+    """Of whole brains or not; 0 where there is no slice."""
     latents, z = torch.randn(50, 2, 3, 4), torch.randint(0, 7, (50,))
     mean = mean_at_each_z(latents, z, 8)
-    assert all(torch.allclose(mean[k], latents[z == k].mean(0), atol=1e-6) for k in range(7))
+    assert all(torch.allclose(mean[k], latents[z == k].mean(0), atol=1e-5) for k in range(7))
     assert (mean[7] == 0).all()
 
 
@@ -57,13 +50,13 @@ def test_the_guess_is_the_posterior_mean_of_the_gaussian():
     mean, brains = torch.randn(Z, C, h, w), torch.randn(30, Z, C, h, w)
     modes, _ = principal_modes(brains, K, 3)  # orthogonal after whitening, as the formula wants them
     modes = 5 * modes
-    denoiser = LinearDenoiser((C, h, w), 3, Z)
-    denoiser.mean.copy_(mean)
-    denoiser.set_modes(modes, rest)
+    prior = GaussianPrior((C, h, w), 3, Z)
+    prior.mean.copy_(mean)
+    prior.set_modes(modes, rest)
     for alpha, sigma in ((0.05, 0.99875), (0.6, 0.8), (0.99, 0.141)):
         x = torch.randn(2 * Z, C, h, w)
         levels = (torch.full((2 * Z, 1, 1, 1), level) for level in (alpha, sigma))
-        guess = denoiser(x, *levels, torch.arange(Z).repeat(2), Z, K).view(2, Z, C, h, w)
+        guess = prior(x, *levels, torch.arange(Z).repeat(2), Z, K).view(2, Z, C, h, w)
         A = modes.flatten(1).T.double()
         within = torch.einsum("qa,cab,pb->cqp", P, K, P).double()
         noise = torch.einsum("cqp,cd,xy->qcxpdy", within, torch.eye(C).double(), torch.eye(h * w).double())
@@ -76,7 +69,7 @@ def test_the_guess_is_the_posterior_mean_of_the_gaussian():
         assert (guess - mean).abs().max() > 0.01
 
 
-def test_modes_are_found_again_and_what_few_brains_inflate_is_taken_off():
+def test_modes_are_found_again():
     """Of brains made of three modes and noise: their span, their strength, and the noise that is left."""
     torch.manual_seed(0)
     Z, shape = 16, (2, 4, 5)
@@ -88,10 +81,19 @@ def test_modes_are_found_again_and_what_few_brains_inflate_is_taken_off():
     span = torch.linalg.qr(modes.flatten(1).T)[0]
     assert (true.flatten(1) @ span).square().sum() / true.square().sum() > 0.97
     assert modes.square().sum() / true.square().sum() == pytest.approx(1, abs=0.2)
-    many, _ = principal_modes(draw(60, 0 * true, mean, K, 1.0), K, 3)  # nothing is common to these
-    assert many.square().sum() < 0.25 * modes.square().sum()
     with pytest.raises(ValueError, match="5 brains.*5 modes"):
         principal_modes(brains[:5], K, 5)
+
+
+def test_noise_of_few_brains_does_not_make_a_mode_stronger():
+    """The first component of 20 brains has the mode's variance, 60, and a 20th of that of 512 numbers of noise."""
+    shape, n = (2, 8, 8), 20
+    mode = torch.randn(COSINES, *shape)
+    mode *= (60 / mode.square().sum()).sqrt()
+    c = torch.ones(n) - 2 * (torch.arange(n) % 2)
+    brains = torch.einsum("qa,n,qchw->nachw", cosines(COSINES, 16), c, mode) + torch.randn(n, 16, *shape)
+    modes, _ = principal_modes(brains, torch.eye(16).expand(2, -1, -1), 1)
+    assert modes.square().sum().item() == pytest.approx(62, rel=0.15)
 
 
 def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_picture():
@@ -100,31 +102,31 @@ def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_pictu
     Z, shape = 16, (2, 4, 5)
     K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 1.5 * torch.randn(3, COSINES, *shape)
     known, new, z = draw(100, true, mean, K, 0.3), draw(50, true, mean, K, 0.3, seed=1), torch.arange(Z).repeat(50)
-    denoiser = LinearDenoiser(shape, 3, Z)
-    denoiser.fit(known, torch.empty(100, 0), slice_correlation(known))
+    prior = GaussianPrior(shape, 3, Z)
+    prior.fit(known, torch.empty(100, 0), slice_correlation(known))
     x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
     alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
     x = alpha * x0 + sigma * noise
-    error = (denoiser(x, alpha, sigma, z, Z, K) - x0).square().mean()
-    assert error < 0.4 * (denoiser.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
+    error = (prior(x, alpha, sigma, z, Z, K) - x0).square().mean()
+    assert error < 0.4 * (prior.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
 
 
 def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
     """At its z, or of all where that is not known; brain by brain."""
-    denoiser, K = LinearDenoiser((2, 3, 4), 2, 8), fading(8, 0.9, 0.5)
-    denoiser.mean.normal_()
-    denoiser.modes.normal_()
+    prior, K = GaussianPrior((2, 3, 4), 2, 8), fading(8, 0.9, 0.5)
+    prior.mean.normal_()
+    prior.modes.normal_()
     x, z = torch.randn(16, 2, 3, 4), torch.arange(8.0).repeat(2)
     alpha = sigma = torch.full((16, 1, 1, 1), 0.5**0.5)
-    mean = denoiser.mean.repeat(2, 1, 1, 1)
-    assert torch.equal(denoiser(x, alpha, sigma, z, 4, K), mean)  # windows
-    assert torch.equal(denoiser(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1, K), denoiser.mean[[5, 2, 7]])
-    whole = denoiser(x, alpha, sigma, z, 8, K)
+    mean = prior.mean.repeat(2, 1, 1, 1)
+    assert torch.equal(prior(x, alpha, sigma, z, 4, K), mean)  # windows
+    assert torch.equal(prior(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1, K), prior.mean[[5, 2, 7]])
+    whole = prior(x, alpha, sigma, z, 8, K)
     assert (whole - mean).abs().mean() > 0.01
     z[:8] = torch.nan
-    half = denoiser(x, alpha, sigma, z, 8, K)
-    assert torch.equal(half[:8], denoiser.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
-    flat = LinearDenoiser((2, 3, 4), 0, 8)
+    half = prior(x, alpha, sigma, z, 8, K)
+    assert torch.equal(half[:8], prior.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
+    flat = GaussianPrior((2, 3, 4), 0, 8)
     assert torch.equal(flat(x, alpha, sigma, z.nan_to_num(), 8, K), torch.zeros_like(x))
 
 
@@ -138,84 +140,21 @@ def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing
     rest = draw(300, 0 * true, mean, K, 0.1)
     brains = rest + torch.einsum("qa,n,qchw->nachw", cosines(COSINES, Z), c, true[0])
     people = torch.stack([age, torch.full((300,), torch.nan)], dim=1)  # of the second nothing is known
-    denoiser = LinearDenoiser(shape, 1, Z, conditions=2)
-    denoiser.fit(brains, people, K)
-    assert denoiser.left.item() == pytest.approx(0.16 / 0.97, abs=0.06)
+    prior = GaussianPrior(shape, 1, Z, conditions=2)
+    prior.fit(brains, people, K)
+    assert prior.left.item() == pytest.approx(0.16 / 0.97, abs=0.06)
 
     def guess(x, age, alpha):
         person = None if age is None else torch.tensor([[age, torch.nan]]).expand(Z, -1)
         levels = torch.full((Z, 1, 1, 1), alpha), torch.full((Z, 1, 1, 1), (1 - alpha**2) ** 0.5)
-        return denoiser(x, *levels, torch.arange(Z), Z, K, person)
+        return prior(x, *levels, torch.arange(Z), Z, K, person)
 
     noise = torch.zeros(Z, *shape)
     old, young, middle = (guess(noise, float(a), 1e-4) for a in (85, 25, 55))
     expected = torch.einsum("qa,qchw->achw", cosines(COSINES, Z), true[0]) * 0.9 * 60 / age.std()
     assert (old - young - expected).square().mean() < 0.1 * expected.square().mean()
-    assert (middle - denoiser.mean).square().mean() < 0.05 * expected.square().mean()
-    assert torch.equal(guess(noise, None, 1e-4), guess(noise, torch.nan, 1e-4))
-    assert torch.allclose(guess(noise, None, 1e-4), denoiser.mean, atol=1e-2)
+    assert (middle - prior.mean).square().mean() < 0.05 * expected.square().mean()
+    assert torch.allclose(guess(noise, None, 1e-4), guess(noise, torch.nan, 1e-4), atol=1e-6)
+    assert torch.allclose(guess(noise, None, 1e-4), prior.mean, atol=1e-2)
     seen = [guess(0.995 * brains[0], a, 0.995) for a in (25.0, 85.0, None)]
     assert all((a - b).square().mean() < 0.02 * expected.square().mean() for a in seen for b in seen)
-
-
-def test_a_cross_fitted_guess_comes_from_other_brains_alone():
-    """It is that of a denoiser fitted without the brain's fold, brain by brain of a batch, with or without people."""
-    torch.manual_seed(0)
-    Z, shape = 8, (2, 4, 5)
-    K, people = fading(Z, 0.8, 0.5), torch.randn(7, 2)
-    known = draw(7, torch.randn(2, COSINES, *shape), torch.randn(Z, *shape), K, 0.3)
-    denoiser = LinearDenoiser(shape, 2, Z, conditions=2)
-    denoiser.fit(known, people, K)
-    before, fitted = denoiser.modes.clone(), CrossFitted(denoiser, known, people, K, folds=3)
-    brains, others = torch.tensor([4, 0, 2]), ([0, 2, 3, 5, 6], [1, 2, 4, 5], [0, 1, 3, 4, 6])
-    x, z = known[brains].flatten(0, 1) + torch.randn(3 * Z, *shape), torch.arange(Z).repeat(3)
-    level = torch.full((3 * Z, 1, 1, 1), 0.5**0.5)
-    for someone in (people[brains].repeat_interleave(Z, 0), None):
-        guess = fitted.of(brains)(x, level, level, z, Z, K, someone)
-        for place, rest in enumerate(others):
-            own = LinearDenoiser(shape, 2, Z, conditions=2)
-            own.fit(known[rest], people[rest], K)
-            part = slice(place * Z, place * Z + Z)
-            person = None if someone is None else someone[part]
-            assert torch.equal(guess[part], own(x[part], level[part], level[part], z[part], Z, K, person))
-    assert torch.equal(denoiser.modes, before)
-
-
-def test_cross_fitted_errors_on_known_brains_are_those_on_new_ones():
-    """A denoiser that has seen them seems to be better than it is."""
-    torch.manual_seed(0)
-    Z, shape = 8, (2, 4, 5)
-    K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 0.5 * torch.randn(8, COSINES, *shape)
-    known, new = draw(40, true, mean, K, 1.0), draw(200, true, mean, K, 1.0, seed=1)
-    nobody, level = torch.empty(40, 0), torch.tensor(0.5**0.5)
-    denoiser = LinearDenoiser(shape, 8, Z)
-    denoiser.fit(known, nobody, K)
-
-    def error(guess, brains):
-        noise = draw(len(brains), 0 * true, 0 * mean, K, 1.0, seed=2)
-        x, z = level * (brains + noise).flatten(0, 1), torch.arange(Z).repeat(len(brains))
-        levels = level.expand(len(x), 1, 1, 1)
-        return float((guess(x, levels, levels, z, Z, K) - brains.flatten(0, 1)).square().mean())
-
-    cross_fitted = CrossFitted(denoiser, known, nobody, K, folds=20).of(torch.arange(40))
-    assert error(denoiser, known) < 0.75 * error(denoiser, new)
-    assert error(cross_fitted, known) == pytest.approx(error(denoiser, new), rel=0.08)
-
-
-def test_a_compiled_network_stays_compiled_whichever_folds_meet_in_a_batch():
-    """Brains come together by chance; nothing is compiled again for it."""
-    Z, shape = 8, (2, 4, 5)
-    K, known, nobody = fading(Z, 0.8, 0.5), torch.randn(6, Z, *shape), torch.empty(6, 0)
-    denoiser = LinearDenoiser(shape, 1, Z)
-    denoiser.fit(known, nobody, K)
-    fitted = CrossFitted(denoiser, known, nobody, K, folds=3)
-    level, z = torch.full((3 * Z, 1, 1, 1), 0.5**0.5), torch.arange(Z).repeat(3)
-
-    def double(x, guess):
-        return 2 * guess(x, level, level, z, Z, K)
-
-    compiled = torch.compile(double, backend="eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for brains in ([0, 1, 2], [0, 3, 1], [2, 2, 2], [4, 1, 1]):
-            x, guess = known[brains].flatten(0, 1), fitted.of(torch.tensor(brains))
-            assert torch.equal(compiled(x, guess), double(x, guess))

@@ -39,8 +39,8 @@ def test_grain_shows_no_edges_of_blocks():
     assert at_edges < 1.5 * step.mean()
 
 
-def test_grain_learns_what_power_is_missing_block_by_block_and_frequency_by_frequency():
-    """Of the power of real slices, less what the decoder's pictures have; nothing where nothing is missing."""
+def test_grain_learns_the_missing_power_block_by_block_and_frequency_by_frequency():
+    """The power of real slices minus that of the decoder's pictures; nothing where nothing is missing."""
     torch.manual_seed(0)
     grain, sd = Grain(4, 4), torch.zeros(16, 4, 5)
     sd[3, 1], sd[7, 2], sd[9, 1:3, 3] = 0.1, 0.03, 0.05
@@ -48,15 +48,15 @@ def test_grain_learns_what_power_is_missing_block_by_block_and_frequency_by_freq
     grey = torch.full((256, 1, 16, 20), -0.2)
     features = torch.randn(1, 4, 4, 5).expand(256, -1, -1, -1)
 
-    def drawn(picture: torch.Tensor, sd: torch.Tensor) -> torch.Tensor:
-        return grain.draw(picture, torch.randn_like(picture), sd.clamp(min=1e-9).log().expand(256, -1, -1, -1))
+    def with_grain(picture: torch.Tensor, sd: torch.Tensor) -> torch.Tensor:
+        return grain.add(picture, torch.randn_like(picture), sd.clamp(min=1e-9).log().expand(256, -1, -1, -1))
 
-    measured = grain.analysis(compand(drawn(grey, sd)) - compand(grey)).std(0)[inner]
+    measured = grain.analysis(compand(with_grain(grey, sd)) - compand(grey)).std(0)[inner]
     assert torch.allclose(measured, sd[inner], atol=0.02) and (measured[sd[inner] == 0] < 1e-4).all()
-    decoded = drawn(grey, 0.6 * sd)
-    real, log_sd = drawn(decoded, 0.8 * sd), torch.full((1, 16, 4, 5), -2.0, requires_grad=True)
-    optimizer = torch.optim.Adam([log_sd], lr=0.05)
-    for _ in range(400):
+    decoded = with_grain(grey, 0.6 * sd)
+    real, log_sd = with_grain(decoded, 0.8 * sd), torch.full((1, 16, 4, 5), -2.0, requires_grad=True)
+    optimizer = torch.optim.Adam([log_sd], lr=0.1)
+    for _ in range(120):
         loss = grain.loss(real, decoded, log_sd)
         optimizer.zero_grad()
         loss.backward()

@@ -1,7 +1,5 @@
-"""Laws of checkpoints.py: what a run leaves on disk, and what a resumed one takes from there."""
+"""Laws of training/checkpoints.py: what is written comes back, and nothing else is taken for it."""
 
-import argparse
-import json
 import os
 import pickle
 
@@ -10,7 +8,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import prestage_train
 import util
 from training import checkpoints
 from util import UserError
@@ -129,70 +126,3 @@ def test_fill_model_wants_every_key_and_shape(tmp_path):
     ):
         with pytest.raises(UserError, match="another model"):
             checkpoints.fill_model(nn.Linear(3, 2), wrong, tmp_path / "last.pt")
-
-
-def open_run(*typed: str, preset: str = "demo") -> argparse.Namespace:
-    args, typed = util.parse_flags(prestage_train.flags(), ["--device", "cpu", *typed])
-    args.name = args.name or "run"
-    return checkpoints.open_run("prestage_train.py", args, typed, lambda new: preset)
-
-
-def record(args: argparse.Namespace, script: str = "prestage_train.py") -> None:
-    util.write_file(util.Path("log/run/run.json"), json.dumps({"script": script, "settings": vars(args)}).encode())
-
-
-def test_open_run_takes_typed_before_recorded_before_preset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    demo = util.preset_settings("prestage_train.py", "demo")
-    new = open_run("--channels", "8", "--codebook", "loss")
-    assert (new.channels, new.codebook, new.preset) == (8, "loss", "demo")
-    assert (new.batch_size, new.steps) == (demo["batch_size"], demo["steps"])
-    record(new)
-    again = open_run("--steps", "9", preset="base")
-    assert (again.channels, again.codebook, again.preset, again.steps) == (8, "loss", "demo", 9)
-    assert json.dumps(vars(again)) == json.dumps(vars(new) | {"steps": 9})  # the record has lists for tuples
-    del new.patch  # as of a run from before there was this flag
-    record(new)
-    assert open_run().patch == demo["patch"]
-
-
-def test_a_typed_preset_beats_the_default_and_a_typed_flag_beats_the_preset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = open_run("--preset", "base", "--image-size", "128", preset="demo")
-    assert vars(args) | util.preset_settings("prestage_train.py", "base") | {"image_size": 128} == vars(args)
-    assert args.preset == "base"
-
-
-@pytest.mark.parametrize(
-    "flag, value",
-    [("--channels", "16"), ("--channel-multipliers", "2"), ("--seed", "1"), ("--model", "vae")]
-    + [("--kl-weight", "0.5"), ("--preset", "small")],
-)
-def test_a_contradiction_names_the_flag(tmp_path, monkeypatch, flag, value):
-    monkeypatch.chdir(tmp_path)
-    record(open_run("--channels", "8"))
-    open_run("--channels", "8", "--channel-multipliers", "1", "2", "--seed", "0")  # the same values again are none
-    with pytest.raises(UserError) as error:
-        open_run(flag, value)
-    assert flag in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
-
-
-def test_open_run_refuses_what_is_not_its_own(tmp_path, monkeypatch):
-    """A run of another script, a log that describes nothing, and folders that somebody else filled."""
-    monkeypatch.chdir(tmp_path)
-    record(open_run(), script="pixelCNN.py")
-    with pytest.raises(UserError, match="pixelCNN.py"):
-        open_run()
-    for text in ("", "[]", "{}", '{"script": "prestage_train.py"}', "not JSON"):
-        (tmp_path / "log/run/run.json").write_text(text)
-        with pytest.raises(UserError, match="run.json"):
-            open_run()
-    (tmp_path / "log/run/run.json").rename(tmp_path / "log/run/notes.txt")
-    with pytest.raises(UserError, match="log/run"):
-        open_run()
-    util.write_file(tmp_path / "model_ckpt/fresh/thesis.txt", b"precious")
-    with pytest.raises(UserError, match="model_ckpt/fresh"):
-        open_run("--name", "fresh")
-    for name in ("../elsewhere", "a/b", "/tmp"):  # --name is no path: it becomes part of three
-        with pytest.raises(UserError, match="--name"):
-            open_run("--name", name)

@@ -1,0 +1,193 @@
+"""Laws of training/stages.py: files of both stages against memory."""
+
+import pytest
+import torch
+
+import util
+from model_diffusion import RECIPES, LatentDiffusion
+from model_VAE import MODELS, VQVAE
+from training import checkpoints
+from training.stages import (
+    in_words_of_today,
+    latent_digest,
+    load_first_stage,
+    load_second_stage,
+    save_second_stage,
+)
+
+VARIANTS = {
+    "vae": {},
+    "vqvae": {"codebook_size": 16},
+    "vqvae fsq": {"levels": (4, 3, 3, 2)},
+    "vqvae2": {"codebook_size": 16},
+}
+
+
+def slices(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [count, 1, 64, 64] in [-1, 1] and z."""
+    return 2 * torch.rand(count, 1, 64, 64) - 1, torch.arange(count)
+
+
+@pytest.fixture(params=VARIANTS)
+def described(request, tiny_sizes) -> dict:
+    """The description of a tiny autoencoder of each kind with all its parts."""
+    sizes = tiny_sizes | VARIANTS[request.param] | {"perceptual": True, "grain": True}
+    return {"kind": request.param.split()[0], "model_kwargs": sizes, "step": 3}
+
+
+@pytest.fixture
+def trained(described, awaken):
+    """As if trained, in the memory format of training: another one sums in another order."""
+    model = awaken(MODELS[described["kind"]](**described["model_kwargs"]).eval())
+    x, z = slices(8)
+    model.fit(x, z)
+    model.set_latent_statistics([(x, z)])
+    return model.to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def path(trained, described, tmp_path):
+    checkpoints.save_weights(tmp_path / "model.safetensors", trained.state_dict(), described)
+    return tmp_path / "model.safetensors"
+
+
+def test_a_saved_model_gives_identical_outputs(trained, path):
+    """To the last bit; frozen, in evaluation mode, its scale included; by file and by folder, with either decoder."""
+    x, z = slices(3)
+    latent, faithful = trained.encode(x, z), trained.decode(trained.encode(x, z), z)
+    trained.use_decoder("perceptual")
+    sharp = trained.decode(latent, z)
+    files = (path, "fidelity", faithful), (path.parent, "perceptual", sharp), (path, None, sharp)
+    for run, decoder, picture in files:
+        loaded = load_first_stage(run, decoder=decoder)
+        assert torch.equal(loaded.encode(x, z), latent) and torch.equal(loaded.decode(latent, z), picture)
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert loaded.description["step"] == 3
+        assert loaded.description["digest"] == latent_digest(trained.state_dict())
+    assert load_first_stage(path).decoder_in_use == "fidelity" and not torch.equal(faithful, sharp)
+
+
+def test_the_digest_of_latents_ignores_decoders_and_grain(trained):
+    """Whoever learned the latents of one first stage can decode with another that differs in its decoders only."""
+    before = latent_digest(trained.state_dict())
+    for layer in (trained.decoder.stem, trained.perceptual.stem, trained.grain.strength[2]):
+        layer.weight.data += 1
+    assert latent_digest(trained.state_dict()) == before
+    trained.encoder.stem[1].weight.data += 1
+    assert latent_digest(trained.state_dict()) != before
+
+
+def test_weights_without_an_encoder_make_a_first_stage_that_only_decodes(trained, described, tmp_path):
+    """It decodes as before; asked to encode, it says what is missing."""
+    x, z = slices(3)
+    latent = trained.encode(x, z)
+    weights = {name: w for name, w in trained.state_dict().items() if not name.startswith(("encoder.", "encoder_top."))}
+    checkpoints.save_weights(tmp_path / "half.safetensors", weights, described)
+    half = load_first_stage(tmp_path / "half.safetensors")
+    assert torch.equal(half.decode(latent, z), trained.decode(latent, z))
+    with pytest.raises(ValueError, match="only decodes"):
+        half.encode(x, z)
+
+
+def test_a_file_without_a_perceptual_decoder_says_so(described, tmp_path):
+    single = described | {"model_kwargs": described["model_kwargs"] | {"perceptual": False}}
+    path = tmp_path / "single.safetensors"
+    checkpoints.save_weights(path, MODELS[single["kind"]](**single["model_kwargs"]).state_dict(), single)
+    assert load_first_stage(path, decoder=None).perceptual is None
+    with pytest.raises(util.UserError, match="no perceptual decoder"):
+        load_first_stage(path, decoder="perceptual")
+
+
+def test_a_file_of_another_kind_or_shape_is_refused(trained, described, tmp_path):
+    path = tmp_path / "other.safetensors"
+    checkpoints.save_weights(path, trained.state_dict(), described | {"kind": "diffusion"})
+    with pytest.raises(util.UserError, match="diffusion"):
+        load_first_stage(path)
+    other = described["model_kwargs"] | {"widths": (16, 32)}
+    checkpoints.save_weights(path, trained.state_dict(), described | {"model_kwargs": other})
+    with pytest.raises(util.UserError, match="another model"):
+        load_first_stage(path)
+
+
+OPTIONS = {"ema": True, "sphere": False, "rotation": False}  # of a quantiser of release 1
+
+
+class Prior(torch.nn.Linear):
+    """Stands for a second stage."""
+
+    kind, script = "prior", "prior.py"
+
+
+def test_a_second_stage_carries_its_first(trained, path):
+    """Sampling needs one path: what comes back is the same prior, first stage and description."""
+    first_stage, prior, second = load_first_stage(path), Prior(3, 2), path.with_name("second.safetensors")
+    save_second_stage(second, prior, first_stage, {"model_kwargs": {"in_features": 3, "out_features": 2}})
+    prior_back, first_back = load_second_stage(second, {"prior": Prior})
+    x, z = slices(2)
+    assert torch.equal(prior_back.weight, prior.weight) and torch.equal(first_back.encode(x, z), trained.encode(x, z))
+    assert prior_back.description["first_stage"]["digest"] == first_stage.description["digest"]
+    assert first_back.description == {k: v for k, v in first_stage.description.items() if k != "path"}
+    with pytest.raises(util.UserError, match="no first stage"):
+        load_first_stage(second)
+    with pytest.raises(util.UserError, match=r"prior\.py --name nobody"):
+        load_second_stage("nobody", {"prior": Prior})
+    with pytest.raises(util.UserError, match=trained.kind):
+        load_second_stage(path, {"prior": Prior})
+
+
+def test_weights_of_release_1_are_read_in_words_of_today(tiny_sizes, awaken, tmp_path):
+    """Channels and multipliers are widths, the choices of diffusion a recipe, and grain has a place of its own."""
+    first = awaken(VQVAE(**tiny_sizes, codebook_size=16, perceptual=True, grain=True).eval())
+    first = first.to(memory_format=torch.channels_last)
+    sizes = {"latent_shape": [4, 6, 7], "widths": [8, 16], "blocks": 1, "recipe": "edm", "slices": 4}
+    prior = awaken(LatentDiffusion(**sizes).eval())
+
+    def older(kwargs: dict, **more) -> dict:
+        kept = {name: value for name, value in kwargs.items() if name not in ("widths", "recipe")}
+        return kept | {"channels": 8, "channel_multipliers": [1, 2]} | more
+
+    first_kwargs = tiny_sizes | {"codebook_size": 16, "perceptual": True, "grain": True}
+    first_kwargs = older(first_kwargs, quantizer="vq", quantizer_options=OPTIONS)
+    weights = {name.replace("grain.", "perceptual.grain."): tensor for name, tensor in first.state_dict().items()}
+    path = tmp_path / "first.safetensors"
+    checkpoints.save_weights(path, weights, {"kind": "vqvae", "model_kwargs": first_kwargs})
+    again = load_first_stage(path, decoder="perceptual")
+    x, z = slices(3)
+    first.use_decoder("perceptual")
+    generators = (torch.Generator().manual_seed(1) for _ in range(2))
+    pictures = [m.decode_with_grain(m.encode(x, z), z, g) for m, g in zip((first, again), generators)]
+    assert torch.equal(*pictures) and again.sizes[1] == (8, 16)
+
+    chosen = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES["edm"]))
+    save_second_stage(path, prior, again, {"model_kwargs": older(sizes, slice_noise="matched", **chosen)})
+    back, _ = load_second_stage(path, {"diffusion": LatentDiffusion})
+    assert back.recipe == RECIPES["edm"] and back.slices == 4
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), prior.state_dict().values(), strict=True))
+    for known in ({"model_kwargs": sizes}, again.description):
+        assert in_words_of_today({}, known)[1]["model_kwargs"] == known["model_kwargs"]
+
+
+def test_weights_of_removed_choices_are_refused(tiny_sizes, tmp_path):
+    """Read otherwise than they were trained, they would give other pictures."""
+    path, first = tmp_path / "old.safetensors", VQVAE(**tiny_sizes, codebook_size=16)
+    kwargs = tiny_sizes | {"codebook_size": 16}
+    first.description = {"kind": "vqvae", "model_kwargs": kwargs}
+    prior = LatentDiffusion(latent_shape=(4, 6, 7), widths=(8,), blocks=1)
+    kwargs_of_prior = {"latent_shape": [4, 6, 7], "channels": 8, "channel_multipliers": [1], "blocks": 1}
+    chosen = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES["v"]))
+    for other in (chosen | {"schedule": "cosine-zero"}, chosen | {"slice_noise": "own"}):
+        save_second_stage(path, prior, first, {"model_kwargs": kwargs_of_prior | other})
+        with pytest.raises(util.UserError, match="train it anew"):
+            load_second_stage(path, {"diffusion": LatentDiffusion})
+    sphere = {"quantizer_options": OPTIONS | {"sphere": True}}
+    checkpoints.save_weights(path, first.state_dict(), {"kind": "vqvae", "model_kwargs": kwargs | sphere})
+    with pytest.raises(util.UserError, match="train it anew"):
+        load_first_stage(path)
+
+
+@pytest.mark.parametrize("path", sorted(checkpoints.RELEASED.glob("v*.safetensors")), ids=lambda path: path.stem)
+def test_released_first_stages_decode(path):
+    """All that the project comes with can be read, and its latents make pictures."""
+    model = load_first_stage(path, decoder=None)
+    x = model.decode(model.prior_latent(1), torch.tensor([16]))
+    assert x.shape == (1, 1, model.image_size, model.image_size) and x.isfinite().all() and x.std() > 0.1
