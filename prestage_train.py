@@ -54,14 +54,14 @@ def flags() -> Flags:
     train, positive = flags.train, util.positive_int
     train("--model", choices=sorted(MODELS), default="vqvae", of_first_stage=True, help="which first stage")
     train("--start-from", metavar="RUN", help="run or file of a first stage to sharpen; all steps go into that")
-    train("--steps", type=positive, presets=(300, 3800, 36_000), changeable=True, help="of all phases together")
+    train("--steps", type=positive, presets=(400, 3800, 36_000), changeable=True, help="of all phases together")
     train("--batch-size", type=positive, presets=(16, 4, 32), help="slices per step and process")
     train("--learning-rate", type=util.positive_float, presets=(1e-3, 8e-4, 3e-4), help="Adam's, after warm-up")
     train("--image-size", type=positive, presets=(64, 256, 256), of_first_stage=True, help="pixels a side, by area")
     train("--widths", type=positive, nargs="+", metavar="W", presets=((32, 64), (128,), (96, 192)), of_first_stage=True,
           help="channels of each level; from level to level the resolution halves")  # fmt: skip
     train("--blocks", type=positive, presets=(1, 3, 3), of_first_stage=True, help="residual blocks a level")
-    train("--patch", type=positive, presets=(2, 8, 4), of_first_stage=True,
+    train("--patch", type=positive, presets=(4, 8, 4), of_first_stage=True,
           help="pixels a side folded into channels; a latent stands for patch 2^(levels - 1) a side")  # fmt: skip
     train("--latent-channels", type=positive, default=8, of_first_stage=True, help="numbers per latent vector or code")
     train("--codebook-size", type=positive, presets=(256, 1024, 1024), of_first_stage=True, help="codes of a VQ-VAE")
@@ -322,8 +322,7 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
             "feature_matching": feature_matching_loss(real_features, fake_features),
         }
         # both pull equally hard at the last layer; averaged, since one step's ratio is noise
-        scaled = (run.scaler.scale(losses[name]) for name in ("reconstruction", "generator"))
-        pull = adaptive_weight(*scaled, model.perceptual.last_layer)
+        pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
         pull = balance.add(util.mean_of_processes(pull))
         say = critic_say(step, run.total)
         weights = {"generator": args.gan_weight * pull * say, "feature_matching": FEATURE_WEIGHT * say}

@@ -62,7 +62,7 @@ def flags() -> Flags:
     train("--steps", type=positive, presets=(600, 1600, 14_000), changeable=True, help="optimiser steps")
     train("--batch-size", type=positive, presets=(32, 32, 128), help="slices per step and process")
     train("--learning-rate", type=util.positive_float, presets=(1e-3, 5e-4, 2e-4), help="Adam's, after warm-up")
-    train("--widths", type=positive, nargs="+", metavar="W", presets=((32, 64), (64, 128, 192), (128, 256, 384)),
+    train("--widths", type=positive, nargs="+", metavar="W", presets=((64, 128), (64, 128, 192), (128, 256, 384)),
           help="channels of each level of the UNet")  # fmt: skip
     train("--recipe", choices=tuple(RECIPES), default="v", help="noise schedule, prediction, weighting, times")
     train("--slices", type=positive, metavar="S", presets=(8, 1, 8), help="neighbouring slices of a brain that "
