@@ -446,11 +446,11 @@ def flags() -> Flags:
     flags = Flags(SCRIPT, __doc__)
     train, sample, positive = flags.train, flags.sample, util.positive_int
     train("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file")
-    train("--steps", type=positive, presets=(300, 2400, 20_000), changeable=True, help="optimiser steps at most")
-    train("--batch-size", type=positive, presets=(16, 16, 64), help="slices per step and process")
-    train("--learning-rate", type=util.positive_float, presets=(1e-3, 8e-4, 3e-4), help="Adam's, after warm-up")
-    train("--channels", type=positive, presets=(48, 64, 128), help="width of both stacks")
-    train("--layers", type=positive, presets=(6, 8, 12), help="gated layers")
+    train("--steps", type=positive, changeable=True, help="optimiser steps at most")
+    train("--batch-size", type=positive, help="slices per step and process")
+    train("--learning-rate", type=util.positive_float, help="Adam's, after warm-up")
+    train("--channels", type=positive, help="width of both stacks")
+    train("--layers", type=positive, help="gated layers")
     train("--dropout", type=util.fraction, default=0.3, help="on the gates; few brains are soon learned by heart")
     train("--patience", type=positive, default=4, changeable=True, help="stop after so many reports, of which there "
           "are ten, without a better validation likelihood")  # fmt: skip

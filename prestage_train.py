@@ -54,24 +54,24 @@ def flags() -> Flags:
     train, positive = flags.train, util.positive_int
     train("--model", choices=sorted(MODELS), default="vqvae", of_first_stage=True, help="which first stage")
     train("--start-from", metavar="RUN", help="run or file of a first stage to sharpen; all steps go into that")
-    train("--steps", type=positive, presets=(400, 3800, 36_000), changeable=True, help="of all phases together")
-    train("--batch-size", type=positive, presets=(16, 4, 32), help="slices per step and process")
-    train("--learning-rate", type=util.positive_float, presets=(1e-3, 8e-4, 3e-4), help="Adam's, after warm-up")
-    train("--image-size", type=positive, presets=(64, 256, 256), of_first_stage=True, help="pixels a side, by area")
-    train("--widths", type=positive, nargs="+", metavar="W", presets=((32, 64), (128,), (96, 192)), of_first_stage=True,
+    train("--steps", type=positive, changeable=True, help="of all phases together")
+    train("--batch-size", type=positive, help="slices per step and process")
+    train("--learning-rate", type=util.positive_float, help="Adam's, after warm-up")
+    train("--image-size", type=positive, of_first_stage=True, help="pixels a side, by area")
+    train("--widths", type=positive, nargs="+", metavar="W", of_first_stage=True,
           help="channels of each level; from level to level the resolution halves")  # fmt: skip
-    train("--blocks", type=positive, presets=(1, 3, 3), of_first_stage=True, help="residual blocks a level")
-    train("--patch", type=positive, presets=(4, 8, 4), of_first_stage=True,
+    train("--blocks", type=positive, of_first_stage=True, help="residual blocks a level")
+    train("--patch", type=positive, of_first_stage=True,
           help="pixels a side folded into channels; a latent stands for patch 2^(levels - 1) a side")  # fmt: skip
     train("--latent-channels", type=positive, default=8, of_first_stage=True, help="numbers per latent vector or code")
-    train("--codebook-size", type=positive, presets=(256, 1024, 1024), of_first_stage=True, help="codes of a VQ-VAE")
+    train("--codebook-size", type=positive, of_first_stage=True, help="codes of a VQ-VAE")
     train("--levels", type=positive, nargs="+", metavar="L", of_first_stage=True,
           help="of each number of a code, such as 8 5 5 5: finite scalar quantisation, no codebook")  # fmt: skip
     train("--kl-weight", type=util.positive_float, default=1e-3, of_first_stage=True,
           help="of a VAE's KL in bits per pixel")  # fmt: skip
     train("--kl-schedule", choices=("cyclical", "monotonic", "constant"), default="cyclical", of_first_stage=True,
           help="of that weight")  # fmt: skip
-    train("--gan-weight", type=util.fraction, presets=(0.0, 0.5, 0.5), help="of the discriminator's gradient over the "
+    train("--gan-weight", type=util.fraction, help="of the discriminator's gradient over the "
           "reconstruction's; 0 trains no perceptual decoder")  # fmt: skip
     return flags
 

@@ -59,15 +59,15 @@ def flags() -> Flags:
     flags = Flags(SCRIPT, __doc__)
     train, sample, positive = flags.train, flags.sample, util.positive_int
     train("--first-stage", default="vqvae", metavar="RUN", help="run name, folder or weights file")
-    train("--steps", type=positive, presets=(600, 1600, 14_000), changeable=True, help="optimiser steps")
-    train("--batch-size", type=positive, presets=(32, 32, 128), help="slices per step and process")
-    train("--learning-rate", type=util.positive_float, presets=(1e-3, 5e-4, 2e-4), help="Adam's, after warm-up")
-    train("--widths", type=positive, nargs="+", metavar="W", presets=((64, 128), (64, 128, 192), (128, 256, 384)),
+    train("--steps", type=positive, changeable=True, help="optimiser steps")
+    train("--batch-size", type=positive, help="slices per step and process")
+    train("--learning-rate", type=util.positive_float, help="Adam's, after warm-up")
+    train("--widths", type=positive, nargs="+", metavar="W",
           help="channels of each level of the UNet")  # fmt: skip
     train("--recipe", choices=tuple(RECIPES), default="v", help="noise schedule, prediction, weighting, times")
-    train("--slices", type=positive, metavar="S", presets=(8, 1, 8), help="neighbouring slices of a brain that "
+    train("--slices", type=positive, metavar="S", help="neighbouring slices of a brain that "
           "training shows together; 1 is a 2-D model")  # fmt: skip
-    train("--moved-heads", type=util.whole_number, metavar="N", presets=(0, 0, 6), help="times that training sees "
+    train("--moved-heads", type=util.whole_number, metavar="N", help="times that training sees "
           "every head turned, scaled and shifted, beside once as it is; the network is told how")  # fmt: skip
     flags.add_sampling("NAME_vis/samples")
     sample("--sampler", choices=tuple(SAMPLERS), default="dpm", help="dpm and ddim evaluate the network once a step, "

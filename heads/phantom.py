@@ -11,6 +11,8 @@ ventricles, content inside rows 40..215 and columns 24..231, each slice scaled b
 tissue masks on the brain only: 0 background, 85 cerebrospinal fluid, 170 grey matter, 255 white matter.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 HEIGHT, SIZE = 31, 256  # mm from the lowest slice to the highest; pixels
@@ -122,22 +124,45 @@ def hull_depth(x: np.ndarray, y: np.ndarray, length: float, width: float, taper:
     return (1 - rho) / np.maximum(slope, 0.5 / length)
 
 
-def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """One head, cut at N = `slices` heights that lie evenly from the lowest (0 mm) to the highest (31 mm).
+class Frame(NamedTuple):
+    """Age, coordinates and brain hull of one head at N heights; lengths in mm, arrays float32 except z."""
 
-    Returns images uint8 [N, 256, 256] (0..255, maximum 255 in every slice, exactly 0 outside the head) and masks
-    uint8 [N, 256, 256] (0 background, 85 CSF, 170 grey, 255 white; brain only). The anatomy depends on (seed, case)
-    alone, not on N and not on which other heads are made. Raises ValueError unless seed and case are >= 0 and
-    slices >= 2.
-    """
-    if seed < 0 or case < 0 or slices < 2:
-        raise ValueError(f"seed and case must be >= 0, slices >= 2; got seed={seed}, case={case}, slices={slices}")
-    rng = np.random.default_rng((seed, case))
-    age = rng.beta(1.3, 1.6)  # 0 young .. 1 old: wide ventricles come with wide sulci
-    z = np.linspace(0, HEIGHT, slices)  # float64, mm
-    rise = np.linspace(0, 1, slices, dtype=np.float32)[:, None, None]  # from the lowest slice to the highest
+    age: float  # 0 young .. 1 old: wide ventricles come with wide sulci
+    z: np.ndarray  # [N] heights, float64
+    rise: np.ndarray  # [N, 1, 1] the same, from 0 in the lowest slice to 1 in the highest
+    x: np.ndarray  # [176, 208] to the front
+    y: np.ndarray  # [176, 208] to the side
+    midline: np.ndarray  # [176, 208] the y where left meets right
+    low: np.ndarray  # [176, 208] depth under the smooth hull of the lowest slice
+    outline: np.ndarray  # [N, 176, 208] depth under the hull that the skull follows
+    depth: np.ndarray  # [N, 176, 208] depth under the brain's own, bumpier hull
 
-    # Head coordinates: x to the front, y to the side, with a small tilt, shift and a bent midline.
+
+class Folds(NamedTuple):
+    """The folded surface of a brain and what the deep structures share with it: float32 [N, 176, 208]."""
+
+    pia: np.ndarray  # mm under the surface, negative outside
+    side: np.ndarray  # mm from the midline
+    wobble: np.ndarray  # noise of unit variance that bends
+    local: np.ndarray  # noise of unit variance that widens
+
+
+class Deep(NamedTuple):
+    """Structures deep in a brain, float32 [N, 176, 208]: signed distances in mm, negative inside, and one share."""
+
+    ventricles: np.ndarray
+    nuclei: np.ndarray  # caudate and putamen
+    pale: np.ndarray  # pallidum and thalamus, brighter than the nuclei
+    cistern: np.ndarray
+    pool: np.ndarray  # share 0..1 of a voxel that is fluid of the cistern, around the vermis
+    core: np.ndarray  # to the nearest of lateral ventricles, nuclei, pale and cistern
+
+
+def head_frame(rng: np.random.Generator, slices: int) -> Frame:
+    """Coordinates with a small tilt, shift and bent midline; a hull with narrow temples below, an egg above."""
+    age = rng.beta(1.3, 1.6)
+    z = np.linspace(0, HEIGHT, slices)
+    rise = np.linspace(0, 1, slices, dtype=np.float32)[:, None, None]
     row, col = np.mgrid[:ROWS, :COLS].astype(np.float32)
     angle, shift_x, shift_y = rng.normal(0, (0.02, 0.9, 0.9))
     x = (col - 103 - shift_x) * np.cos(angle) + (row - 89 - shift_y) * np.sin(angle)
@@ -145,17 +170,22 @@ def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np
     x, y = x.astype(np.float32), y.astype(np.float32)
     midline = rng.normal(0, 0.8) * np.sin(x / 30 + rng.uniform(0, 6)) + rng.normal(0, 0.8) * (x / 85) ** 2
 
-    # Brain hull: narrow temples below, an egg above.
     length, width = 86 + rng.normal(0, 1.3), 67.8 + rng.normal(0, 1.4)
     taper = rng.normal(0.06, 0.025)
     low = hull_depth(x, y, length, width, taper, 0.07)
     high = hull_depth(x + 1, y, length - 5, width - 1.5, taper + 0.05, 0.0)
     outline = low + rise**1.5 * (high - low) + 0.5 * smooth_noise(rng, z, (16, 24, 24))
     depth = outline + 0.8 * smooth_noise(rng, z, (12, 11, 11))
+    return Frame(age, z, rise, x, y, midline, low, outline, depth)
+
+
+def brain_folds(rng: np.random.Generator, frame: Frame) -> Folds:
+    """Interhemispheric fissure, sulci and Sylvian fissure, cut into the hull."""
+    age, z, rise, x, y, depth = frame.age, frame.z, frame.rise, frame.x, frame.y, frame.depth
 
     # Interhemispheric fissure, open in front of and behind the corpus callosum.
     wobble = smooth_noise(rng, z, (12, 14, 14))
-    side = np.abs(y - midline + 0.5 * wobble)
+    side = np.abs(y - frame.midline + 0.5 * wobble)
     genu, splenium = along_z(z, [(0, 40, -42), (8, 50, -36), (16, 47, -32), (24, 40, -36), (28, 25, -24), (31, 4, -4)])
     callosum = np.maximum(np.minimum(genu - x, x - splenium), 0)
     fissure = distance(side, callosum)
@@ -166,12 +196,12 @@ def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np
     nu = np.arccosh((x + 1j * np.abs(y)) / 52 + 1e-4j).imag
     convex = 76 * nu - 4.5 * np.sin(2 * nu)
     medial = 1.4 * (85 - x)
-    share = np.abs(y) / (np.abs(y) + np.maximum(low, 0) + 4)
+    share = np.abs(y) / (np.abs(y) + np.maximum(frame.low, 0) + 4)
     arc = medial + share**2 * (3 - 2 * share) * (convex - medial)
     phase = arc * (2 * np.pi / 25) + 0.8 * np.tanh(y / 4)
     phase = phase + (2.2 - 0.9 * share) * smooth_noise(rng, z, (14, 13, 13))
     wave = np.sin(phase) + (1.0 - 0.45 * share) * smooth_noise(rng, z, (8, 7.5, 7.5))
-    slope = np.sqrt(sum(g**2 for g in np.gradient(wave, HEIGHT / (slices - 1), 1, 1)))
+    slope = np.sqrt(sum(g**2 for g in np.gradient(wave, HEIGHT / (len(z) - 1), 1, 1)))
     bank = np.minimum(depth, np.maximum(2 + 0.9 * wobble, 1.3) * fissure + 2 * callosum)
     local = smooth_noise(rng, z, (12, 11, 11))
     sulci = distance(wave / (slope + 0.06), 1.5 * np.maximum(bank - 19 - 6 * np.cos(phase) - 5 * local, 0))
@@ -187,49 +217,62 @@ def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np
 
     pia = smooth_min(depth - (0.6 + 1.1 * age), sulci, 4.5)
     pia = smooth_min(pia, fissure - (0.5 + 0.7 * age) * (1 + 0.4 * local), 3.0)
-    pia = smooth_min(pia, sylvian, 3.0)
+    return Folds(smooth_min(pia, sylvian, 3.0), side, wobble, local)
 
-    # Ventricles and nuclei are spindles in slightly bent space, so that left and right are no mirror images.
-    bent_x = x + 2.0 * smooth_noise(rng, z, (14, 16, 16))
+
+def deep_structures(rng: np.random.Generator, frame: Frame, folds: Folds) -> Deep:
+    """Ventricles and nuclei: spindles in slightly bent space, so that left and right are no mirror images."""
+    age, z, side = frame.age, frame.z, folds.side
+    bent_x = frame.x + 2.0 * smooth_noise(rng, z, (14, 16, 16))
     bent_y = side + 1.2 * smooth_noise(rng, z, (14, 16, 16))
     swell = 0.6 + 0.9 * age + rng.normal(0, 0.08)
     spread = bent_y - 3 * (swell - 1)
     (bow,) = along_z(z, [(0, 8), (14, 4), (22, -12), (27, -8), (31, -3)])
-    lateral = (
-        smooth_min(
-            spindle(bent_x, spread, z, FRONTAL_HORN, swell, -4),
-            spindle(bent_x, spread, z, OCCIPITAL_HORN, swell, bow),
-            4.0,
-        )
-        + 0.8 * wobble
-    )
+    frontal = spindle(bent_x, spread, z, FRONTAL_HORN, swell, -4)
+    occipital = spindle(bent_x, spread, z, OCCIPITAL_HORN, swell, bow)
+    lateral = smooth_min(frontal, occipital, 4.0) + 0.8 * folds.wobble
     lateral = np.maximum(lateral, 1.2 - side)  # septum pellucidum
     ventricles = np.minimum(lateral, spindle(bent_x, side, z, THIRD_VENTRICLE, 0.7 + 1.3 * age))
-    cistern = spindle(bent_x, bent_y, z, CISTERN, 0.8 + 0.4 * age) + 1.5 * local
-    vermis = spindle(bent_x, bent_y, z, VERMIS) + local
+    cistern = spindle(bent_x, bent_y, z, CISTERN, 0.8 + 0.4 * age) + 1.5 * folds.local
+    vermis = spindle(bent_x, bent_y, z, VERMIS) + folds.local
+    pool = inside(-cistern, 2.0) * (1 - inside(-vermis, 4.0) * (0.7 + 0.15 * np.cos(1.5 * bent_x)))
     nuclei = np.minimum(spindle(bent_x, spread, z, CAUDATE), spindle(bent_x, bent_y, z, PUTAMEN, 1.0, 8))
     pale = np.minimum(spindle(bent_x, bent_y, z, PALLIDUM), spindle(bent_x, bent_y, z, THALAMUS))
-    deep = np.minimum(np.minimum(lateral, nuclei), np.minimum(pale, cistern))
-    pia = np.maximum(pia, 4 - deep)  # no sulcus runs into the deep structures
+    core = np.minimum(np.minimum(lateral, nuclei), np.minimum(pale, cistern))
+    return Deep(ventricles, nuclei, pale, cistern, pool, core)
 
-    ribbon = 4.1 - 0.4 * age + 0.3 * wobble
-    grey = np.maximum(inside(ribbon - pia, 2.6), 0.8 * inside(-nuclei, 2.5))
-    grey = np.maximum(grey, 0.4 * inside(-pale, 4.0))
-    fluid = np.maximum(inside(-pia, 2.0), inside(-ventricles, 1.8))
-    fluid = np.maximum(fluid, inside(-cistern, 2.0) * (1 - inside(-vermis, 4.0) * (0.7 + 0.15 * np.cos(1.5 * bent_x))))
 
-    # T1 contrast, white matter = 1.
+def brain_tissue(rng: np.random.Generator, frame: Frame, folds: Folds, deep: Deep) -> tuple[np.ndarray, np.ndarray]:
+    """T1 brightness of the brain, white matter = 1, float32, and labels 0, 85, 170, 255: both [N, 176, 208]."""
+    pia = np.maximum(folds.pia, 4 - deep.core)  # no sulcus runs into the deep structures
+    ribbon = 4.1 - 0.4 * frame.age + 0.3 * folds.wobble
+    grey = np.maximum(inside(ribbon - pia, 2.6), 0.8 * inside(-deep.nuclei, 2.5))
+    grey = np.maximum(grey, 0.4 * inside(-deep.pale, 4.0))
+    fluid = np.maximum(inside(-pia, 2.0), inside(-deep.ventricles, 1.8))
+    fluid = np.maximum(fluid, deep.pool)
+
     fluid_level, grey_level = rng.normal(0.17, 0.03), rng.normal(0.59, 0.03)
     brain = 1 - (1 - grey_level) * grey
-    brain += 0.025 * smooth_noise(rng, z, (2, 3, 3))
+    brain += 0.025 * smooth_noise(rng, frame.z, (2, 3, 3))
     brain += (fluid_level - brain) * fluid
 
-    # Layers of the head outside the brain, by height above the hull.
-    height = -outline
-    bone = height - 0.7 - 0.4 * age
+    labels = np.where(pia < ribbon, GREY, WHITE)
+    labels[(deep.nuclei < 0) | (deep.pale < -2) | (deep.cistern < 0)] = GREY
+    labels[fluid > 0.5] = CSF
+    labels[frame.depth < 0] = 0
+    return brain, labels
+
+
+def outer_layers(rng: np.random.Generator, frame: Frame, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Skull, muscle, fat and skin, laid around the brain by height above the hull.
+
+    Returns the head's brightness, white matter = 1, and the height in mm above the skin: both float32 [N, 176, 208].
+    """
+    z, x, height = frame.z, frame.x, -frame.outline
+    bone = height - 0.7 - 0.4 * frame.age
     skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, z, (16, 40, 40))
     scalp = rng.normal(5.4, 0.7) + 0.9 * smooth_noise(rng, z, (14, 28, 28))
-    muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(y) - 25, 20) * np.clip(1.1 - rise, 0, 1)
+    muscle = 3.5 * np.exp(-(((x - 40) / 26) ** 2)) * inside(np.abs(frame.y) - 25, 20) * np.clip(1.1 - frame.rise, 0, 1)
     flesh = bone - np.maximum(skull, 2)
     fat = flesh - muscle
     skin = fat - np.maximum(scalp, 3)
@@ -239,24 +282,44 @@ def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np
     head += inside(flesh) * (0.6 - head)
     head += inside(fat, 2.0) * (rng.normal(1.5, 0.1) + 0.16 * smooth_noise(rng, z, (6, 9, 9)) - head)
     head *= 1 - inside(skin + 1.5, 5.0)
+    return head, skin
 
-    # The coil: a smooth bias, Rician noise, a little blur, and each slice scaled by itself.
-    head *= np.exp(0.07 * smooth_noise(rng, z, (40, 90, 90)) - 0.004 * np.minimum(depth, 30))
+
+def scan(rng: np.random.Generator, frame: Frame, head: np.ndarray, skin: np.ndarray) -> np.ndarray:
+    """What the coil sees of a head's brightness: whole numbers 0..255 as float32 [N, 176, 208], 0 outside the skin.
+
+    A smooth bias, Rician noise, a little blur, and each slice scaled by itself.
+    """
+    head = head * np.exp(0.07 * smooth_noise(rng, frame.z, (40, 90, 90)) - 0.004 * np.minimum(frame.depth, 30))
     sigma = rng.uniform(0.025, 0.055)
-    noise = rng.standard_normal((2, slices, ROWS, COLS), dtype=np.float32) * sigma
+    noise = rng.standard_normal((2, *head.shape), dtype=np.float32) * sigma
     head = distance(head + noise[0], noise[1])
     head[:, 1:-1] += 0.15 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
     head[:, :, 1:-1] += 0.15 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
     head *= skin < 1
     head *= 255 / head.max(axis=(1, 2), keepdims=True)
+    return np.round(head)
 
-    tissue = np.where(pia < ribbon, GREY, WHITE)
-    tissue[(nuclei < 0) | (pale < -2) | (cistern < 0)] = GREY
-    tissue[fluid > 0.5] = CSF
-    tissue[depth < 0] = 0
+
+def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """One head, cut at N = `slices` heights that lie evenly from the lowest (0 mm) to the highest (31 mm).
+
+    Returns images uint8 [N, 256, 256] (0..255, maximum 255 in every slice, exactly 0 outside the head) and masks
+    uint8 [N, 256, 256] (0 background, 85 CSF, 170 grey, 255 white; brain only). The anatomy depends on (seed, case)
+    alone, not on N and not on which other heads are made. Raises ValueError unless seed and case are >= 0 and
+    slices >= 2.
+    """
+    if seed < 0 or case < 0 or slices < 2:
+        raise ValueError(f"seed and case must be >= 0, slices >= 2; got seed={seed}, case={case}, slices={slices}")
+    rng = np.random.default_rng((seed, case))  # every part draws from it in turn: their order is part of the result
+    frame = head_frame(rng, slices)
+    folds = brain_folds(rng, frame)
+    deep = deep_structures(rng, frame, folds)
+    brain, labels = brain_tissue(rng, frame, folds, deep)
+    head, skin = outer_layers(rng, frame, brain)
 
     box = np.s_[:, TOP : TOP + ROWS, LEFT : LEFT + COLS]
     images, masks = np.zeros((2, slices, SIZE, SIZE), np.uint8)
-    images[box] = np.round(head)
-    masks[box] = tissue
+    images[box] = scan(rng, frame, head, skin)
+    masks[box] = labels
     return images, masks

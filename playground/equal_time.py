@@ -84,7 +84,7 @@ def ours(kind: type = VQVAE, linear_path: bool = True, **changes) -> Arm:
     """A VQVAE or VAE of preset small with some keywords changed, or without linear path and k-means at its start."""
 
     def build(train: Slices) -> nn.Module:
-        small = prestage_train.flags().preset("small")
+        small = prestage_train.flags().presets["small"]
         kwargs = {name: small[name] for name in ("image_size", "patch", "widths", "blocks")}
         kwargs |= {"latent_channels": 8, "box": train.content_box()} | changes
         net = kind(**kwargs, **({"codebook_size": 1024} if kind is VQVAE and "levels" not in changes else {}))

@@ -122,7 +122,7 @@ def test_the_phases_share_the_steps():
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_every_preset_builds_its_model(preset, kind):
     """On the content box and on the whole frame, which data that leave the box need."""
-    args = Namespace(model=kind, **prestage_train.flags().preset(preset), latent_channels=8, levels=None)
+    args = Namespace(model=kind, **prestage_train.flags().presets[preset], latent_channels=8, levels=None)
     size = args.image_size
     for box in (tuple(side * size // 256 for side in CONTENT_BOX), (0, 0, size, size)):
         with torch.device("meta"):

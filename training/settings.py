@@ -1,4 +1,4 @@
-"""The settings of a run: flags and presets, the record in log/NAME/run.json, and what a later start may change.
+"""The settings of a run: its flags, the record in log/NAME/run.json, and what a later start may change.
 
 A run NAME is model_ckpt/NAME (weights, checkpoints), log/NAME (run.json and scalars) and NAME_vis (pictures). The same
 command resumes it, so its settings come from run.json, and a typed one that differs is refused.
@@ -14,9 +14,8 @@ from pathlib import Path
 
 import util
 from training.checkpoints import file_digest, run_weights
+from training.presets import MEANINGS, PRESETS
 from util import UserError
-
-PRESETS = {"demo": "64 px, minutes on a CPU", "small": "256 px, hours on a CPU", "base": "256 px, hours on a CUDA GPU"}
 
 
 class Flags:
@@ -31,7 +30,7 @@ class Flags:
         self.script = script
         self.parser = util.plain_parser(description)
         self.groups = {name: self.parser.add_argument_group(name) for name in ("training", "sampling")}
-        self.presets: dict[str, tuple] = {}  # flag: its values in the order of PRESETS
+        self.presets = PRESETS.get(script, {})  # {preset: {flag: value}}
         self.one_start: set[str] = set()  # not of the run: neither recorded nor inherited
         self.changeable: set[str] = set()  # recorded, but another value makes no other run
         self.sampling: set[str] = set()  # decides how a sampled brain looks
@@ -43,17 +42,15 @@ class Flags:
         name: str,
         *,
         help: str,
-        presets: tuple | None = None,
         one_start: bool = False,
         changeable: bool = False,
         samples: bool = False,
         of_first_stage: bool = False,
         **options,
     ) -> None:
-        """Declares a flag of training.
+        """Declares a flag of training. Its default is what the preset says, or else the plain one of the options.
 
         Args:
-            presets: its values in demo, small and base; instead of a default.
             one_start: it belongs to one start of the script and not to the run, such as --device.
             changeable: a later start may change it, such as --steps.
             samples: sampling takes it too, such as --seed.
@@ -65,9 +62,7 @@ class Flags:
         for mark, is_so in (marks | {"sampling": samples}).items():
             if is_so:
                 getattr(self, mark).add(flag)
-        if presets is not None:
-            self.presets[flag] = presets
-        self._add("training", name, help, presets, options)
+        self._add("training", name, help, options)
 
     def sample(self, name: str, *, help: str, decides: bool = True, **options) -> None:
         """Declares a flag of sampling; `decides` says whether a brain of a given number looks otherwise with it."""
@@ -75,25 +70,25 @@ class Flags:
         self.one_start.add(flag)
         if decides:
             self.sampling.add(flag)
-        self._add("sampling", name, help, None, options)
+        self._add("sampling", name, help, options)
 
-    def _add(self, group: str, name: str, help: str, presets: tuple | None, options: dict) -> None:
-        default = options.get("default")
-        if presets is not None:
-            values = (" ".join(map(str, v)) if isinstance(v, tuple) else f"{v:,}" if isinstance(v, int) else str(v)
-                      for v in presets)  # fmt: skip
-            help += f" ({', '.join(f'{preset} {value}' for preset, value in zip(PRESETS, values))})"
+    def _add(self, group: str, name: str, help: str, options: dict) -> None:
+        """Adds the flag; its help ends with its value in each preset, or with its plain default."""
+        flag, default = name.lstrip("-").replace("-", "_"), options.get("default")
+        chosen = {preset: values[flag] for preset, values in self.presets.items() if flag in values}
+        if chosen:
+            help += f" ({', '.join(f'{preset} {_words(value)}' for preset, value in chosen.items())})"
         elif default is not None and options.get("action") != "store_true":
-            help += f" ({' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+            help += f" ({_words(default)})"
         self.groups[group].add_argument(name, help=help.replace("%", "%%"), **options)
 
     def _add_common(self) -> None:
-        """The flags that all trainers have, but for --steps and others whose presets differ."""
+        """The flags that all trainers have, but for --steps and others that differ."""
         self.train("--data", metavar="FOLDER", changeable=True, help="holds keras_png_slices_*; else $OASIS_DATA, "
                    "data/keras_png_slices_data, the built-in phantom")  # fmt: skip
         self.train("--name", help="of the run: model_ckpt/NAME, log/NAME, NAME_vis; default: the model's")
-        meanings = "; ".join(f"{name}: {meaning}" for name, meaning in PRESETS.items())
-        self.train("--preset", choices=tuple(PRESETS), help=f"the values in brackets below. {meanings}")
+        meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
+        self.train("--preset", choices=tuple(MEANINGS), help=f"the values in brackets below. {meanings}")
         self.train("--minutes", type=util.positive_float, one_start=True, help="stop and save after so many")
         self.train("--seed", type=util.seed, default=0, samples=True, help="all randomness follows from it")
         self.train("--device", default="auto", one_start=True, help="auto, cpu, cuda or cuda:N")
@@ -113,11 +108,6 @@ class Flags:
         typed = vars(self.parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(plain, unset))))
         typed = {flag: value for flag, value in typed.items() if value is not unset}
         return argparse.Namespace(**{**plain, **typed, "script": self.script, "began": time.monotonic()}), typed
-
-    def preset(self, name: str) -> dict:
-        """The values of one preset, as {flag: value}."""
-        column = list(PRESETS).index(name)
-        return {flag: values[column] for flag, values in self.presets.items()}
 
 
 # --------------------------------------------------------------------------------------------------- opening a run
@@ -172,7 +162,7 @@ def open_run(
     elif unknown := recorded.keys() - vars(args).keys():
         flag = min(unknown).replace("_", "-")
         raise UserError(f"run {args.name} is of another version, which had --{flag}; choose another --name")
-    settings = flags.preset(recorded["preset"]) | recorded
+    settings = flags.presets.get(recorded["preset"], {}) | recorded
     settings = {flag: value for flag, value in settings.items() if flag in vars(args).keys() - flags.one_start}
     args = argparse.Namespace(**vars(args) | settings | typed)
     args.recorded = sorted(vars(args).keys() - flags.one_start - {"script", "began", "recorded"})

@@ -36,7 +36,7 @@ def first_stage_of(args: dict) -> VQVAE:
 
 
 def first_stage_work() -> float:
-    args = prestage_train.flags().preset("base")
+    args = prestage_train.flags().presets["base"]
     steps = prestage_train.phase_steps(type("Args", (), {**args, "start_from": None}))
     with FakeTensorMode():
         model, critic = first_stage_of(args), PatchDiscriminator(channels=prestage_train.DISCRIMINATOR_CHANNELS)
@@ -50,7 +50,7 @@ def first_stage_work() -> float:
 
 
 def diffusion_work() -> float:
-    args = stable_diffusion.flags().preset("base")
+    args = stable_diffusion.flags().presets["base"]
     with FakeTensorMode():
         model = LatentDiffusion(latent_shape=(8, 24, 28), widths=args["widths"], blocks=stable_diffusion.BLOCKS,
                                 slices=args["slices"], modes=stable_diffusion.MODES, moved=True)  # fmt: skip
@@ -60,7 +60,7 @@ def diffusion_work() -> float:
 
 
 def pixelcnn_work() -> float:
-    args = pixelCNN.flags().preset("base")
+    args = pixelCNN.flags().presets["base"]
     with FakeTensorMode():
         model = PixelCNN(codebook_size=1024, grid=(24, 28), channels=args["channels"], layers=args["layers"])
         idx, z = torch.zeros(1, 24, 28, dtype=torch.long), torch.zeros(1, dtype=torch.long)

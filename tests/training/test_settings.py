@@ -11,7 +11,8 @@ import prestage_train
 import stable_diffusion
 import util
 from training import settings
-from training.settings import PRESETS, Flags, describe_run, describe_samples, open_run, weights_to_sample
+from training.presets import MEANINGS
+from training.settings import Flags, describe_run, describe_samples, open_run, weights_to_sample
 from util import UserError
 
 TRAINERS = ("prestage_train", "stable_diffusion", "pixelCNN")
@@ -41,8 +42,9 @@ def recorded() -> dict:
 def toy() -> Flags:
     """The flags of a second stage with one setting of training and one of sampling of its own."""
     flags = Flags("toy.py", "a toy")
+    flags.presets = {"demo": {"steps": 6}, "small": {"steps": 60}, "base": {"steps": 600}}
     flags.train("--first-stage", default="vqvae", help="run")
-    flags.train("--steps", type=util.positive_int, presets=(6, 60, 600), changeable=True, help="steps")
+    flags.train("--steps", type=util.positive_int, changeable=True, help="steps")
     flags.add_sampling("NAME_vis/samples")
     flags.sample("--colour", default="grey", help="of the brains")
     return flags
@@ -61,12 +63,13 @@ def test_parse_tells_typed_from_default():
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_default_lives_in_one_place(name):
-    """A flag with presets has three and no plain default beside them; what is then undecided may be left out."""
+    """Presets decide the same flags, all declared, and these have no plain default beside; all else has one."""
     flags = importlib.import_module(name).flags()
-    plain = vars(flags.parser.parse_args([]))
-    assert flags.presets and all(len(values) == len(PRESETS) for values in flags.presets.values())
-    assert all(plain[flag] is None for flag in flags.presets)
-    undecided = {flag for flag, value in plain.items() if value is None} - flags.presets.keys()
+    plain, decided = vars(flags.parser.parse_args([])), set(flags.presets["demo"])
+    assert flags.presets.keys() == MEANINGS.keys()
+    assert all(set(values) == decided for values in flags.presets.values())
+    assert all(plain[flag] is None for flag in decided)
+    undecided = {flag for flag, value in plain.items() if value is None} - decided
     assert undecided <= {"data", "name", "preset", "minutes", "start_from", "levels", "out", "age", "sex", "cdr"}
 
 
@@ -77,14 +80,14 @@ def test_a_script_has_few_flags_each_with_one_line_of_help(name):
     actions = [action for action in flags.parser._actions if action.dest != "help"]
     assert len(actions) <= 25
     words = " ".join(flags.parser.format_help().split())
-    assert all(preset in words and meaning in words for preset, meaning in PRESETS.items())
+    assert all(preset in words and meaning in words for preset, meaning in MEANINGS.items())
     for action in actions:
         assert action.help and "\n" not in action.help and len(action.help) < 250, action.dest
         shown = action.help.replace("%%", "%")
         assert " ".join(shown.split()) in words
-        if action.dest in flags.presets:
-            first = flags.presets[action.dest][0]
-            assert f"demo {' '.join(map(str, first)) if isinstance(first, tuple) else f'{first:,}'}" in shown
+        if action.dest in flags.presets["demo"]:
+            first = flags.presets["demo"][action.dest]
+            assert f"demo {' '.join(map(str, first)) if isinstance(first, tuple) else first}" in shown
         elif action.default not in (None, False):
             assert str(action.default) in shown
 
@@ -103,7 +106,7 @@ def test_every_kind_of_flag_has_a_range(refused, flag, value):
 
 
 def test_typed_beats_recorded_beats_preset_beats_plain():
-    demo = prestage_train.flags().preset("demo")
+    demo = prestage_train.flags().presets["demo"]
     new = start("--blocks", 2, "--kl-schedule", "constant")
     assert (new.blocks, new.kl_schedule, new.preset, new.latent_channels) == (2, "constant", "demo", 8)
     assert (new.batch_size, new.steps) == (demo["batch_size"], demo["steps"])
@@ -120,7 +123,7 @@ def test_typed_beats_recorded_beats_preset_beats_plain():
 
 def test_a_typed_preset_beats_the_default_and_a_typed_flag_beats_the_preset():
     args = start("--preset", "base", "--image-size", 128, preset="demo")
-    assert vars(args) | prestage_train.flags().preset("base") | {"image_size": 128} == vars(args)
+    assert vars(args) | prestage_train.flags().presets["base"] | {"image_size": 128} == vars(args)
     assert args.preset == "base"
 
 
