@@ -11,13 +11,18 @@ ventricles, content inside rows 40..215 and columns 24..231, each slice scaled b
 tissue masks on the brain only: 0 background, 85 cerebrospinal fluid, 170 grey matter, 255 white matter.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
 HEIGHT, SIZE = 31, 256  # mm from the lowest slice to the highest; pixels
 TOP, LEFT, ROWS, COLS = 40, 24, 176, 208  # what the heads may fill
 CSF, GREY, WHITE = 85, 170, 255
+
+# What the parts of one head pass on; head_frame, brain_folds and deep_structures say what the fields hold.
+Frame = namedtuple("Frame", "age z rise x y midline low outline depth")
+Folds = namedtuple("Folds", "pia side wobble local")
+Deep = namedtuple("Deep", "ventricles nuclei pale cistern pool core")
 
 # Spindles, as rows of (z, x, y, radius, x, y, radius): at the height z two ends in mm from the brain's centre, x to the
 # front, y to the side. A negative radius means absent; between rows everything is interpolated.
@@ -124,52 +129,21 @@ def hull_depth(x: np.ndarray, y: np.ndarray, length: float, width: float, taper:
     return (1 - rho) / np.maximum(slope, 0.5 / length)
 
 
-class Frame(NamedTuple):
-    """Age, coordinates and brain hull of one head at N heights; lengths in mm, arrays float32 except z."""
-
-    age: float  # 0 young .. 1 old: wide ventricles come with wide sulci
-    z: np.ndarray  # [N] heights, float64
-    rise: np.ndarray  # [N, 1, 1] the same, from 0 in the lowest slice to 1 in the highest
-    x: np.ndarray  # [176, 208] to the front
-    y: np.ndarray  # [176, 208] to the side
-    midline: np.ndarray  # [176, 208] the y where left meets right
-    low: np.ndarray  # [176, 208] depth under the smooth hull of the lowest slice
-    outline: np.ndarray  # [N, 176, 208] depth under the hull that the skull follows
-    depth: np.ndarray  # [N, 176, 208] depth under the brain's own, bumpier hull
-
-
-class Folds(NamedTuple):
-    """The folded surface of a brain and what the deep structures share with it: float32 [N, 176, 208]."""
-
-    pia: np.ndarray  # mm under the surface, negative outside
-    side: np.ndarray  # mm from the midline
-    wobble: np.ndarray  # noise of unit variance that bends
-    local: np.ndarray  # noise of unit variance that widens
-
-
-class Deep(NamedTuple):
-    """Structures deep in a brain, float32 [N, 176, 208]: signed distances in mm, negative inside, and one share."""
-
-    ventricles: np.ndarray
-    nuclei: np.ndarray  # caudate and putamen
-    pale: np.ndarray  # pallidum and thalamus, brighter than the nuclei
-    cistern: np.ndarray
-    pool: np.ndarray  # share 0..1 of a voxel that is fluid of the cistern, around the vermis
-    core: np.ndarray  # to the nearest of lateral ventricles, nuclei, pale and cistern
-
-
 def head_frame(rng: np.random.Generator, slices: int) -> Frame:
-    """Coordinates with a small tilt, shift and bent midline; a hull with narrow temples below, an egg above."""
-    age = rng.beta(1.3, 1.6)
-    z = np.linspace(0, HEIGHT, slices)
-    rise = np.linspace(0, 1, slices, dtype=np.float32)[:, None, None]
+    """Coordinates with a small tilt, shift and bent midline; a hull with narrow temples below, an egg above.
+
+    In mm, float32 [176, 208]: x to the front, y to the side, y of the midline, depth under the lowest slice's hull
+    (low); [N, 176, 208]: depth under the hull that the skull follows (outline) and under the brain's, bumpier (depth).
+    """
+    age = rng.beta(1.3, 1.6)  # 0 young .. 1 old: wide ventricles come with wide sulci
+    z = np.linspace(0, HEIGHT, slices)  # float64, mm
+    rise = np.linspace(0, 1, slices, dtype=np.float32)[:, None, None]  # from the lowest slice to the highest
     row, col = np.mgrid[:ROWS, :COLS].astype(np.float32)
     angle, shift_x, shift_y = rng.normal(0, (0.02, 0.9, 0.9))
     x = (col - 103 - shift_x) * np.cos(angle) + (row - 89 - shift_y) * np.sin(angle)
     y = (row - 89 - shift_y) * np.cos(angle) - (col - 103 - shift_x) * np.sin(angle)
     x, y = x.astype(np.float32), y.astype(np.float32)
     midline = rng.normal(0, 0.8) * np.sin(x / 30 + rng.uniform(0, 6)) + rng.normal(0, 0.8) * (x / 85) ** 2
-
     length, width = 86 + rng.normal(0, 1.3), 67.8 + rng.normal(0, 1.4)
     taper = rng.normal(0.06, 0.025)
     low = hull_depth(x, y, length, width, taper, 0.07)
@@ -180,9 +154,12 @@ def head_frame(rng: np.random.Generator, slices: int) -> Frame:
 
 
 def brain_folds(rng: np.random.Generator, frame: Frame) -> Folds:
-    """Interhemispheric fissure, sulci and Sylvian fissure, cut into the hull."""
-    age, z, rise, x, y, depth = frame.age, frame.z, frame.rise, frame.x, frame.y, frame.depth
+    """Depth in mm under the folded surface (pia), negative outside, and what deeper parts share with the folds.
 
+    That is the distance in mm to the midline (side) and noise of unit variance that bends surfaces (wobble) or widens
+    gaps (local): all float32 [N, 176, 208].
+    """
+    age, z, rise, x, y, depth = frame.age, frame.z, frame.rise, frame.x, frame.y, frame.depth
     # Interhemispheric fissure, open in front of and behind the corpus callosum.
     wobble = smooth_noise(rng, z, (12, 14, 14))
     side = np.abs(y - frame.midline + 0.5 * wobble)
@@ -221,7 +198,12 @@ def brain_folds(rng: np.random.Generator, frame: Frame) -> Folds:
 
 
 def deep_structures(rng: np.random.Generator, frame: Frame, folds: Folds) -> Deep:
-    """Ventricles and nuclei: spindles in slightly bent space, so that left and right are no mirror images."""
+    """Ventricles and nuclei: spindles in slightly bent space, so that left and right are no mirror images.
+
+    Float32 [N, 176, 208]: signed distances in mm, negative inside, to the ventricles, nuclei (caudate, putamen), pale
+    nuclei (pallidum, thalamus), cistern, and nearest of these save the third ventricle (core); and the share 0..1 of
+    fluid in the cistern, less around the vermis (pool).
+    """
     age, z, side = frame.age, frame.z, folds.side
     bent_x = frame.x + 2.0 * smooth_noise(rng, z, (14, 16, 16))
     bent_y = side + 1.2 * smooth_noise(rng, z, (14, 16, 16))
@@ -248,14 +230,11 @@ def brain_tissue(rng: np.random.Generator, frame: Frame, folds: Folds, deep: Dee
     ribbon = 4.1 - 0.4 * frame.age + 0.3 * folds.wobble
     grey = np.maximum(inside(ribbon - pia, 2.6), 0.8 * inside(-deep.nuclei, 2.5))
     grey = np.maximum(grey, 0.4 * inside(-deep.pale, 4.0))
-    fluid = np.maximum(inside(-pia, 2.0), inside(-deep.ventricles, 1.8))
-    fluid = np.maximum(fluid, deep.pool)
-
+    fluid = np.maximum(np.maximum(inside(-pia, 2.0), inside(-deep.ventricles, 1.8)), deep.pool)
     fluid_level, grey_level = rng.normal(0.17, 0.03), rng.normal(0.59, 0.03)
     brain = 1 - (1 - grey_level) * grey
     brain += 0.025 * smooth_noise(rng, frame.z, (2, 3, 3))
     brain += (fluid_level - brain) * fluid
-
     labels = np.where(pia < ribbon, GREY, WHITE)
     labels[(deep.nuclei < 0) | (deep.pale < -2) | (deep.cistern < 0)] = GREY
     labels[fluid > 0.5] = CSF
@@ -264,10 +243,7 @@ def brain_tissue(rng: np.random.Generator, frame: Frame, folds: Folds, deep: Dee
 
 
 def outer_layers(rng: np.random.Generator, frame: Frame, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Skull, muscle, fat and skin, laid around the brain by height above the hull.
-
-    Returns the head's brightness, white matter = 1, and the height in mm above the skin: both float32 [N, 176, 208].
-    """
+    """Brightness with skull, flesh and skin around the brain; height above the skin in mm: both float32 [N, 176, 208]."""
     z, x, height = frame.z, frame.x, -frame.outline
     bone = height - 0.7 - 0.4 * frame.age
     skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, z, (16, 40, 40))
@@ -286,10 +262,7 @@ def outer_layers(rng: np.random.Generator, frame: Frame, brain: np.ndarray) -> t
 
 
 def scan(rng: np.random.Generator, frame: Frame, head: np.ndarray, skin: np.ndarray) -> np.ndarray:
-    """What the coil sees of a head's brightness: whole numbers 0..255 as float32 [N, 176, 208], 0 outside the skin.
-
-    A smooth bias, Rician noise, a little blur, and each slice scaled by itself.
-    """
+    """The coil: smooth bias, Rician noise, a little blur, each slice scaled to 0..255 and rounded: [N, 176, 208]."""
     head = head * np.exp(0.07 * smooth_noise(rng, frame.z, (40, 90, 90)) - 0.004 * np.minimum(frame.depth, 30))
     sigma = rng.uniform(0.025, 0.055)
     noise = rng.standard_normal((2, *head.shape), dtype=np.float32) * sigma
@@ -297,8 +270,7 @@ def scan(rng: np.random.Generator, frame: Frame, head: np.ndarray, skin: np.ndar
     head[:, 1:-1] += 0.15 * (head[:, 2:] + head[:, :-2] - 2 * head[:, 1:-1])
     head[:, :, 1:-1] += 0.15 * (head[:, :, 2:] + head[:, :, :-2] - 2 * head[:, :, 1:-1])
     head *= skin < 1
-    head *= 255 / head.max(axis=(1, 2), keepdims=True)
-    return np.round(head)
+    return np.round(head * (255 / head.max(axis=(1, 2), keepdims=True)))
 
 
 def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -317,7 +289,6 @@ def phantom_case(seed: int, case: int, slices: int = 32) -> tuple[np.ndarray, np
     deep = deep_structures(rng, frame, folds)
     brain, labels = brain_tissue(rng, frame, folds, deep)
     head, skin = outer_layers(rng, frame, brain)
-
     box = np.s_[:, TOP : TOP + ROWS, LEFT : LEFT + COLS]
     images, masks = np.zeros((2, slices, SIZE, SIZE), np.uint8)
     images[box] = scan(rng, frame, head, skin)

@@ -75,7 +75,8 @@ class Grain(nn.Module):
 
     def log_sd(self, features: Tensor) -> Tensor:
         """float32 [B, patch^2, h, w] of features [B, channels, h, w], to which no gradient goes."""
-        return self.strength(features.detach()).float().clamp(-10, 1)
+        # contiguous: PyTorch 2.9 crashes in the backward pass of a group norm over channels-last input without gradient
+        return self.strength(features.detach().contiguous()).float().clamp(-10, 1)
 
     def analysis(self, picture: Tensor) -> Tensor:
         """Coefficients [B, patch^2, h, w] of a picture [B, 1, H, W] with 0 around it."""
