@@ -243,7 +243,7 @@ def brain_tissue(rng: np.random.Generator, frame: Frame, folds: Folds, deep: Dee
 
 
 def outer_layers(rng: np.random.Generator, frame: Frame, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness with skull, flesh and skin around the brain; height above the skin in mm: both float32 [N, 176, 208]."""
+    """Brightness with skull, flesh and skin around the brain; mm above the skin: both float32 [N, 176, 208]."""
     z, x, height = frame.z, frame.x, -frame.outline
     bone = height - 0.7 - 0.4 * frame.age
     skull = rng.normal(3.2, 0.5) + 2.2 * (x / 85) ** 2 + 0.8 * smooth_noise(rng, z, (16, 40, 40))
