@@ -41,6 +41,7 @@ SCRIPT = Path(__file__).name
 SHARES = {"sharpen": 0.2, "grain": 0.05}  # of the steps; the codec has the rest
 KL_CYCLES, KL_RAMP = 4, 0.5  # of cyclical annealing: how many, and the share of each in which the weight rises
 DISCRIMINATOR_CHANNELS = 32
+GAN_WEIGHT = 0.5  # with --start-from, where the preset would train no perceptual decoder
 FEATURE_WEIGHT = 0.1  # of feature matching beside the reconstruction
 ALONE, RAMPED = 0.1, 0.6  # of sharpening: the discriminator learns alone until, and has its full say from then on
 TOLERANCE = 0.01  # SSIM that the perceptual decoder may lose against the codec
@@ -367,7 +368,9 @@ def main() -> None:
     args.name = args.name or args.model
     args = open_run(declared, args, typed, default_preset)
     if args.start_from and args.gan_weight == 0:
-        raise UserError(f"--start-from {args.start_from} sharpens a decoder: it needs --gan-weight above 0")
+        if "gan_weight" in typed:
+            raise UserError(f"--start-from {args.start_from} sharpens a decoder: it needs --gan-weight above 0")
+        args.gan_weight = GAN_WEIGHT
     codec = load_first_stage(args.start_from) if args.start_from else None
     for flag in typed.keys() & declared.of_first_stage if codec else ():
         raise UserError(f"--{flag.replace('_', '-')} comes with --start-from {args.start_from}; leave it out")

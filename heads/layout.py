@@ -103,13 +103,14 @@ def content_box(seen: np.ndarray) -> tuple[int, int, int, int]:
 
     Args:
         seen: bool [S, S], True at every pixel that is not black in some slice.
-    Returns CONTENT_BOX at the size of the picture. Returns the whole picture, (0, 0, S, S), if a head lies outside that
-    box, or if its sides are not divisible by 16, as the models' levels need (by 8 under 128 pixels).
+    Returns CONTENT_BOX at the size of the picture, its sides rounded up to multiples of 16, as the models' levels need.
+    Returns the whole picture, (0, 0, S, S), if a head lies outside that box, or where it would not fit.
     """
     size = len(seen)
     top, left, height, width = (side * size // 256 for side in CONTENT_BOX)
-    step = 16 if size >= 128 else 8
+    height, width = (-(-side // 16) * 16 for side in (height, width))
+    top, left = (max(0, min(start, size - side)) for start, side in ((top, height), (left, width)))
     outside = seen.copy()
     outside[top : top + height, left : left + width] = False
-    fits = not outside.any() and height % step == width % step == 0
+    fits = not outside.any() and max(height, width) <= size
     return (top, left, height, width) if fits else (0, 0, size, size)

@@ -25,8 +25,8 @@ from scores.scorer import TISSUES, find_scorer
 from util import UserError
 
 # distances that are never negative, and how alike brains are
-COMPARED = [name for name, score in SAMPLE_SCORES.items() if score.group == "distance" and not score.signed]
-COMPARED.append("diversity")
+DISTANCES = [name for name, score in SAMPLE_SCORES.items() if score.group == "distance" and not score.signed]
+COMPARED = [*DISTANCES, "diversity"]
 LIMIT = 1.5
 
 

@@ -9,19 +9,20 @@ import signal
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import prestage_train
 import util
 from dataset import load_slices
-from heads.layout import CONTENT_BOX, write_slices
+from heads.layout import content_box, write_slices
 from logger import read_log
 from model_VAE import MODELS
 from prestage_train import critic_say, kl_factor, phase_steps, reconstruction_loss
 from training import checkpoints
 from training import run as training_run
-from training.settings import PRESETS
+from training.presets import MEANINGS
 from training.stages import load_first_stage
 
 TINY = ["--preset", "demo", "--precision", "fp32", "--widths", 8, 16, "--patch", 4, "--latent-channels", 4]
@@ -118,13 +119,13 @@ def test_the_phases_share_the_steps():
             assert min(phases) >= 1 and sum(phases) == max(count, sum(phases) if count < 3 else 0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", MEANINGS)
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_every_preset_builds_its_model(preset, kind):
     """On the content box and on the whole frame, which data that leave the box need."""
     args = Namespace(model=kind, **prestage_train.flags().presets[preset], latent_channels=8, levels=None)
     size = args.image_size
-    for box in (tuple(side * size // 256 for side in CONTENT_BOX), (0, 0, size, size)):
+    for box in (content_box(np.zeros((size, size), bool)), (0, 0, size, size)):
         with torch.device("meta"):
             model, kwargs = prestage_train.build(args, box)
             embedding = model.embed_z(torch.zeros(1))
@@ -299,7 +300,7 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
     assert differing(weights("vqvae"), without(weights("straight"), "perceptual.", "grain.")) == []
     digests = {load_first_stage(name).description["digest"] for name in ("vqvae", "straight")}
     assert len(digests) == 1 and load_first_stage("straight").description["model_kwargs"]["widths"] == [8, 16]
-    assert load_first_stage("straight").description["started_from"]["path"] == "model_ckpt/vqvae/model.safetensors"
+    assert load_first_stage("straight").description["started_from"]["digest"] == digests.pop()
     for flags, words in (
         (["--name", "new", "--widths", 16], "--widths comes with"),
         (["--name", "new", "--gan-weight", 0], "--gan-weight above 0"),
@@ -369,7 +370,7 @@ def test_slices_are_moved_for_the_decoders_and_not_for_grain(train, phases_of_fo
 
     moved = [x for x in seen["forward"] if not torch._subclasses.fake_tensor.is_fake(x)]
     assert len(moved) == 8 and not any(map(whole_greys, moved))
-    assert len(seen["grain_loss"]) == 4 and all(map(whole_greys, seen["grain_loss"]))
+    assert len(seen["grain_loss"]) >= 4 and all(map(whole_greys, seen["grain_loss"]))
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
@@ -425,7 +426,7 @@ def test_a_run_leaves_what_the_layout_promises(train, heads_folder):
     assert re.search(r"^step 4 .*validate/ssim 0\.\d+", out, re.MULTILINE) and "\ntime: " in out
     assert len(re.findall(r"^memory: about .* for a step", out, re.MULTILINE)) == 2  # codec, sharpening
     model = load_first_stage("mine")
-    assert model.description["step"] == 6 and model.description["kind"] == "vae" and model.latent_shape == (4, 6, 7)
+    assert model.description["step"] == 6 and model.description["kind"] == "vae" and model.latent_shape == (4, 6, 8)
     assert model.description["data"]["slices"] == 80 and model.description["preset"] == "demo"
     described = json.loads(Path("log/mine/run.json").read_text())
     assert described["script"] == "prestage_train.py" and described["settings"]["kl_weight"] == 0.5
@@ -503,5 +504,5 @@ def test_two_processes_train_one_run(run_script, heads_folder, tmp_path):
     done = run_script("prestage_train.py", *flags, launcher=launcher, threads=1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run vqvae:") == 1 and done.stdout.count("step 2 ") == 1
-    assert [line["step"] for line in read_log(tmp_path / "log/vqvae")] == [1, 1, 2, 2, 3]
+    assert [line["step"] for line in read_log(tmp_path / "log/vqvae")] == [1, 1, 2, 2, 3, 3]
     assert load_first_stage(tmp_path / "model_ckpt/vqvae").description["step"] == 3

@@ -10,7 +10,17 @@ import dataset
 import evaluate
 import util
 from scores import scorer
-from scores.scorer import RELEASED, Scorer, accuracy, csf_area, expected_z, find_scorer, read_slices, tissue_shares
+from scores.scorer import (
+    RELEASED,
+    STEPS,
+    Scorer,
+    accuracy,
+    csf_area,
+    expected_z,
+    find_scorer,
+    read_slices,
+    tissue_shares,
+)
 from training import checkpoints
 
 SIZES = {"channels": (8, 8), "features": 16}
@@ -124,7 +134,7 @@ def test_the_command_trains_on_the_data_it_is_told(run_main, phantom_folder, mon
     monkeypatch.setattr(evaluate, "train_scorer", lambda *args, **kwargs: called.append((args, kwargs)))
     for flags in ((), ("--scorer", "mine")):
         assert run_main(evaluate, "--train-scorer", "--data", phantom_folder, "--device", "cpu", *flags)[0] == 0
-    assert called == [((phantom_folder, "cpu"), {"name": name}) for name in ("scorer", "mine")]
+    assert called == [((phantom_folder, "cpu"), {"name": name, "steps": STEPS}) for name in ("scorer", "mine")]
 
 
 def test_the_released_scorer_is_small_and_good(tmp_path, monkeypatch):
