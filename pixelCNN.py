@@ -32,7 +32,7 @@ from pictures.volume import Samples
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
-from training.stages import load_first_stage, load_second_stage, save_second_stage
+from training.stages import load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -572,11 +572,6 @@ def train(args: argparse.Namespace) -> None:
     run.say_where()
 
 
-def default_preset(args: argparse.Namespace) -> str:
-    """That of the first stage."""
-    return load_first_stage(args.first_stage).description["preset"]
-
-
 def main() -> None:
     declared = flags()
     args, typed = declared.parse()
@@ -584,7 +579,7 @@ def main() -> None:
     util.start_processes()
     weights = weights_to_sample(declared, args, typed, RELEASED / "pixelcnn.safetensors") if args.sample else None
     if weights is None:
-        train(open_run(declared, args, typed, default_preset))
+        train(open_run(declared, args, typed, preset_of_first_stage))
         weights = run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, declared, weights)

@@ -42,7 +42,7 @@ from scores.metrics import adjacent_ssim
 from training.checkpoints import RELEASED, load_weights, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
-from training.stages import load_first_stage, load_second_stage, save_second_stage
+from training.stages import load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -455,11 +455,6 @@ def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -
     return True
 
 
-def default_preset(args: argparse.Namespace) -> str:
-    """That of the first stage."""
-    return load_first_stage(args.first_stage).description["preset"]
-
-
 def main() -> None:
     declared = flags()
     args, typed = declared.parse()
@@ -470,7 +465,7 @@ def main() -> None:
     released = RELEASED / "stable_diffusion.safetensors"
     weights = weights_to_sample(declared, args, typed, released) if args.sample else None
     if weights is None:
-        train(open_run(declared, args, typed, default_preset))
+        train(open_run(declared, args, typed, preset_of_first_stage))
         weights = run_weights(args.name)
     if args.sample and util.first_process():
         sample(args, declared, weights)

@@ -440,7 +440,7 @@ def test_train_and_sample_leave_what_the_layout_promises(train, first_stage):
     out = train("--sample", "--brains", 2, "--temperature", 0.8)
     assert "training it first" in out and re.search(r"step 4 .*validate/bits \d+", out)
     model, inside = load_second_stage("pixelcnn", PRIORS)
-    assert model.grid == (6, 7) and model.codebook_size == 16 and model.slices_per_brain == 20
+    assert model.grid == (6, 8) and model.codebook_size == 16 and model.slices_per_brain == 20
     assert model.description["data"]["slices"] == 80
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))
@@ -482,7 +482,7 @@ def test_other_codes_are_trained_and_sampled_by_the_same_commands(flags, first_s
     model, inside = load_second_stage("pixelcnn", PRIORS)
     two = "vqvae2" in flags
     assert model.description["kind"] == model.kind == ("pixelcnn2" if two else "pixelcnn")
-    assert model.grids == (inside.grids if two else ((6, 7),))
+    assert model.grids == (inside.grids if two else ((6, 8),))
     line = [line for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line][-1]
     if two:
         parts = line["validate/top_bits"] + line["validate/bottom_bits"]

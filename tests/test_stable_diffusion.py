@@ -367,7 +367,7 @@ def test_a_run_leaves_what_the_layout_promises(trained, load, first_stage, heads
     assert model.calibration.measured and (model.calibration.power > 0).any(1).all()  # and this, after the last step
     checkpoint = checkpoints.load_checkpoint(Path("model_ckpt/diffusion/last.pt"), "stable_diffusion.py")
     assert not (checkpoint["model"]["calibration.weight"] != 0).any()  # training further begins without
-    assert model.latent_shape == (4, 6, 7) and model.slices_per_brain == 20
+    assert model.latent_shape == (4, 6, 8) and model.slices_per_brain == 20
     assert model.description["step"] == 4 and model.description["data"]["slices"] == 80
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))

@@ -1,5 +1,6 @@
 """The files of trained stages: a first stage alone, or a second stage together with the first it was trained on."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def load_first_stage(
     weights, description = in_words_of_today(weights, description)
     description |= {"digest": latent_digest(weights), "path": str(path)}
     return build_first_stage(description, weights, path, decoder).to(device)
+
+
+def preset_of_first_stage(args: argparse.Namespace) -> str:
+    """The preset of a second stage, unless it is typed: that of its first."""
+    return load_first_stage(args.first_stage).description["preset"]
 
 
 def build_first_stage(
