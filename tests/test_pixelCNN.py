@@ -512,8 +512,8 @@ def test_training_lowers_the_bits_of_brains_never_seen(train):
     """The averaged weights beat the fixed length, which is where a network that knows nothing starts."""
     out = train("--steps", 60, "--learning-rate", 0.02, "--dropout", 0)
     bits = [line["validate/bits"] for line in read_log(Path("log/pixelcnn")) if "validate/bits" in line]
-    assert bits[-1] < bits[0] and bits[-1] < 0.8 * 42 * 4
-    assert f"best on validate: {min(bits):.0f} bits per image; 168 at fixed length" in out
+    assert bits[-1] < bits[0] and bits[-1] < 0.8 * 48 * 4
+    assert f"best on validate: {min(bits):.0f} bits per image; 192 at fixed length" in out
 
 
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(train, straight, differences, tmp_path):
