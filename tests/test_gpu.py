@@ -17,7 +17,7 @@ from training import checkpoints
 from training import run as training_run
 from training.stages import load_first_stage, load_second_stage
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 FIRST = ["--preset", "demo", "--widths", 8, 16, "--latent-channels", 4, "--codebook-size", 16, "--batch-size", 4]
 FIRST += ["--patch", 2, "--gan-weight", 0.5]
@@ -28,8 +28,6 @@ PIXELCNN = ["--preset", "demo", "--channels", 8, "--layers", 2, "--batch-size", 
 @pytest.fixture(scope="module")
 def device() -> str:
     """The device of all tests here."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     return "cuda"
 
 

@@ -301,9 +301,8 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(train, diffe
     assert differences(Path("straight"), "diffusion", Path("stopped"), "diffusion") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_a_whole_step(train, straight, differences, at_step, tmp_path, number):
-    at_step(3, lambda: os.kill(os.getpid(), number))
+def test_a_signal_ends_a_run_after_a_whole_step(train, straight, differences, at_step, tmp_path):
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert "stopped after 3 steps; the same command continues" in train(status=130)
     assert "resumed at step 3" in train()
     assert differences(straight, "diffusion", tmp_path, "diffusion") == []
@@ -443,7 +442,7 @@ def test_weights_follow_from_the_seed_alone(trained, train, monkeypatch):
     assert not torch.equal(*(run["prior.unet.stem.weight"] for run in runs[1:]))
 
 
-@pytest.mark.parametrize("recipe", ["min-snr", "ddpm", "flow", "edm"])
+@pytest.mark.parametrize("recipe", ["min-snr", "flow", "edm"])
 def test_every_recipe_trains_and_samples(train, load, recipe):
     """And a resumed run keeps the one that it was started with."""
     train("--recipe", recipe, "--steps", 1)
