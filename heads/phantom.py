@@ -73,16 +73,25 @@ def smooth_noise(rng: np.random.Generator, z: np.ndarray, spacing: tuple[float, 
     It is a cubic B-spline through random knots, which lie `spacing` = (z, y, x) mm apart. The knots are the same for
     all N, so other heights show the same noise in other places.
     """
-    weights = []
-    for size, at, step in zip((HEIGHT + 1, ROWS, COLS), (z, np.arange(ROWS), np.arange(COLS)), spacing):
-        knots = np.arange(int(np.ceil(size / step)) + 4) - 1.5
-        t = np.abs(at[:, None] / step - knots[None])
-        w = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)  # cubic B-spline
-        weights.append((w / np.linalg.norm(w, axis=1, keepdims=True)).astype(np.float32))
-    wz, wy, wx = weights
-    field = rng.standard_normal((wz.shape[1], wy.shape[1], wx.shape[1]), dtype=np.float32)
-    field = np.tensordot(wz, field, 1)
-    return np.matmul(np.matmul(wy, field), wx.T)
+    splines = [cubic_spline(at / step) for at, step in zip((z, np.arange(ROWS), np.arange(COLS)), spacing)]
+    knots = [int(np.ceil(size / step)) + 4 for size, step in zip((HEIGHT + 1, ROWS, COLS), spacing)]
+    field = rng.standard_normal(knots, dtype=np.float32)
+    for axis, (first, weights) in enumerate(splines):
+        shape = [-1 if n == axis else 1 for n in range(3)]
+        # sums in a fixed order, no matrix product: the phantom is the same on every processor
+        field = sum(np.take(field, first + k, axis) * weights[:, k].reshape(shape) for k in range(4))
+    return field
+
+
+def cubic_spline(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first int64 [N], weights float32 [N, 4]): the four knots around each position, and what each counts.
+
+    at: float [N], in units of the distance of knots; knot k lies at k - 1.5. The sum of squares of weights is 1.
+    """
+    first = np.floor(at + 1.5).astype(np.int64) - 1
+    t = np.abs(at[:, None] - (first[:, None] + np.arange(4) - 1.5))
+    weights = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
+    return first, (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
 
 
 def along_z(z: np.ndarray, rows: list[tuple]) -> list[np.ndarray]:
