@@ -9,28 +9,34 @@
 Reconstructions. SSIM over the whole picture and over the tissue mask, beside their price in bits, and beside codecs
 without a network (scores/ledger.py). Writes DIR/reconstruction_SPLIT.json and .png.
 
-Samples. Every score is computed twice in the same way, against the same training brains: of the sampled brains, and of
-as many held-out real ones, which is the floor (scores/samples.py). Writes DIR/samples_SPLIT.json, .md (a page), .png
-and _nearest.png.
+Samples. Every score is computed in the same way of the sampled brains, of as many held-out people, of these after they
+went through the first stage, and of draws of training people, which say what is allowed (scores/samples.py). Writes
+DIR/samples_SPLIT.json, .md (a page), .png and _nearest.png.
 
 Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain are no independent observations.
 """
 
 import argparse
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import util
-from dataset import find_data, has_masks, load_slices
+from dataset import find_data, has_masks, load_slices, to_float, to_uint8
+from model_diffusion import LatentDiffusion
+from model_VAE import MODELS as FIRST_STAGES
 from parts.autoencoder import Autoencoder
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2
 from scores.ledger import ledger_lines, table, write_ledger
 from scores.page import sample_table, write_page
 from scores.samples import load_samples
-from scores.scorer import COMMAND, NAME, RELEASED, STEPS, find_scorer, train_scorer
-from training import checkpoints
+from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
+from scores.scorer import RELEASED as RELEASED_SCORER
+from training.checkpoints import RELEASED, file_digest, load_weights, run_weights
 from training.stages import load_first_stage, load_second_stage
 from util import UserError
 
@@ -74,9 +80,9 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         return description["kind"] in PRIORS and trained_on == model.description["digest"]
 
     if run is None:
-        own, released = checkpoints.run_weights("pixelcnn"), checkpoints.RELEASED / "pixelcnn.safetensors"
+        own, released = run_weights("pixelcnn"), RELEASED / "pixelcnn.safetensors"
         there = [path for path in (own, released) if path.is_file()]
-        run = next((path for path in there if fits(checkpoints.load_weights(path)[1])), None)
+        run = next((path for path in there if fits(load_weights(path)[1])), None)
     if run is None:
         command = f"python pixelCNN.py --first-stage {model.description['path']}"
         print(f"bits under a prior: left out; train one with: {command}{' --name NEW' if own.is_file() else ''}")
@@ -102,6 +108,48 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
     print(f"scores: {out}.json and .png")
 
 
+def first_stage_of(record: dict, run: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Brains uint8 [n, Z, S, S] to the same after the first stage of some samples; None, with a line, if unknown.
+
+    record: samples.json. The weights it names by their digest are those of the run, or released ones. Second stages
+    that were released carry only a decoder: the encoder then is that of a first stage with the same latents.
+    """
+    runs, released = sorted(Path("model_ckpt").glob("*/model.safetensors")), sorted(RELEASED.glob("*.safetensors"))
+    wanted = record.get("made_by", {}).get("weights")
+    path = next((p for p in [run_weights(run), *released] if p.is_file() and file_digest(p) == wanted), None)
+    if path is None:
+        print("the weights of these samples are not here: no heads that only went through their first stage")
+        return None
+    prior, decoder = load_second_stage(path, {LatentDiffusion.kind: LatentDiffusion, **PRIORS}, device)
+    encoder = decoder if decoder.encoder is not None else None
+    for candidate in runs + released if encoder is None else []:
+        if load_weights(candidate)[1]["kind"] in FIRST_STAGES:
+            first_stage = load_first_stage(candidate, device)
+            if first_stage.description["digest"] == prior.description["first_stage"]["digest"]:
+                encoder = first_stage
+    if encoder is None:
+        print(f"the encoder of {path} is not here: no heads that only went through its first stage")
+        return None
+
+    def through(brains: Tensor) -> Tensor:
+        z, done = torch.arange(brains.shape[1], device=device), []
+        for i, brain in enumerate(util.progress(brains, "through the first stage", unit="brain")):
+            x = to_float(brain.to(device))[:, None]
+            latent = encoder.encode(x, z) if prior.kind == LatentDiffusion.kind else encoder.dequantise(
+                encoder.encode_indices(x, z))  # fmt: skip
+            done.append(to_uint8(decoder.decode_with_grain(latent, z, util.brain_generator(0, i, "grain")))[:, 0].cpu())
+        return torch.stack(done)
+
+    return through
+
+
+def ages_of_samples(record: dict, numbers: list[int]) -> Tensor | None:
+    """float32 [n]: the age of each sampled person, NaN where it is not known; None where no age is."""
+    people = [record.get("brains", {}).get(str(number), {}) for number in numbers]
+    ages = torch.tensor([float(person.get("age", "nan")) for person in people])
+    return None if ages.isnan().all() else ages
+
+
 def evaluate_samples(args: argparse.Namespace) -> None:
     """The command with --samples."""
     began = time.monotonic()
@@ -115,11 +163,14 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     print(
         f"scorer: {description['path']}, Dice of CSF {read['dice_csf']:.2f}, grey {read['dice_grey']:.2f}, white "
         f"{read['dice_white']:.2f}, error of z {read['z_error']:.2f} slices"
-        + (f"; train one on your data with: {COMMAND}" if description["path"] == str(RELEASED) else "")
+        + (f"; train one on your data with: {COMMAND}" if description["path"] == str(RELEASED_SCORER) else "")
     )
     scorer.to(util.pick_device(args.device))
     out = args.out or samples
-    report = write_page(brains, numbers, samples, splits, scorer, description, out)
+    record = json.loads((samples / "samples.json").read_text()) if (samples / "samples.json").is_file() else {}
+    through = first_stage_of(record, args.samples, util.pick_device(args.device))
+    report = write_page(brains, numbers, samples, splits, scorer, description, out,
+                        ages=ages_of_samples(record, numbers), through=through)  # fmt: skip
     print(sample_table(report))
     print(f"page: {out}/samples_{args.split}.md, with .json, .png and _nearest.png; {time.monotonic() - began:.0f} s")
 

@@ -37,8 +37,7 @@ from stable_diffusion import MODELS, Sampling, draw_brains, encode_all
 from training.stages import load_second_stage
 
 NOISE = torch.arange(-4.0, 5.0)  # ln(sigma / alpha) where x_0 is compared; 0 is as much noise as latent
-DISTANCES = {name: score.title for name, score in SAMPLE_SCORES.items()
-             if score.group == "distance" and not score.signed}  # fmt: skip
+DISTANCES = {name: score.title for name, score in SAMPLE_SCORES.items() if score.group == "distance"}
 
 
 def flags() -> argparse.ArgumentParser:
@@ -118,7 +117,7 @@ def main() -> None:
         scores[recipe] = score_samples(brains, known, held_out, scorer, described["digest"])[0]
     real = next(iter(scores.values()))["real"]
     rows = []
-    for name, score in SAMPLE_SCORES.items():
+    for name, score in ((name, score) for name, score in SAMPLE_SCORES.items() if name in real):
         cells = [f"{values[name]:.4g}" for values in [*(found["samples"] for found in scores.values()), real]]
         rows.append([f"{score.title}, {score.unit}" if score.unit else score.title, *cells])
     for level, *values in zip(NOISE.tolist(), *errors.values(), strict=True):

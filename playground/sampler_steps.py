@@ -74,7 +74,7 @@ def main() -> None:
 
     *fewer, all_steps = scores
     rows = []
-    for name, score in SAMPLE_SCORES.items():
+    for name, score in ((name, score) for name, score in SAMPLE_SCORES.items() if name in scores[all_steps]["real"]):
         values = {how: result["samples"][name] for how, result in scores.items()}
         cells = [f"{value:.4g}" for value in [*values.values(), scores[all_steps]["real"][name]]]
         ratios = [f"{values[how] / values[all_steps]:.2f}" if values[all_steps] else "-" for how in fewer]

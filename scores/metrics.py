@@ -151,68 +151,6 @@ def random_features(pictures: Tensor, channels: int = 16, seed: int = 0) -> Tens
     return torch.cat(features, 1)
 
 
-def texture_features(pictures: Tensor) -> Tensor:
-    """Histogram, shape and texture as in radiomics (Zwanenburg et al. 2020), float32 [B, 42], of uint8 [B, S, S].
-
-    The head is all pixels brighter than DARK. In this order: the head's share of the picture, its centre and spread in
-    rows and columns (5); mean, sd, skewness, excess kurtosis of its grey (4); its histogram in 15 bins (15); mean and
-    sd of the gradient (2); contrast, dissimilarity, homogeneity, energy, correlation, entropy of co-occurring grey
-    levels (Haralick 1973), 16 levels, four directions together, at a distance of 1 pixel and of 4 (12); mean power of
-    three octaves of a Laplacian pyramid (3); the noise level (1).
-    """
-    B, S = pictures.shape[:2]
-    grey, head = pictures.float() / 255, (pictures > DARK).float()
-    area = head.sum((1, 2)).clamp(min=1)
-    axis = torch.arange(S, device=pictures.device) / S
-    found = [area / S**2]
-    for profile in (head.sum(2), head.sum(1)):
-        centre = (profile * axis).sum(1) / area
-        found += [centre, ((profile * (axis - centre[:, None]).square()).sum(1) / area).sqrt()]
-
-    def over_head(values: Tensor) -> Tensor:
-        return (values * head).sum((1, 2)) / area
-
-    mean = over_head(grey)
-    centred = grey - mean[:, None, None]
-    sd = over_head(centred.square()).sqrt().clamp(min=1e-3)
-    found += [mean, sd, over_head(centred**3) / sd**3, over_head(centred**4) / sd**4 - 3]
-    level = (pictures // 16).long()
-    slot = torch.arange(B, device=pictures.device)[:, None, None]
-    bins = torch.bincount((slot * 16 + level)[head > 0], minlength=16 * B).view(B, 16)[:, 1:]
-    found += list((bins / area[:, None]).unbind(1))
-
-    rows, columns = (F.pad(grey.diff(dim=d), (0, d == 2, 0, d == 1)) for d in (1, 2))
-    slope = (rows.square() + columns.square()).sqrt()
-    found += [over_head(slope), over_head((slope - over_head(slope)[:, None, None]).square()).sqrt()]
-
-    i, j = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    i, j = i.to(grey), j.to(grey)
-    for distance in (1, 4):
-        table = torch.zeros(B, 16, 16, dtype=torch.float64, device=pictures.device)
-        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-            a, b = _displaced(level, distance * down, distance * right)
-            both = (a > 0) & (b > 0)  # level 0 is dark
-            pairs = (slot * 256 + a * 16 + b)[both]
-            table += torch.bincount(pairs, minlength=256 * B).view(B, 16, 16)
-        table = table + table.transpose(1, 2)
-        share = (table / table.sum((1, 2), keepdim=True).clamp(min=1)).float()
-        centre = (share * i).sum((1, 2))
-        spread = (share * (i - centre[:, None, None]).square()).sum((1, 2)).clamp(min=1e-3)
-        product = (share * (i - centre[:, None, None]) * (j - centre[:, None, None])).sum((1, 2))
-        found += [(share * weight).sum((1, 2)) for weight in ((i - j).square(), (i - j).abs(), 1 / (1 + (i - j) ** 2))]
-        found += [share.square().sum((1, 2)), product / spread, -(share * share.clamp(min=1e-12).log2()).sum((1, 2))]
-
-    found += [level.square().mean((1, 2, 3)).sqrt() for level in laplacian_pyramid(grey[:, None])[:3]]
-    return torch.stack([*found, noise_level(pictures) / 255], 1)
-
-
-def _displaced(level: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """Two views of [B, H, W], of the pixels and of those `down` rows below and `right` columns to the right."""
-    H, W = level.shape[1:]
-    left, width = max(0, -right), W - abs(right)
-    return level[:, : H - down, left : left + width], level[:, down:, left + right : left + right + width]
-
-
 def noise_level(pictures: Tensor) -> Tensor:
     """Standard deviation of noise, in grey levels 0..255, float32 [B], of uint8 [B, S, S] (Immerkaer 1996).
 
@@ -246,36 +184,6 @@ def _root(matrix: Tensor) -> Tensor:
     """The symmetric square root of a symmetric matrix without negative eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-def kernel_means(x: Tensor, y: Tensor, width: float) -> Tensor:
-    """Mean kernel between the slices of brain i and those of brain j: float64 [n, m] of x [n, N, D], y [m, M, D].
-
-    The kernel is the mean of gaussians exp(-|a - b|^2 / (2 s^2)) of s = width / 2, width and 2 width.
-    """
-    rows = []
-    for brain in x:
-        square = torch.cdist(brain, y.flatten(0, 1)).square()
-        kernel = sum(torch.exp(-square / (2 * (scale * width) ** 2)) for scale in (0.5, 1, 2)) / 3
-        rows.append(kernel.view(len(brain), *y.shape[:2]).mean((0, 2)))
-    return torch.stack(rows).double()
-
-
-def mmd2(within_x: Tensor, between: Tensor, within_y: Tensor, brains: Tensor | None = None) -> float:
-    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) from kernel_means [n, n], [n, m], [m, m].
-
-    Brains, not slices, are the independent observations: pairs of slices of one brain are left out, as the equation
-    leaves out pairs of a slice with itself. For two draws from one distribution the mean is 0, so values are negative
-    as often as positive.
-
-    brains: int64 indices into x, with repetitions, of a bootstrap resample; None: each brain once.
-    """
-    brains = torch.arange(len(within_x)) if brains is None else brains
-    other = (brains[:, None] != brains).double()
-    inner = (within_x[brains][:, brains] * other).sum() / other.sum()
-    m = len(within_y)
-    outer = (within_y.sum() - within_y.trace()) / (m * (m - 1))
-    return float(inner + outer - 2 * between[brains].mean())
 
 
 def manifold_scores(x: Tensor, real: Tensor, k: int = 5) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ import util
 from dataset import Slices
 from pictures import sheets
 from scores.metrics import RINGS, decibel, with_interval
-from scores.samples import SAMPLE_SCORES, score_samples, whole_brains
+from scores.samples import GROUPS, SAMPLE_SCORES, score_samples, whole_brains
 from scores.scorer import TISSUES, Scorer
 
-COLOURS = {"real": "C0", "samples": "C3"}
+COLOURS = {"real": "C0", "samples": "C3", "through": "C1"}
+LABELS = {"real": "held-out people", "samples": "samples", "through": "these people through stage one"}
+FARTHEST = 50  # half widths of what is allowed; what is beyond stands at the edge
 MIDDLE = torch.tensor([0.025, 0.975], dtype=torch.float64)  # ends of the middle 95 %
 
 
@@ -28,6 +30,7 @@ def write_page(
     scorer: Scorer,
     description: dict,
     out: Path,
+    **more,
 ) -> dict:
     """Scores sampled brains and writes out/samples_SPLIT.json, .md (the page), .png and _nearest.png.
 
@@ -35,10 +38,11 @@ def write_page(
         brains, numbers, folder: from samples.load_samples.
         splits: training and held-out slices of the samples' size.
         scorer, description: from find_scorer.
+        more: of score_samples.
     Returns what the JSON file holds. Raises UserError as score_samples.
     """
     train, held_out = splits
-    result, measures = score_samples(brains, train, held_out, scorer, description["digest"])
+    result, measures = score_samples(brains, train, held_out, scorer, description["digest"], **more)
     name, limit = f"samples_{held_out.split}", result["samples"]["copies_limit"]
     pairs = nearest_pairs(measures["near"], numbers, train.case[whole_brains(train)[:, 0]], limit)
     report = {
@@ -64,21 +68,32 @@ def write_page(
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-def verdict(samples: dict, real: dict, name: str) -> str:
-    """Whether the intervals of a score of samples and of real brains overlap."""
-    (low, high), (real_low, real_high) = (part[f"{name}_interval"] for part in (samples, real))
-    return "as real" if low <= real_high and real_low <= high else "differs"
+def verdict(value: float, allowed: dict | None) -> str:
+    """"inside" the range of real people, "above" or "below" it; "-" where the range is not known."""
+    if allowed is None or math.isnan(value):
+        return "-"
+    return "above" if value > allowed["high"] else "below" if value < allowed["low"] else "inside"
+
+
+def copy_verdict(samples: dict, real: dict, name: str) -> str:
+    """"above" if the whole interval of a share of copies is above that of held-out people, else "inside"."""
+    return "above" if samples[f"{name}_interval"][0] > real[f"{name}_interval"][1] else "inside"
 
 
 def sample_rows(result: dict) -> dict[str, list[list[str]]]:
-    """{group: rows of [score, samples, real, samples / real, verdict]} of a result of score_samples."""
-    samples, real, rows = result["samples"], result["real"], {}
+    """{group: rows of [score, samples, held-out, through, allowed, least difference, verdict]} of score_samples."""
+    samples, real, through, rows = result["samples"], result["real"], result.get("through", {}), {}
     for name, score in SAMPLE_SCORES.items():
-        form = ".2%" if score.group == "copies" else ".3f" if max(abs(samples[name]), abs(real[name])) < 10 else ".1f"
-        ratio = samples[name] / real[name] if real[name] > 0 and not score.signed else math.nan
+        if name not in samples:
+            continue
+        range_ = result["allowed"].get(name)
+        ends = [abs(samples[name]), abs(real.get(name, 0))]
+        form = ".2%" if score.group == "copies" else ".3f" if max(ends) < 10 else ".1f"
         cells = [f"{score.title}, {score.unit}" if score.unit else score.title]
-        cells += [with_interval(part, name, form) for part in (samples, real)]
-        cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}", verdict(samples, real, name)]
+        cells += [with_interval(part, name, form) if name in part else "-" for part in (samples, real, through)]
+        cells += [f"{range_['low']:{form}} to {range_['high']:{form}}" if range_ else "-"]
+        cells += [format(range_["least"], form) if range_ else "-"]
+        cells += [copy_verdict(samples, real, name) if score.group == "copies" else verdict(samples[name], range_)]
         rows.setdefault(score.group, []).append(cells)
     return rows
 
@@ -95,47 +110,43 @@ def sample_table(report: dict) -> str:
 
 
 def _columns(report: dict) -> list[str]:
-    return ["samples", f"real ({report['data']['held_out']['split']})", "samples / real", "verdict"]
+    held_out = f"held-out people ({report['data']['held_out']['split']})"
+    return ["samples", held_out, "these through stage one", "real people", "least difference", "verdict"]
 
 
 def page(report: dict, name: str) -> str:
     """The page on samples: what was compared, tables, pictures, how to read it."""
     result, scorer, samples = report["result"], report["scorer"], report["samples"]
     rows, columns, n = sample_rows(result), _columns(report), result["brains"]
-    alike = sum(row[-1] == "as real" for group in rows.values() for row in group)
+    inside = sum(row[-1] == "inside" for group in rows.values() for row in group)
     read = scorer["accuracy"]["validate"]
     dice = ", ".join(f"{read[f'dice_{tissue}']:.2f} {tissue}" for tissue in TISSUES)
     nearest_of_all = ", ".join(format(pair["relative_distance"], ".2f") for pair in report["nearest"][:3])
+    tables = "\n\n".join(
+        f"## {GROUPS[group]}\n\n{markdown_table(['score', *columns], rows[group])}" for group in GROUPS if group in rows
+    )
     return f"""# Scores of samples
 
-{n} brains of {samples["slices"]} slices from `{samples["folder"]}`, beside {n} held-out real ones
-(`{report["data"]["held_out"]["split"]}`). Both are compared in the same way with all {result["training_brains"]}
-training brains. Brackets hold 95 % intervals over brains. "as real" means that the intervals of samples and of real
-brains overlap; that is so in {alike} of {len(SAMPLE_SCORES)} scores.
+{n} brains of {samples["slices"]} slices from `{samples["folder"]}`, beside {n} held-out people
+(`{report["data"]["held_out"]["split"]}`), and, where the first stage is known, beside these after they went through it:
+what the first stage does to a head is no fault of the second. All are compared with the {result["training_brains"]}
+training people. Brackets hold 95 % intervals over brains.
 
-## Distance from training brains
-
-Lower is nearer. The column "real" is the floor: the distance of new real brains from training brains. A ratio of 1 is
-as good as real; a ratio far below 1 is no merit but a sign of copies or of too little variety. MMD² is unbiased, so it
-lies around 0 for real brains and has no ratio.
-
-{markdown_table(["distance", *columns], rows["distance"])}
-
-## Values
-
-Neither high nor low is better: the right value is that of real brains.
-
-{markdown_table(["score", *columns], rows["value"])}
+The column "real people" says what is allowed. {result["draws"]} times, {result["drawn_brains"]} training people of the
+samples' ages took the place of the samples, and were compared with all other training people; it holds the middle 90 %
+of what they scored. A true difference of "least difference" from their middle would be seen, at the level of 5 %, in
+four of five such sets; a smaller one may be there although the verdict is "inside". Of real people one score in ten is
+outside. Inside are {inside} of {sum(map(len, rows.values()))} scores.
 
 ![Plots]({name}.png)
 
-*Blue: real held-out brains; red: samples. Bands hold the middle 95 % of brains, bars 95 % intervals of the score.*
+*The first panel sets every score on one scale: the grey band is the middle 90 % of real people. Elsewhere bands hold
+the middle 95 % of brains.*
 
-## Copies
+{tables}
 
-{markdown_table(["copies", *columns], rows["copies"])}
-
-The relative distance of a slice is its distance to the nearest training brain over the mean of its distances to the
+The linear judge is trained on half of the brains of both kinds and judges the others; .5 means that it cannot tell. The
+relative distance of a slice is its distance to the nearest training brain over the mean of its distances to the
 next five: near 1 for a new brain, 0 for a copy. New real brains have 1 % of their slices below the limit, the 1st
 percentile of held-out slices, here {result["samples"]["copies_limit"]:.2f}; the samples have \
 {result["samples"]["copies_excess"]:.1%} more than that. The relative distances of the nearest samples are
@@ -148,7 +159,7 @@ percentile of held-out slices, here {result["samples"]["copies_limit"]:.2f}; the
 `{scorer["path"]}` (digest {scorer["digest"]}), trained on {scorer["data"]["cases"]} brains, reads tissue, z and the
 features "trained encoder". On its validation slices it has Dice {dice}, and errs in z by {read["z_error"]:.2f} slices.
 Scores of two runs can be compared where scorer, split and number of brains are the same. All numbers are in
-`{name}.json`; README.md, Scores of samples, defines each.
+`{name}.json`; report.md, Scores of samples, defines each.
 """
 
 
@@ -156,13 +167,15 @@ Scores of two runs can be compared where scorer, split and number of brains are 
 
 
 def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: str):
-    """Six panels: scores over their floors; power by frequency; tissues, neighbours and power along z; nearest ones."""
+    """Six panels: all scores; power by frequency; tissues, neighbours and power along z; nearest ones."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
+    figure = plt.figure(figsize=(17, 12), layout="constrained")
     figure.suptitle(title)
-    forest, power, tissues, neighbours, along, near = axes.flat
-    both, reference = {name: measures[name] for name in COLOURS}, measures["reference"]
+    axes = figure.subplot_mosaic([["scores", "power", "tissues"], ["scores", "neighbours", "along"],
+                                  ["scores", "near", "near"]], width_ratios=(1.15, 1, 1))  # fmt: skip
+    forest, power, tissues, neighbours, along, near = axes.values()
+    both, reference = {name: measures[name] for name in ("real", "samples")}, measures["reference"]
     Z = reference["reslice"].shape[1]
 
     _draw_forest(forest, result)
@@ -181,32 +194,38 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     _draw_bands(along, cycles, {name: decibel(part["reslice"], known)[:, 1:] for name, part in both.items()})
     along.set(xlabel="frequency along z, cycles per slice", ylabel="dB over training brains", title="power along z")
     _draw_distances(near, result, measures)
-    for axis in axes.flat:
+    for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    forest.legend(fontsize=8, loc="lower right")
     near.legend(fontsize=8, loc="upper left")
     tissues.legend(fontsize=8, loc="lower center", ncols=3)
     return figure
 
 
 def _draw_forest(axis, result: dict) -> None:
-    """Distances of samples and of real brains, over the distance of real brains, one below the other."""
-    scores = {name: score for name, score in SAMPLE_SCORES.items() if score.group == "distance" and not score.signed}
-    names = [name for name in reversed(scores) if result["real"][name] > 0]
-    for part, shift in (("real", 0.15), ("samples", -0.15)):
-        for row, name in enumerate(names):
-            numbers = (result[part][name], *result[part][f"{name}_interval"])
-            value, low, high = (max(number / result["real"][name], 0.05) for number in numbers)
-            label = f"{part} (interval over brains)" if row == len(names) - 1 else None
-            axis.plot([low, high], [row + shift] * 2, color=COLOURS[part], linewidth=2)
-            axis.plot(value, row + shift, "o", color=COLOURS[part], label=label)
-    axis.axvline(1, color="grey", linestyle="--", linewidth=1)
-    axis.set(xscale="log", xlabel="score over that of real brains (1: as real)", title="distance from training brains")
-    low, high = axis.get_xlim()
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    """Every score, in units in which real people lie between -1 and 1."""
+    names = [name for name in SAMPLE_SCORES if name in result["allowed"] and name in result["samples"]][::-1]
+
+    def place(name: str, value: float) -> float:
+        known = result["allowed"][name]
+        away = value - known["middle"]
+        end = known["high"] - known["middle"] if away > 0 else known["middle"] - known["low"]
+        return max(-FARTHEST, min(FARTHEST, away / max(end, 1e-9)))
+
+    axis.axvspan(-1, 1, color="grey", alpha=0.25, linewidth=0)
+    for part in ("through", "real", "samples"):
+        if part in result:
+            rows = [row for row, name in enumerate(names) if name in result[part]]
+            at = [place(names[row], result[part][names[row]]) for row in rows]
+            axis.plot(at, rows, "o", color=COLOURS[part], label=LABELS[part], markersize=5)
+    ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
+    axis.set_xscale("symlog", linthresh=1, linscale=0.7)
+    axis.set(xlim=(-1.3 * FARTHEST, 1.3 * FARTHEST), ylim=(-1, len(names)))
+    axis.set(xlabel="-1 to 1: the middle 90 % of real people", title="all scores")
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_yticks(range(len(names)), [scores[name].title for name in names], fontsize=8)
+    axis.set_yticks(range(len(names)), [SAMPLE_SCORES[name].title for name in names], fontsize=8)
 
 
 def _draw_bands(axis, x, values: dict[str, Tensor], label: str = "", style: str = "-", alpha: float = 0.2) -> None:

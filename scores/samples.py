@@ -1,7 +1,10 @@
-"""Scores of new brains, each computed twice in the same way: of sampled brains, and of as many held-out real ones.
+"""Scores of new brains, each computed in the same way of several sets of brains: of the samples, of held-out people,
+and, where the first stage is at hand, of the same held-out people after they went through it.
 
-Both are compared with the same training brains, so the second value is the floor: how far real brains are apart. No
-network pretrained on photographs is needed. Every score is one entry of SAMPLE_SCORES.
+All are compared with the training people. What real people score is known from draws: as many training people as there
+are samples, of their ages, take the place of the samples, and are compared with the other training people, again and
+again (allowed). So each score has the range that real people keep to, and the least difference that so many brains
+would show. No network pretrained on photographs is needed. Every score is one entry of SAMPLE_SCORES.
 """
 
 import hashlib
@@ -13,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import util
 from dataset import Slices
 from heads.layout import list_slices, read_slice
+from scores import appearance
 from scores.metrics import (
     adjacent_ssim,
     bootstrap_interval,
@@ -25,9 +30,7 @@ from scores.metrics import (
     decibel,
     diversity,
     frechet_distance,
-    kernel_means,
     manifold_scores,
-    mmd2,
     nearest,
     noise_level,
     patch_histograms,
@@ -35,7 +38,6 @@ from scores.metrics import (
     random_features,
     reslice_spectrum,
     sliced_wasserstein,
-    texture_features,
     thumbnails,
     wasserstein,
 )
@@ -43,22 +45,47 @@ from scores.scorer import COMMAND, TISSUES, Scorer, read_slices
 from util import UserError
 
 ROOT = Path(__file__).parents[1]
+DRAWS = 60  # of real people, whose scores say what is allowed
+NEAR_IN_AGE = 10  # a draw takes one of so many people nearest in age to a sample
+POWER = 2.8  # sds of the draws: a difference so large is seen at 5 % in four of five sets of brains (1.96 + .84)
+STEP = 4  # every fourth slice is kept as a thumbnail
+COMPONENTS = 20  # of heads, along which the spread of people is compared
 
 # ------------------------------------------------------------------------------------------- what is measured of brains
 
-MEASURES = {  # functions of one brain uint8 [Z, S, S] and of what read_slices reads in it
-    "trained": lambda brain, read: read["features"],  # [Z, 64]
-    "random": lambda brain, read: random_features(brain),  # [Z, 64]
-    "texture": lambda brain, read: texture_features(brain),  # [Z, 42]
-    "areas": lambda brain, read: read["areas"],  # mm^2 of TISSUES, [Z, 3]
-    "z_error": lambda brain, read: (read["z"] - torch.arange(len(brain))).abs(),  # slices, [Z]
-    "noise": lambda brain, read: noise_level(brain),  # grey levels, [Z]
-    "spectrum": lambda brain, read: radial_spectrum(brain).mean(0).float(),  # [RINGS]
-    "adjacent": lambda brain, read: adjacent_ssim(brain[None])[0].float(),  # [Z - 1]
-    "reslice": lambda brain, read: reslice_spectrum(brain[None])[0].float(),  # [Z]
-    "patches": lambda brain, read: patch_histograms(brain),  # [levels, DIRECTIONS, BINS]
+
+class Known(NamedTuple):
+    """What the training people have in common: mean_head float32 [Z, S, S], grey levels; box, where heads lie."""
+
+    mean_head: Tensor
+    box: tuple[int, int, int, int]
+
+
+# functions of one brain uint8 [Z, S, S], of what read_slices reads in it, and of what is Known
+MEASURES: dict[str, Callable[[Tensor, dict[str, Tensor], Known], Tensor]] = {
+    "trained": lambda brain, read, known: read["features"],  # [Z, 64]
+    "random": lambda brain, read, known: random_features(brain),  # [Z, 64]
+    "looks": lambda brain, read, known: appearance.looks(brain[::2]),  # [Z / 2, 185]
+    "looks_small": lambda brain, read, known: appearance.looks(reduced(brain)),  # [Z, 185]
+    "areas": lambda brain, read, known: read["areas"],  # mm^2 of TISSUES, [Z, 3]
+    "z_error": lambda brain, read, known: (read["z"] - torch.arange(len(brain))).abs(),  # slices, [Z]
+    "noise": lambda brain, read, known: noise_level(brain),  # grey levels, [Z]
+    "spectrum": lambda brain, read, known: radial_spectrum(brain).mean(0).float(),  # [RINGS]
+    "adjacent": lambda brain, read, known: adjacent_ssim(brain[None])[0].float(),  # [Z - 1]
+    "reslice": lambda brain, read, known: reslice_spectrum(brain[None])[0].float(),  # [Z]
+    "patches": lambda brain, read, known: patch_histograms(brain),  # [levels, DIRECTIONS, BINS]
+    "ribbon": lambda brain, read, known: appearance.ribbon(brain, read["tissue"]),  # []
+    "kurtosis": lambda brain, read, known: appearance.kurtosis(brain, read["tissue"]),  # []
+    "coherence": lambda brain, read, known: appearance.coherence(brain, known.mean_head, read["tissue"]),  # [2, 3]
+    "symmetry": lambda brain, read, known: appearance.symmetry(brain, read["tissue"]),  # []
+    "extremes": lambda brain, read, known: appearance.extremes(brain, known.box),  # [Z, 3]
+    "thumbnails": lambda brain, read, known: thumbnails(brain[STEP // 2 :: STEP]),  # uint8 [Z / STEP, 64, 64]
 }
-MEASURES_OF_SETS = {"diversity": diversity}  # functions of brains uint8 [n, Z, S, S], of each one beside others
+
+
+def reduced(brain: Tensor, side: int = 64) -> Tensor:
+    """uint8 [Z, S, S] at `side` pixels a side, or half as many where it has no more: what survives of a small look."""
+    return appearance.reduce(brain, max(2, brain.shape[-1] // side))
 
 
 # ---------------------------------------------------------------------------------------------- how brains are compared
@@ -66,14 +93,20 @@ MEASURES_OF_SETS = {"diversity": diversity}  # functions of brains uint8 [n, Z, 
 # indices of brains (a bootstrap resample) to the score, and the number of brains to draw from.
 
 Statistic = tuple[Callable[[Tensor], float], int]
+Compare = Callable[[Tensor, Tensor], Statistic]
 
 
 def mean(x: Tensor, reference: Tensor) -> Statistic:
     """The mean over brains and slices; the reference plays no part."""
-    return lambda i: float(x[i].mean()), len(x)
+    return lambda i: float(x[i].double().nanmean()), len(x)
 
 
-def of_means(distance: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], Statistic]:
+def entry(*at: int) -> Compare:
+    """The mean of one entry of each slice's or brain's numbers."""
+    return lambda x, reference: mean(x[(..., *at)], reference)
+
+
+def of_means(distance: Callable[[Tensor, Tensor], float]) -> Compare:
     """The distance between the means over brains."""
 
     def compare(x: Tensor, reference: Tensor) -> Statistic:
@@ -95,21 +128,17 @@ def standardised(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return (x - centre) / sd, (reference - centre) / sd
 
 
-def frechet(x: Tensor, reference: Tensor) -> Statistic:
-    """Frechet distance of the features of all slices."""
-    a, b = standardised(x, reference)
-    return lambda i: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), len(x)
+def frechet(columns: slice = slice(None)) -> Compare:
+    """Frechet distance of the features of all slices, or of some columns of them."""
+
+    def compare(x: Tensor, reference: Tensor) -> Statistic:
+        a, b = standardised(x[..., columns], reference[..., columns])
+        return lambda i: frechet_distance(a[i].flatten(0, 1), b.flatten(0, 1)), len(x)
+
+    return compare
 
 
-def mmd(x: Tensor, reference: Tensor) -> Statistic:
-    """Squared maximum mean discrepancy of the features, times 1000; the kernel's width is the median distance."""
-    a, b = standardised(x, reference)
-    width = float(torch.pdist(b.flatten(0, 1)[:: max(1, len(b) // 16)]).median())
-    blocks = [kernel_means(*pair, width) for pair in ((a, a), (a, b), (b, b))]
-    return lambda i: 1000 * mmd2(*blocks, i), len(x)
-
-
-def manifold(name: str) -> Callable[[Tensor, Tensor], Statistic]:
+def manifold(name: str) -> Compare:
     """One of manifold_scores, against as many reference brains as are scored."""
 
     def compare(x: Tensor, reference: Tensor) -> Statistic:
@@ -119,10 +148,95 @@ def manifold(name: str) -> Callable[[Tensor, Tensor], Statistic]:
     return compare
 
 
-def area(tissue: str) -> Callable[[Tensor, Tensor], Statistic]:
+def area(tissue: str) -> Compare:
     """1-Wasserstein distance of the areas of a tissue at each z, mean over z."""
     k = TISSUES.index(tissue)
     return lambda x, reference: (lambda i: float(wasserstein(x[i, :, k], reference[:, :, k]).mean()), len(x))
+
+
+def pairs(x: Tensor, reference: Tensor) -> Statistic:
+    """MS-SSIM of pairs of brains in thumbnails [n, slices, 64, 64]."""
+    return mean(diversity(x, 1), reference)
+
+
+def judge(x: Tensor, reference: Tensor, shrink: float = 0.1) -> Statistic:
+    """How well a linear classifier tells the slices of brains from real ones: the area under its curve, .5 is not at
+    all.
+
+    Features x [n, Z, D] against as many reference brains. Two-fold: the discriminant (Fisher 1936; the covariance
+    shrunk towards a multiple of the identity) is learned of half of the brains of both kinds, and judges the others.
+    """
+    a, b = standardised(x, spread_evenly(reference, len(x)))
+    parity = torch.arange(max(len(a), len(b))) % 2
+    found = [torch.empty(part.shape[:2], dtype=torch.float64) for part in (a, b)]
+    for fold in (0, 1):
+        learn = [part[parity[: len(part)] != fold].flatten(0, 1).double() for part in (a, b)]
+        means = [part.mean(0) for part in learn]
+        spread = sum((part - m).T @ (part - m) for part, m in zip(learn, means)) / sum(map(len, learn))
+        spread = (1 - shrink) * spread + shrink * spread.diagonal().mean() * torch.eye(len(spread)).to(spread)
+        axis = torch.linalg.solve(spread, means[0] - means[1])
+        for part, scores in zip((a, b), found):
+            chosen = parity[: len(part)] == fold
+            scores[chosen] = (part[chosen].double() - sum(means) / 2) @ axis / axis.norm()
+    return lambda i: under_curve(found[0][i].flatten(), found[1].flatten()), len(x)
+
+
+def under_curve(a: Tensor, b: Tensor) -> float:
+    """The share of pairs of a number of a [N] and one of b [M] in which that of a is larger; ties count half."""
+    b = b.sort().values
+    below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)
+    return float(below.double().mean() / (2 * len(b)))
+
+
+# "people" [n, 4] holds mean areas of TISSUES over the slices of a brain, and the person's age
+
+
+def at_equal_age(tissue: str, what: str) -> Compare:
+    """Of the mean area of a tissue in people [n, 4] of known age, against its course over age in the reference.
+
+    The course is a parabola. what: "spread" around it over that of the reference; "offset" from it, mm^2; "age", the
+    correlation of area and age.
+    """
+    k = TISSUES.index(tissue)
+
+    def compare(x: Tensor, reference: Tensor) -> Statistic:
+        x, reference = x.double(), reference[~reference[:, 3].isnan()].double()
+        centre, sd = reference[:, 3].mean(), reference[:, 3].std().clamp(min=1e-6)
+
+        def powers(age: Tensor) -> Tensor:
+            return torch.stack([(age - centre) ** 0, (age - centre) / sd, ((age - centre) / sd) ** 2], 1)
+
+        course = torch.linalg.lstsq(powers(reference[:, 3]), reference[:, k, None], driver="gelsd").solution
+        left, usual = (part[:, k] - (powers(part[:, 3]) @ course)[:, 0] for part in (x, reference))
+        score = {
+            "spread": lambda i: float(left[i].std() / usual.std().clamp(min=1e-6)),
+            "offset": lambda i: float(left[i].mean()),
+            "age": lambda i: float(torch.corrcoef(x[i][:, [k, 3]].T)[0, 1].nan_to_num()),
+        }[what]
+        return score, len(x)
+
+    return compare
+
+
+def spread_along(components: slice) -> Compare:
+    """The sd of brains along some of the leading components of heads, over that of the reference, in rms.
+
+    In thumbnails [n, slices, 64, 64], reduced to 32 px. The components are found in half of the reference, and its
+    spread measured in the other half: along components of its own a set of few brains is spread widest.
+    """
+
+    def compare(x: Tensor, reference: Tensor) -> Statistic:
+        x, reference = (F.avg_pool2d(part.float(), 2).flatten(1) for part in (x, reference))
+        own, other = reference[::2], reference[1::2]
+        if min(len(own) - 1, len(other)) < components.stop:  # too few people have so many components
+            return lambda i: math.nan, len(x)
+        centred = own - own.mean(0)
+        _, vector = torch.linalg.eigh((centred @ centred.T).double())
+        axes = F.normalize(vector.flip(1)[:, components].T.float() @ centred, dim=1)
+        along, usual = x @ axes.T, (other @ axes.T).var(0).clamp(min=1e-6)
+        return lambda i: float((along[i].var(0) / usual).mean().sqrt()), len(x)
+
+    return compare
 
 
 # ----------------------------------------------------------------------------------------------------------- the scores
@@ -132,54 +246,82 @@ class Score(NamedTuple):
     """A score of a set of brains.
 
     title, unit: its words on the page.
-    group: its table there: "distance" from training brains, lower is nearer; "value", of which real brains have the
-        right one; "copies".
-    measure, compare: what it is made of, a name out of MEASURES or MEASURES_OF_SETS, and how, a function as above.
-        None for copies, which copy_scores counts.
-    signed: it lies around 0 for real brains, and so may be negative.
+    group: its table there, a key of GROUPS.
+    measure, compare: what it is made of, a name out of MEASURES or "people", and how, a function as above. None for
+        copies, which copy_scores counts.
     """
 
     title: str
     unit: str
     group: str
     measure: str | None = None
-    compare: Callable[[Tensor, Tensor], Statistic] | None = None
-    signed: bool = False
+    compare: Compare | None = None
 
 
-SPACES = {"trained": "trained encoder", "random": "random network", "texture": "histogram and texture"}
+GROUPS = {
+    "distance": "Distance from training people",
+    "look": "How a slice looks",
+    "head": "How a head hangs together",
+    "people": "How people differ",
+    "copies": "Copies",
+}
+SPACES = {"trained": "trained encoder", "random": "random network"}
+PATTERNS, EDGES = slice(0, 20), slice(20, 148)  # columns of appearance.looks
 # by name; the order is that of the page
 SAMPLE_SCORES = {
-    **{f"frechet_{space}": Score(f"Frechet distance, {words}", "", "distance", space, frechet)
+    **{f"frechet_{space}": Score(f"Frechet distance, {words}", "", "distance", space, frechet())
        for space, words in SPACES.items()},
-    **{f"mmd2_{space}": Score(f"MMD², {words}, x 1000", "", "distance", space, mmd, signed=True)
-       for space, words in SPACES.items()},
-    "sliced_wasserstein": Score("sliced Wasserstein, mean of levels, x 1000", "", "distance", "patches",
+    "frechet_patterns": Score("Frechet distance, local binary patterns", "", "distance", "looks", frechet(PATTERNS)),
+    "frechet_edges": Score("Frechet distance, edges", "", "distance", "looks", frechet(EDGES)),
+    "sliced_wasserstein": Score("sliced Wasserstein, x 1000", "", "distance", "patches",
                                 of_means(lambda x, known: float(sliced_wasserstein(x, known).mean()))),
-    "sliced_wasserstein_finest": Score("sliced Wasserstein, finest level, x 1000", "", "distance", "patches",
-                                       of_means(lambda x, known: float(sliced_wasserstein(x, known)[0]))),
     "spectrum": Score("power spectrum, rms difference", "dB", "distance", "spectrum", of_means(rms_decibel)),
-    "csf_wasserstein": Score("CSF area, 1-Wasserstein", "mm²", "distance", "areas", area("csf")),
-    "grey_wasserstein": Score("grey-matter area, 1-Wasserstein", "mm²", "distance", "areas", area("grey")),
-    "white_wasserstein": Score("white-matter area, 1-Wasserstein", "mm²", "distance", "areas", area("white")),
-    "adjacent_profile": Score("SSIM of neighbouring slices, mean difference over z", "", "distance", "adjacent",
+    **{f"{tissue}_wasserstein": Score(f"{words} area, 1-Wasserstein", "mm²", "distance", "areas", area(tissue))
+       for tissue, words in zip(TISSUES, ("CSF", "grey-matter", "white-matter"))},
+    "judge": Score("told from real slices by a linear judge, full size", "AUC", "look", "looks", judge),
+    "judge_small": Score("the same at 64 px", "AUC", "look", "looks_small", judge),
+    "ribbon": Score("valley over grey peak of the histogram", "", "look", "ribbon", mean),
+    "kurtosis": Score("kurtosis of the finest detail", "", "look", "kurtosis", mean),
+    "noise": Score("noise level", "grey levels", "look", "noise", mean),
+    "white": Score("slices with a pixel of 255", "share", "look", "extremes", entry(0)),
+    "black": Score("exactly black in the box of heads", "share", "look", "extremes", entry(1)),
+    "haze": Score("grey level 1 in the box of heads", "share", "look", "extremes", entry(2)),
+    "z_error": Score("error of z", "slices", "look", "z_error", mean),
+    "adjacent_ssim": Score("SSIM of neighbouring slices", "", "head", "adjacent", mean),
+    "adjacent_profile": Score("the same, mean difference over z", "", "head", "adjacent",
                               of_means(lambda x, known: float((x - known).abs().mean()))),
-    "reslice_spectrum": Score("spectrum along z, rms difference", "dB", "distance", "reslice", of_means(rms_decibel)),
-    "precision": Score("precision", "", "value", "trained", manifold("precision")),
-    "recall": Score("recall", "", "value", "trained", manifold("recall")),
-    "density": Score("density", "", "value", "trained", manifold("density")),
-    "coverage": Score("coverage", "", "value", "trained", manifold("coverage")),
-    "diversity": Score("MS-SSIM of different brains", "", "value", "diversity", mean),
-    "noise": Score("noise level", "grey levels", "value", "noise", mean),
-    "z_error": Score("error of z", "slices", "value", "z_error", mean),
-    "adjacent_ssim": Score("SSIM of neighbouring slices", "", "value", "adjacent", mean),
+    "reslice_spectrum": Score("spectrum along z, rms difference", "dB", "head", "reslice", of_means(rms_decibel)),
+    **{f"coherence_{where}_{lag}": Score(f"coherence {where} the brain, {lag} slices apart", "r", "head", "coherence",
+                                         entry(row, column))
+       for row, where in enumerate(("in", "outside")) for column, lag in enumerate(appearance.LAGS)},
+    "symmetry": Score("left half of the brain against right", "r", "head", "symmetry", mean),
+    "density": Score("density", "", "people", "trained", manifold("density")),
+    "coverage": Score("coverage", "", "people", "trained", manifold("coverage")),
+    "diversity": Score("MS-SSIM of different brains at 64 px", "", "people", "thumbnails", pairs),
+    "spread_first": Score("spread along components 1 to 10 of heads, over people's", "", "people", "thumbnails",
+                          spread_along(slice(0, 10))),
+    "spread_later": Score("spread along components 11 to 20 of heads, over people's", "", "people", "thumbnails",
+                          spread_along(slice(10, 20))),
+    **{f"{what}_{tissue}": Score(f"{words}: {title}", unit, "people", "people", at_equal_age(tissue, what))
+       for what, title, unit in (("spread", "spread at equal age, over people's", ""),
+                                 ("offset", "offset at equal age", "mm²"), ("age", "correlation of area with age", "r"))
+       for tissue, words in zip(TISSUES, ("CSF", "grey matter", "white matter"))},
     "copies": Score("slices nearer to training than 99 % of held-out ones", "share", "copies"),
     "copied_brains": Score("brains nearer to training than any held-out one", "share", "copies"),
 }  # fmt: skip
 
 
 def score_samples(
-    brains: Tensor, train: Slices, held_out: Slices, scorer: Scorer, digest: str, resamples: int = 200
+    brains: Tensor,
+    train: Slices,
+    held_out: Slices,
+    scorer: Scorer,
+    digest: str,
+    resamples: int = 200,
+    *,
+    ages: Tensor | None = None,
+    through: Callable[[Tensor], Tensor] | None = None,
+    draws: int = DRAWS,
 ) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """All scores of sampled brains uint8 [n, Z, S, S], beside those of as many held-out ones.
 
@@ -187,26 +329,45 @@ def score_samples(
         train, held_out: real slices of the samples' size.
         digest: of the scorer's weights.
         resamples: of the bootstrap over brains.
-    Returns (scores, measures): {"brains", "training_brains", "samples", "real": {score: value, score_interval}}, and
-    {"samples", "real", "reference", "near", "near_real"}, of which the pictures are drawn. Raises UserError where
-    slices per brain differ, or a split has fewer than two whole brains.
+        ages: float [n] of the people sampled, NaN where one is not known; None if none is.
+        through: brains uint8 [n, Z, S, S] to the same after they went through the first stage; None leaves that out.
+        draws: of real people.
+    Returns (scores, measures). Scores: {"brains", "training_brains", "drawn_brains", "draws"; "samples", "real",
+    "through": {score: value, score_interval}; "allowed": {score: {"low", "middle", "high", "least"}}}. Measures, of
+    which the pictures are drawn: "samples", "real", "through", "reference", "near", "near_real". Scores of equal age
+    are there where ages are
+    known. Raises UserError where slices per brain differ, or a split has fewer than two whole brains.
     """
     check_slices(brains.shape[1], (train, held_out), scorer)
-    known, real = (whole_brains(data) for data in (train, held_out))
+    positions, real = (whole_brains(data) for data in (train, held_out))
     n = min(len(brains), len(real))
     if n < len(brains):
         print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
+    real = spread_evenly(real, n)
+    known, salt = know(train, positions), f"{digest} {train.digest}"
     measures = {
-        "reference": measure_real(train, known, scorer, digest),
-        "real": measure_real(held_out, spread_evenly(real, n), scorer, digest),
-        "samples": measure(brains[:n], scorer, "samples"),
+        "reference": measure_real(train, positions, scorer, known, salt),
+        "real": measure_real(held_out, real, scorer, known, salt),
+        "samples": measure(brains[:n], scorer, "samples", known),
     }
-    small = torch.stack([thumbnails(train.images[positions]) for positions in known]).cpu()
+    if through:
+        measures["through"] = measure(through(held_out.images[real].cpu()), scorer, "through the first stage", known)
+    groups = {"reference": (train, positions), "real": (held_out, real), "through": (held_out, real)}
+    for name, found in measures.items():
+        age = ages_of(*groups[name]) if name in groups else ages[:n] if ages is not None else torch.full((n,), math.nan)
+        if age.isnan().logical_not().sum() > COMPONENTS // 2:
+            found["people"] = torch.cat([found["areas"].mean(1), age[:, None].float()], 1)
+    result = {"brains": n, "training_brains": len(positions), "draws": draws}
+    for name in ("samples", "real", "through"):
+        if name in measures:
+            result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
+    wanted = measures["samples"].get("people", measures["real"].get("people"))
+    result["drawn_brains"] = min(n, len(positions) // 2)
+    result["allowed"] = allowed(measures["reference"], wanted, result["drawn_brains"], draws)
+    small = torch.stack([thumbnails(train.images[at]) for at in positions]).cpu()
     measures["near"] = nearest(brains[:n].cpu(), small)
     measures["near_real"] = nearest(held_out.images[real].cpu(), small)
-    result = {"brains": n, "training_brains": len(known)}
     for name, near in (("samples", "near"), ("real", "near_real")):
-        result[name] = with_intervals(statistics_of(measures[name], measures["reference"]), resamples)
         result[name] |= copy_scores(measures[near], measures["near_real"])
     return result, measures
 
@@ -214,28 +375,38 @@ def score_samples(
 # ------------------------------------------------------------------------------------------------------------- in steps
 
 
-def measure(brains: Tensor, scorer: Scorer, title: str) -> dict[str, Tensor]:
+def know(train: Slices, positions: Tensor) -> Known:
+    """What the whole training brains at positions [m, Z] have in common."""
+    mean_head = sum(train.images[at].cpu().float() for at in positions) / len(positions)
+    return Known(mean_head, train.content_box())
+
+
+def ages_of(data: Slices, positions: Tensor) -> Tensor:
+    """float32 [n]: ages of the people whose brains lie at positions [n, Z], NaN where one is not known."""
+    return data.people(["age"])[positions[:, 0], 0]
+
+
+def measure(brains: Tensor, scorer: Scorer, title: str, known: Known) -> dict[str, Tensor]:
     """All MEASURES of brains uint8 [n, Z, S, S], by name, [n, ...] each."""
     found = {name: [] for name in MEASURES}
     for brain in util.progress(brains, f"measure {title}", unit="brain"):
         read = read_slices(scorer, brain)
         for name, function in MEASURES.items():
-            found[name].append(function(brain, read))
-    of_sets = {name: function(brains) for name, function in MEASURES_OF_SETS.items()}
-    return {name: torch.stack(values) for name, values in found.items()} | of_sets
+            found[name].append(function(brain, read, known))
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
-def measure_real(data: Slices, positions: Tensor, scorer: Scorer, digest: str) -> dict[str, Tensor]:
+def measure_real(data: Slices, positions: Tensor, scorer: Scorer, known: Known, salt: str) -> dict[str, Tensor]:
     """measure of brains of a split, whose slices lie at positions int64 [n, Z]; kept in data/cache.
 
-    The name of the cache depends on the slices, the scorer (by its digest), and the code that measures.
+    The name of the cache depends on the slices, on the code that measures, and on `salt`: scorer and training data.
     """
     cases = data.case[positions[:, 0]].tolist()
-    key = hashlib.blake2b(f"{data.digest} {cases} {digest} {digest_of_code()}".encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(f"{data.digest} {cases} {salt} {digest_of_code()}".encode(), digest_size=8).hexdigest()
     cache = Path("data/cache") / f"{data.split}_measures_{data.images.shape[-1]}_{key}.safetensors"
     if cache.is_file():
         return safetensors.torch.load_file(cache)
-    found = measure(data.images[positions].cpu(), scorer, data.split)
+    found = measure(data.images[positions].cpu(), scorer, data.split, known)
     util.write_file(cache, safetensors.torch.save(found))
     return found
 
@@ -251,18 +422,67 @@ def digest_of_code(root: Path = ROOT) -> str:
 
 def statistics_of(x: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Statistic]:
     """{score: (function of brain indices, number of brains)} from `measure` of scored brains and of the reference."""
-    compared = {name: score for name, score in SAMPLE_SCORES.items() if score.compare}
-    return {name: score.compare(x[score.measure], reference[score.measure]) for name, score in compared.items()}
+    there = {name: score for name, score in SAMPLE_SCORES.items() if score.measure in x and score.measure in reference}
+    return {name: score.compare(x[score.measure], reference[score.measure]) for name, score in there.items()}
 
 
 def with_intervals(scores: dict[str, Statistic], resamples: int) -> dict:
-    """{name: value, name_interval: 95 %} of statistics_of."""
+    """{name: value, name_interval: 95 %} of statistics_of; without scores that these brains do not have."""
     result = {}
     for name, (statistic, count) in util.progress(scores.items(), "bootstrap", unit="score"):
-        result[name] = statistic(torch.arange(count))
-        least = -math.inf if SAMPLE_SCORES[name].signed else 0.0
-        result[f"{name}_interval"] = centred_interval(statistic, count, resamples, least=least)
+        value = statistic(torch.arange(count))
+        if math.isnan(value):  # such as of the outside of heads that have none
+            continue
+        result[name] = value
+        result[f"{name}_interval"] = centred_interval(statistic, count, resamples, least=-math.inf)
     return result
+
+
+def allowed(people: dict[str, Tensor], like: Tensor | None, count: int, draws: int, seed: int = 0) -> dict[str, dict]:
+    """What real people score: {score: {"low", "middle", "high", "least"}} from `draws` sets of `count` of them.
+
+    Each set is compared with all the other people. low and high hold the middle 90 % of the sets; a difference of
+    `least` would be seen at the level of 5 % in four of five sets.
+
+    Args:
+        people: measures [m, ...] of real people.
+        like: [n, 4] as "people"; a set has people of these ages. None: any people.
+    """
+    generator, values = torch.Generator().manual_seed(seed), {}
+    everybody = torch.arange(len(next(iter(people.values()))))
+    for _ in util.progress(range(draws), "real people", unit="draw"):
+        chosen = draw_people(people.get("people"), like, len(everybody), count, generator)
+        others = everybody[~torch.isin(everybody, chosen)]
+        some, rest = ({name: part[i] for name, part in people.items()} for i in (chosen, others))
+        for name, (statistic, size) in statistics_of(some, rest).items():
+            values.setdefault(name, []).append(statistic(torch.arange(size)))
+    result = {}
+    for name, drawn in values.items():
+        drawn = torch.tensor(drawn, dtype=torch.float64)
+        if drawn.isnan().any():
+            continue
+        low, middle, high = drawn.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+        result[name] = {"low": low, "middle": middle, "high": high, "least": POWER * float(drawn.std())}
+    return result
+
+
+def draw_people(
+    people: Tensor | None, like: Tensor | None, m: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """int64 [count]: different ones out of m people [m, 4], as old as `count` of `like` [n, 4], where ages are known.
+
+    For each age one of the NEAR_IN_AGE people nearest to it, of those that are left.
+    """
+    if people is None or like is None:
+        return torch.randperm(m, generator=generator)[:count]
+    ages, left = like[torch.randperm(len(like), generator=generator), 3], people[:, 3].clone()
+    chosen = []
+    for age in ages[:count]:
+        near = (left - age).abs().nan_to_num(nan=math.inf).argsort()[:NEAR_IN_AGE]
+        one = near[torch.randint(len(near), (), generator=generator)]
+        chosen.append(one)
+        left[one] = math.inf
+    return torch.stack(chosen)
 
 
 def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:

@@ -133,13 +133,16 @@ def read_slices(scorer: Scorer, slices: Tensor, batch_size: int = 32) -> dict[st
     """What the scorer reads in slices uint8 [N, S, S].
 
     Returns {"areas" [N, 3], mm^2 of CSF, grey and white matter: the sum of their probabilities over pixels of 1 mm^2,
-    "z" [N], in slices, "features" [N, 64]}, float32.
+    "z" [N], in slices, "features" [N, 64], float32, and "tissue" uint8 [N, S, S]: at each pixel 0 for none, 1 CSF, 2
+    grey, 3 white matter, whichever is most probable}.
     """
-    device, parts = next(scorer.parameters()).device, []
+    device, parts, step = next(scorer.parameters()).device, [], SIZE // slices.shape[-1]
     for batch in slices.split(batch_size):
         logits, whole, features = scorer(to_float(batch.to(device))[:, None])
-        parts.append((logits.softmax(1)[:, 1:].sum((2, 3)).cpu(), expected_z(whole).cpu(), features.cpu()))
-    return dict(zip(("areas", "z", "features"), map(torch.cat, zip(*parts))))
+        tissue = logits[:, :, step // 2 :: step, step // 2 :: step].argmax(1).to(torch.uint8)
+        areas = logits.softmax(1)[:, 1:].sum((2, 3))
+        parts.append([part.cpu() for part in (areas, expected_z(whole), features, tissue)])
+    return dict(zip(("areas", "z", "features", "tissue"), map(torch.cat, zip(*parts))))
 
 
 def csf_area(scorer: Scorer, slices: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from skimage.feature import graycomatrix, graycoprops
 from torch import Tensor
 
 import util
@@ -22,12 +21,10 @@ from scores.metrics import (
     diversity,
     entropy_bits,
     frechet_distance,
-    kernel_means,
     laplacian_pyramid,
     latent_statistics,
     manifold_scores,
     mean_scores,
-    mmd2,
     ms_ssim,
     nearest,
     noise_level,
@@ -38,7 +35,6 @@ from scores.metrics import (
     slice_scores,
     sliced_wasserstein,
     summarise,
-    texture_features,
     thumbnails,
     wasserstein,
 )
@@ -264,25 +260,6 @@ def test_noise_level_is_the_sd_of_noise_and_blind_to_ramps_and_black():
     assert noise_level(torch.zeros(1, 64, 64, dtype=torch.uint8))[0] == 0
 
 
-def test_texture_features_are_those_of_numpy_and_scikit_image():
-    """Shape, moments and co-occurrence of slices with black around; a black slice has finite ones too."""
-    pictures = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    pictures[:2, 10:50, 20:40] = (16 + 235 * blurred(torch.rand(2, 1, 40, 20), 1)[:, 0]).to(torch.uint8)
-    found = texture_features(pictures)
-    assert found.shape == (3, 42) and found.isfinite().all()
-    grey = pictures[0, 10:50, 20:40].numpy() / 255
-    assert found[0, 0].item() == pytest.approx(800 / 64**2)
-    assert found[0, [1, 3]].tolist() == pytest.approx([29.5 / 64, 29.5 / 64])
-    assert found[0, 5:7].tolist() == pytest.approx([grey.mean(), grey.std()], rel=1e-4)
-    assert found[0, 9:24].sum().item() == pytest.approx(1)
-    angles = [0, np.pi / 4, np.pi / 2, 3 * np.pi / 4]
-    counts = graycomatrix(pictures[0].numpy() // 16, [1], angles, levels=16, symmetric=True).sum(3, keepdims=True)
-    counts[0], counts[:, 0] = 0, 0  # level 0 is no head
-    expected = [graycoprops(counts, name)[0, 0] for name in ("contrast", "dissimilarity", "homogeneity", "ASM")]
-    assert found[0, 26:30].tolist() == pytest.approx(expected, rel=1e-4)
-    assert found[0, 30].item() == pytest.approx(graycoprops(counts, "correlation")[0, 0], rel=1e-3)
-
-
 def test_random_features_are_fixed_and_follow_the_contrast():
     """Seeded, not from the global generator; twice the grey gives twice the activation, without bias."""
     pictures = torch.randint(0, 100, (2, 64, 64), dtype=torch.uint8)
@@ -327,35 +304,6 @@ def test_the_frechet_distance_of_few_is_too_large_alike_for_all():
 def brains_of(count: int, own: float = 1.0, shift: float = 0.0) -> Tensor:
     """Features [count, 6, 5] of brains that each have a centre of their own."""
     return own * torch.randn(count, 1, 5) + 0.5 * torch.randn(count, 6, 5) + shift
-
-
-def mmd2_of(x: Tensor, y: Tensor) -> float:
-    return mmd2(*(kernel_means(*pair, 2.0) for pair in ((x, x), (x, y), (y, y))))
-
-
-def test_mmd2_is_unbiased_although_slices_of_a_brain_are_alike():
-    """Zero on average for two draws from one distribution, on both sides of it; positive when shifted."""
-    draws = torch.tensor([mmd2_of(brains_of(6), brains_of(9)) for _ in range(300)])
-    assert abs(draws.mean()) < 3 * draws.std() / math.sqrt(300)
-    assert 0.2 < (draws > 0).float().mean() < 0.8
-    moved = torch.tensor([mmd2_of(brains_of(6), brains_of(9, shift=1.5)) for _ in range(20)])
-    assert moved.mean() > 3 * draws.std()
-
-
-def test_mmd2_is_its_definition():
-    """By brute force over pairs of slices of different brains, for one width of the three in the mixture."""
-    x, y = brains_of(3).double(), brains_of(4).double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        square = (a - b).square().sum()
-        return sum(torch.exp(-square / (2 * (scale * 2.0) ** 2)) for scale in (0.5, 1, 2)) / 3
-
-    def mean(a: Tensor, b: Tensor, same: bool) -> float:
-        pairs = [(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)]
-        return float(np.mean([kernel(u, v).item() for p, q in pairs for u in p for v in q]))
-
-    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
-    assert mmd2_of(x, y) == pytest.approx(expected, abs=1e-6)
 
 
 def test_identical_sets_have_one_in_all_four_and_strangers_none():
