@@ -1,5 +1,6 @@
 """What several test files need: small data, tiny models, two ways to start a script, and what a run left behind."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from heads.people import PEOPLE_TABLE
 from heads.phantom import phantom_case
 from logger import read_log
 from training import checkpoints
+from training import run as training_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,13 +28,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def reproducible(monkeypatch):
-    """Every test starts from one seed, and the caller's own data folder plays no part."""
+def reproducible(monkeypatch, tmp_path):
+    """Every test starts from one seed in a folder of its own, and the caller's own data folder plays no part."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OASIS_DATA", raising=False)
     torch.manual_seed(0)
-
-
-# --------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +41,14 @@ def phantom_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "phantom"
     dataset.write_phantom(folder, {"train": 3, "validate": 1, "test": 1})
     return folder
+
+
+@pytest.fixture
+def validate(phantom_folder) -> dataset.Slices:
+    """Eight slices of the phantom at 64 px, with masks, as if they were two of each of four brains."""
+    data = dataset.load_slices(phantom_folder, "validate", 64, masks=True)
+    data.images, data.masks, data.z, data.case = data.images[::4], data.masks[::4], data.z[::4], torch.arange(8) // 2
+    return data
 
 
 @pytest.fixture(scope="session")
@@ -85,20 +93,10 @@ def people_folder(noise_folder) -> Path:
     return noise_folder
 
 
-# ------------------------------------------------------------------------------------------------------------- models
-
-
 @pytest.fixture
 def tiny_sizes() -> dict:
     """Keywords of a small VAE; a VQVAE needs codebook_size as well. Blocks of 4x4 pixels, a latent of 4x12x14."""
-    return {
-        "image_size": 64,
-        "box": (8, 4, 48, 56),
-        "patch": 2,
-        "widths": (8, 16),
-        "blocks": 1,
-        "latent_channels": 4,
-    }
+    return {"image_size": 64, "box": (8, 4, 48, 56), "patch": 2, "widths": (8, 16), "blocks": 1, "latent_channels": 4}
 
 
 @pytest.fixture
@@ -112,9 +110,6 @@ def awaken():
         return module
 
     return move
-
-
-# --------------------------------------------------------------------------------------------------- starting a script
 
 
 @pytest.fixture
@@ -139,11 +134,7 @@ def run_script(tmp_path):
 
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, capsys):
-    """run_main(prestage_train, "--steps", 3): the script in this process, working in tmp_path; saves the imports.
-
-    Returns (exit status, stdout, stderr). What util.command would show as a traceback fails the test.
-    """
-    monkeypatch.chdir(tmp_path)
+    """run_main(prestage_train, "--steps", 3): (status, stdout, stderr) of the script in this process; bugs raise."""
     monkeypatch.setenv("MPLBACKEND", "agg")
 
     def run(module, *flags) -> tuple[int, str, str]:
@@ -211,7 +202,53 @@ def first_stage(first_stages) -> Path:
     return first_stages()
 
 
-# ---------------------------------------------------------------------------------------------------- stopping a run
+SECOND_STAGE = ["--preset", "demo", "--precision", "fp32", "--steps", 4, "--batch-size", 4]
+SIZES = {"pixelCNN": ["--channels", 8, "--layers", 2], "stable_diffusion": ["--widths", 8, 16, "--slices", 2]}
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """The script that a file of tests is named after."""
+    return importlib.import_module(request.module.__name__.removeprefix("test_"))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(script, heads_folder, first_stage):
+    """The flags of a run of a second stage, with two reports, a shallow network, and calibration by few brains."""
+    import stable_diffusion
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "REPORTS", 2)
+        patch.setattr(stable_diffusion, "BLOCKS", 1)
+        patch.setattr(stable_diffusion, "CALIBRATION_LEAST", 2)
+        yield ["--data", heads_folder, "--first-stage", first_stage, *SECOND_STAGE, *SIZES[script.__name__]]
+
+
+@pytest.fixture(scope="module")
+def straight(script, tiny_run, tmp_path_factory, run_in) -> Path:
+    """The folder of such a run that nothing interrupted. Read only."""
+    folder = tmp_path_factory.mktemp("second")
+    run_in(folder, script, *tiny_run)
+    return folder
+
+
+@pytest.fixture
+def trained(straight, tmp_path) -> Path:
+    """The working folder, with a copy of that run."""
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def train(script, tiny_run, run_main):
+    """train("--steps", 3): such a run with other flags; checks the exit status, and returns what was printed."""
+
+    def run(*flags, status: int = 0) -> str:
+        ended, out, errors = run_main(script, *tiny_run, *flags)
+        assert ended == status, errors
+        return out
+
+    return run
 
 
 class Killed(BaseException):
@@ -220,33 +257,23 @@ class Killed(BaseException):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step(7, action): calls action() once, in the middle of the seventh step that any run does from now on."""
+    """at_step(7, action): calls action() within the seventh step from now on. with at_step(7): kills the run there."""
 
-    def arrange(number: int, action) -> None:
-        from training import run
-
-        calls, update_ema = [], run.update_ema
+    def arrange(number: int, action=None):
+        calls, update_ema = [], training_run.update_ema
 
         def counting(*args, **kwargs):
             calls.append(1)
+            if len(calls) == number and action is None:
+                raise Killed
             if len(calls) == number:
                 action()
             return update_ema(*args, **kwargs)
 
-        monkeypatch.setattr(run, "update_ema", counting)
+        monkeypatch.setattr(training_run, "update_ema", counting)
+        return pytest.raises(Killed)
 
     return arrange
-
-
-@pytest.fixture
-def die():
-    """An action for at_step: the run ends as by kill -9."""
-
-    def action():
-        raise Killed
-
-    action.error = Killed
-    return action
 
 
 def unlike(a, b, place: str) -> list[str]:
@@ -262,10 +289,7 @@ def unlike(a, b, place: str) -> list[str]:
 
 @pytest.fixture
 def differences():
-    """differences(folder, "a", other, "b"): where two runs' checkpoints, weights or log lines differ, to the last bit.
-
-    The seconds in the logs do not count, nor does what follows from them.
-    """
+    """differences(folder, "a", other, "b"): where two runs' files differ, to the last bit, but for seconds in logs."""
 
     def state(folder: Path, name: str) -> dict:
         files = folder / "model_ckpt" / name

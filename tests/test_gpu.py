@@ -62,8 +62,7 @@ def test_every_trainer_takes_a_step(train, precision):
         assert all(tensor.isfinite().all() for tensor in weights(name).values()), name
 
 
-def test_the_scorer_takes_a_step(device, phantom_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_scorer_takes_a_step(device, phantom_folder):
     description = train_scorer(phantom_folder, device, name="scorer", steps=1, batch_size=2)
     assert description["kind"] == "scorer"
 

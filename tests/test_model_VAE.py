@@ -14,10 +14,7 @@ from parts.quantizer import FiniteScalarQuantizer
 
 
 def slices(count: int, fill_box: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [count, 1, 64, 64] in [-1, 1], random in the box of `tiny_sizes` and black around it, and z.
-
-    Noise of another brightness in every 8x8 block, down to black, as blocks of brains have it.
-    """
+    """x [count, 1, 64, 64], noise of another brightness in each 8x8 block of `tiny_sizes`' box, black around; and z."""
     x = torch.full((count, 1, 64, 64), -1.0)
     if fill_box:
         brightness = F.interpolate(torch.rand(count, 1, 6, 7), scale_factor=8.0)
@@ -46,7 +43,6 @@ def quantizers(model) -> list:
 
 
 def levels_of(idx) -> tuple:
-    """The grids of codes, top first."""
     return idx if isinstance(idx, tuple) else (idx,)
 
 
@@ -57,7 +53,6 @@ def decoded_box(model, latent: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=VARIANTS)
 def model(request, tiny_sizes):
-    """A tiny autoencoder of each kind before training, in evaluation mode."""
     return build(request.param, tiny_sizes)
 
 
@@ -77,7 +72,6 @@ def trained(model, awaken):
 
 @pytest.fixture(params=WITH_CODES)
 def coded(request, tiny_sizes, awaken):
-    """A tiny autoencoder of each kind with codes, as if trained."""
     return as_if_trained(build(request.param, tiny_sizes), awaken)
 
 
@@ -86,9 +80,6 @@ def double(request, tiny_sizes, awaken, model):
     """A tiny autoencoder of each kind with all three parts, as if its codec was trained."""
     sizes = tiny_sizes | {"perceptual": True, "grain": True}
     return as_if_trained(build(request.node.callspec.params["model"], sizes), awaken)
-
-
-# --------------------------------------------------------------------------------- the linear path, before training
 
 
 def klt(x: torch.Tensor, channels: int, f: int = 4) -> torch.Tensor:
@@ -100,15 +91,8 @@ def klt(x: torch.Tensor, channels: int, f: int = 4) -> torch.Tensor:
     return back.reshape(-1, 48, 56) - 1
 
 
-def test_before_training_all_channels_reconstruct_exactly(tiny_sizes):
-    model, (x, z) = VAE(**tiny_sizes | {"latent_channels": 16}).eval(), slices(6)
-    model.fit(x, z)
-    model.set_latent_statistics([(x, z)])
-    assert torch.allclose(model.decode(model.encode(x, z), z), x, atol=1e-5)
-
-
 @pytest.mark.parametrize("whiten", [True, False])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("channels", [1, 5, 16])
 def test_before_training_few_channels_are_the_truncated_klt(tiny_sizes, whiten, channels):
     """Training begins at the linear floor; the components are those about black, so that black costs nothing."""
     model, (x, z) = VAE(**tiny_sizes | {"latent_channels": channels}).eval(), slices(6)
@@ -147,29 +131,6 @@ def test_the_vqvae2_begins_at_both_linear_floors(tiny_sizes, variant):
     assert torch.allclose(box[:, 0].double(), klt(left, 4) + known[:, 0], atol=1e-4)
 
 
-def test_a_vqvae2_whose_bottom_path_is_whole_reconstructs_exactly(tiny_sizes):
-    """Whatever the top codes say, the bottom path codes the difference."""
-    model = VQVAE2(**tiny_sizes | {"latent_channels": 16, "codebook_size": 8}).eval()
-    x, z = slices(6)
-    model.fit(x, z)
-    top = model.quantizer_top.lookup(torch.randint(8, (6, 6, 7)))
-    box = decoded_box(model, model._join(top, model.bottom_vectors(x, z, top)), z)
-    assert torch.allclose(box, model.crop(x), atol=1e-4)
-
-
-@pytest.mark.parametrize("variant", WITH_CODES)
-def test_every_code_is_in_use_before_training(tiny_sizes, variant):
-    """Of both levels; and of scalar quantisation every level of every channel."""
-    model, (x, z) = build(variant, tiny_sizes), slices(16)
-    model.fit(x, z)
-    for quantizer, level in zip(quantizers(model), levels_of(model.encode_indices(x, z)), strict=True):
-        if isinstance(quantizer, FiniteScalarQuantizer):
-            digits = quantizer.digits(level.unique())
-            assert [len(column.unique()) for column in digits.T] == [4, 3, 3, 2]
-        else:
-            assert len(level.unique()) == 16
-
-
 def test_black_decodes_to_exactly_black_before_training(model):
     """One grey level of offset in the background costs .06 of SSIM."""
     (x, z), (black, _) = slices(6), slices(6, fill_box=False)
@@ -182,11 +143,11 @@ def test_black_decodes_to_exactly_black_before_training(model):
     assert model.decode(model.encode(black, z), z).max() < -1 + 1e-3
 
 
-# -------------------------------------------------------------------------------------------------- all autoencoders
-
-
-def test_the_outside_of_the_box_is_always_black(trained):
+def test_the_outside_of_the_box_is_always_black_and_never_seen(trained):
     """Whatever the latent, however loud the network."""
+    (x, z), noise = slices(3), torch.rand(3, 1, 64, 64)
+    noise[:, :, 8:56, 4:60] = x[:, :, 8:56, 4:60]
+    assert torch.equal(trained.encode(x, z), trained.encode(noise, z))
     latent = 30 * torch.randn(4, *trained.latent_shape)
     x = trained.decode(latent, torch.arange(4))
     inside = trained.crop(x).clone()
@@ -194,12 +155,6 @@ def test_the_outside_of_the_box_is_always_black(trained):
     x[:, :, 8:56, 4:60] = -1
     assert (x == -1).all()
     assert torch.equal(trained.pad(inside)[:, :, 8:56, 4:60], inside)
-
-
-def test_the_encoder_does_not_see_the_outside_of_the_box(trained):
-    (x, z), noise = slices(3), torch.rand(3, 1, 64, 64)
-    noise[:, :, 8:56, 4:60] = x[:, :, 8:56, 4:60]
-    assert torch.equal(trained.encode(x, z), trained.encode(noise, z))
 
 
 def test_the_whole_output_depends_on_z(trained):
@@ -225,7 +180,7 @@ def test_slices_of_a_batch_do_not_see_each_other(trained):
 
 
 def test_latents_have_mean_0_and_sd_1_over_the_batches(trained):
-    """Over all batches, unequal as they are; and again after a second call."""
+    """Over all batches, unequal as they are; and again after a second call. Their scale changes no picture."""
     x, z = slices(12)
     batches = list(zip(x.split(5), z.split(5)))
     for _ in range(2):
@@ -234,10 +189,6 @@ def test_latents_have_mean_0_and_sd_1_over_the_batches(trained):
         C = trained.latent_shape[0]
         assert torch.allclose(latent.mean(1), torch.zeros(C).double(), atol=1e-5)
         assert torch.allclose(latent.std(1, unbiased=False), torch.ones(C).double(), atol=1e-5)
-
-
-def test_the_scale_of_the_latents_changes_no_picture(trained):
-    x, z = slices(4)
     before = trained.decode(trained.encode(x, z), z)
     trained.latent_mean.add_(3)
     trained.latent_sd.mul_(5)
@@ -333,27 +284,21 @@ def test_bottom_codes_depend_on_the_top(tiny_sizes, awaken):
     assert not torch.equal(a, b) and not torch.equal(a, model.decode_indices((top, (bottom + 1) % 16), z))
 
 
-def test_the_kl_is_that_of_torch_distributions_in_bits(tiny_sizes, awaken):
-    """Per image: summed over the latent, averaged over the batch. The log variance is clamped."""
-    model, (x, z) = awaken(VAE(**tiny_sizes), 0.2), slices(5)
+def test_the_posterior_has_its_kl_and_its_sample_its_mean_and_variance(tiny_sizes, awaken, monkeypatch):
+    """In bits per image, summed over the latent, as of torch.distributions. encode returns the mean, not a sample."""
+    model, (x, z) = awaken(VAE(**tiny_sizes), 0.2).eval(), slices(5)
     mean, log_variance = model.posterior(x, z)
-    nats = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
-    assert torch.isclose(model(x, z)[1]["kl"], nats / torch.log(torch.tensor(2.0)), rtol=1e-4)
-    with torch.no_grad():
-        model.encoder.out[-1].bias[4:] = 1e6
-    assert model.posterior(x, z)[1].max() == 20 and torch.isfinite(model(x, z)[1]["kl"])
-
-
-def test_the_posterior_sample_has_its_mean_and_variance(tiny_sizes, awaken, monkeypatch):
-    """forward decodes mean + sd * noise; encode returns the mean, not a sample."""
-    model, (x, z) = awaken(VAE(**tiny_sizes), 0.2).eval(), slices(3)
-    mean, log_variance = model.posterior(x, z)
-    noise = torch.randn_like(mean)
+    sd, noise = (log_variance / 2).exp(), torch.randn_like(mean)
+    nats = kl_divergence(Normal(mean, sd), Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
     monkeypatch.setattr(torch, "randn_like", lambda tensor: noise)
-    expected = decoded_box(model, mean + (log_variance / 2).exp() * noise, z)
-    assert torch.allclose(model(x, z)[0], expected, atol=1e-5)
+    box, losses = model(x, z)
+    assert torch.isclose(losses["kl"], nats / torch.log(torch.tensor(2.0)), rtol=1e-4)
+    assert torch.allclose(box, decoded_box(model, mean + sd * noise, z), atol=1e-5)
     model.set_latent_statistics([(x, z)])
     assert torch.allclose(model._denormalise(model.encode(x, z)), mean, atol=1e-4)
+    with torch.no_grad():
+        model.encoder.out[-1].bias[4:] = 1e6  # the log variance is clamped
+    assert model.posterior(x, z)[1].max() == 20 and torch.isfinite(model(x, z)[1]["kl"])
 
 
 def test_draws_from_the_prior_follow_it(trained):
@@ -364,60 +309,38 @@ def test_draws_from_the_prior_follow_it(trained):
         numbers = trained._denormalise(first)
         assert abs(numbers.mean()) < 0.02 and abs(numbers.std() - 1) < 0.02
         return
-    for quantizer in quantizers(trained):
-        if not isinstance(quantizer, FiniteScalarQuantizer):
-            quantizer.count.copy_(F.one_hot(torch.tensor(3), 16) * 3.0 + F.one_hot(torch.tensor(7), 16))
+    learned = [quantizer for quantizer in quantizers(trained) if not isinstance(quantizer, FiniteScalarQuantizer)]
+    for quantizer in learned:
+        quantizer.count.copy_(F.one_hot(torch.tensor(3), 16) * 3.0 + F.one_hot(torch.tensor(7), 16))
     latent = trained._denormalise(trained.prior_latent(50))
-    for quantizer, level in zip(
-        quantizers(trained), trained._split(latent) if isinstance(trained, VQVAE2) else (latent,), strict=True
-    ):
-        idx = quantise(quantizer, level)
-        if isinstance(quantizer, FiniteScalarQuantizer):  # it has no memory of training: all codes alike
-            assert len(idx.unique()) == quantizer.codebook_size
-        else:
-            assert set(idx.unique().tolist()) == {3, 7} and abs((idx == 3).float().mean() - 0.75) < 0.05
+    latents = trained._split(latent) if isinstance(trained, VQVAE2) else (latent,)
+    for quantizer, level in zip(quantizers(trained), latents, strict=True):
+        codes = {3, 7} if quantizer in learned else set(range(quantizer.codebook_size))
+        assert set(quantise(quantizer, level).unique().tolist()) == codes
 
 
 def test_wrong_shapes_are_refused_by_name(trained):
     """A latent of the wrong size would otherwise become a picture of the wrong size."""
     x, z = slices(3)
-    for bad_x, bad_z in (
-        (x[..., 1:], z),
-        (x[:, 0], z),
-        (x.expand(-1, 3, -1, -1), z),
-        (x, z[:2]),
-        (x, z[:, None]),
-        (F.interpolate(x, 128), z),
-    ):
+    latent, wrong = trained.encode(x, z), (x[..., 1:], x[:, 0], x.expand(-1, 3, -1, -1), F.interpolate(x, 128))
+    for bad_x, bad_z in (*((picture, z) for picture in wrong), (x, z[:2]), (x, z[:, None])):
         for encode in (trained.encode, getattr(trained, "encode_indices", trained.encode)):
             with pytest.raises(ValueError, match="x must be"):
                 encode(bad_x, bad_z)
-    latent = trained.encode(x, z)
     for bad_latent, bad_z in ((latent[:, 1:], z), (latent[..., 1:, :], z), (latent[0], z[0]), (latent, z[:2])):
         with pytest.raises(ValueError, match="latent"):
             trained.decode(bad_latent, bad_z)
     if isinstance(trained, VAE):
         return
     idx = trained.encode_indices(x, z)
-    wrong = [(idx[:, 1:], z), (idx[0], z[0]), (idx, z[:2])] if isinstance(trained, VQVAE) else []
     if isinstance(trained, VQVAE2):
         top, bottom = idx
         wrong = [(grids, z) for grids in ((top[:, 1:], bottom), (bottom, bottom), (top, top), (top, bottom[:2]))]
-        wrong += [(idx, z[:2])]
-    for bad_idx, bad_z in wrong:
+    else:
+        wrong = [(idx[:, 1:], z), (idx[0], z[0])]
+    for bad_idx, bad_z in [*wrong, (idx, z[:2])]:
         with pytest.raises(ValueError, match="idx"):
             trained.decode_indices(bad_idx, bad_z)
-
-
-def test_without_an_encoder_a_first_stage_only_decodes(trained):
-    x, z = slices(3)
-    latent = trained.encode(x, z)
-    picture = trained.decode(latent, z)
-    trained.keep_decoders()
-    assert torch.equal(trained.decode(latent, z), picture)
-    assert not any(name.startswith("encoder") for name in trained.state_dict())
-    with pytest.raises(ValueError, match="only decodes"):
-        trained.encode(x, z)
 
 
 def test_models_that_cannot_be_built_are_refused(tiny_sizes):
@@ -435,40 +358,28 @@ def test_models_that_cannot_be_built_are_refused(tiny_sizes):
             VQVAE(**tiny_sizes, **codes)
 
 
-# ------------------------------------------------------------------------------------------- three parts, one latent
-
-
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to."""
     module = name.partition(".")[0]
     return module if module in ("perceptual", "grain") else "codec"
 
 
-def train_part(model, part: str, steps: int = 3) -> set[str]:
-    """Steps of an optimiser over all that may change, in training mode; the names of all that did change."""
-    before = copy.deepcopy(model.state_dict())
-    model.train_only(part)
-    optimizer = torch.optim.Adam((p for p in model.train().parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(steps):
-        x, z = slices(3)
-        x_hat, losses = (None, {}) if part == "grain" else model(x, z)
-        loss = model.grain_loss(x, z) if part == "grain" else (x_hat - model.crop(x)).abs().mean()
+@pytest.mark.parametrize("part", ["codec", "perceptual", "grain"])
+def test_training_one_part_changes_nothing_else(double, part):
+    """To the last bit, codebooks, counts and scale too; what is trained decodes, and nothing else has gradients."""
+    x, z = slices(2)
+    latent, faithful = double.encode(x, z), double.decode(double.encode(x, z), z)
+    before = copy.deepcopy(double.state_dict())
+    double.train_only(part)
+    optimizer = torch.optim.Adam((p for p in double.train().parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(3):
+        batch = slices(3)
+        x_hat, losses = (None, {}) if part == "grain" else double(*batch)
+        loss = double.grain_loss(*batch) if part == "grain" else (x_hat - double.crop(batch[0])).abs().mean()
         optimizer.zero_grad()
         (loss + (sum(losses.values()) if part == "codec" else 0)).backward()
         optimizer.step()
-    model.eval()
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-
-
-@pytest.mark.parametrize("part", ["codec", "perceptual", "grain"])
-def test_training_one_part_changes_nothing_else(double, part):
-    """To the last bit: parameters, codebooks, counts and scale, so both decoders read the same latents.
-
-    train_only freezes all parameters but its own, and makes the decoder that belongs to it decode.
-    """
-    x, z = slices(2)
-    latent, faithful = double.encode(x, z), double.decode(double.encode(x, z), z)
-    changed = train_part(double, part)
+    double.eval()
+    changed = {name for name, tensor in double.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {part_of(name) for name in changed} == {part}
     for name, parameter in double.named_parameters():
         assert parameter.requires_grad == (part_of(name) == part)
@@ -512,8 +423,7 @@ def test_the_perceptual_decoder_trains_on_codes_and_on_latents_by_turns(double):
     x, z = slices(4)
     if isinstance(double, VAE):
         return
-    picture = double.pad(double(x, z)[0].clamp(-1, 1))
-    assert torch.allclose(picture, double.reconstruct(x, z), atol=1e-5)
+    assert torch.allclose(double.pad(double(x, z)[0].clamp(-1, 1)), double.reconstruct(x, z), atol=1e-5)
     double.train_only("perceptual")
     picture, of_latents = double.pad(double(x, z)[0].clamp(-1, 1)), double.decode(double.encode(x, z), z)
     assert torch.allclose(picture[::2], double.reconstruct(x, z)[::2], atol=1e-5)
@@ -522,10 +432,7 @@ def test_the_perceptual_decoder_trains_on_codes_and_on_latents_by_turns(double):
 
 
 def test_grain_is_a_field_of_the_generator_over_the_picture(double):
-    """Where its strength is the same everywhere, it depends on nothing but the generator: in companded grey it adds.
-
-    In general it is what `Grain.add` makes of noise of neighbouring slices. The fidelity decoder has none.
-    """
+    """Of noise of neighbouring slices; where its strength is the same everywhere, it adds to companded grey."""
     x, z = slices(3)
     latents = double.encode(x, z), double.encode(x.flip(0), z)
 
@@ -570,7 +477,6 @@ def test_parts_that_do_not_exist_are_refused(model, double):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_float32_and_finite_in_half_precision(double, dtype):
-    """So are latents and pictures."""
     x, z = slices(3)
     for part in ("codec", "perceptual", "grain"):
         double.train_only(part)

@@ -28,18 +28,8 @@ def test_a_res_block_is_its_formula(awaken):
     assert torch.allclose(block(x, embedding), x + h, atol=1e-6) and h.abs().max() > 1e-3
 
 
-def test_the_embedding_reaches_every_position_of_its_own_picture_only(awaken):
-    block, x = awaken(ResBlock(8, 8, 10)), torch.randn(2, 8, 4, 4)
-    embedding = torch.randn(2, 10)
-    other = embedding.clone()
-    other[0] += 1
-    changed = (block(x, embedding) - block(x, other)).abs().amax(1)
-    assert (changed[0] > 0).all() and (changed[1] == 0).all()
-
-
 @pytest.mark.parametrize("channels, heads", [(16, 1), (64, 2)])
 def test_attention_equals_the_naive_softmax(awaken, channels, heads):
-    """Head by head, position by position: x + P softmax(q k^T / sqrt(d)) v."""
     layer, x = awaken(SelfAttention(channels)).double(), torch.randn(2, channels, 3, 4).double()
     d = channels // heads
     q, k, v = layer.qkv(layer.norm(x)).flatten(2).split(channels, dim=1)
@@ -61,13 +51,6 @@ def test_attention_is_permutation_equivariant(awaken):
     assert torch.allclose(layer(x.flatten(2)[..., order].view_as(x)).flatten(2), y[..., order], atol=1e-5)
     assert torch.allclose(layer(x[:1]).flatten(2), y[:1], atol=1e-5)
     assert not torch.allclose(y, x.flatten(2), atol=1e-2)
-
-
-def test_embeddings_tell_every_slice_index_apart():
-    """All 32 of them, clearly, from the first step on."""
-    vectors = Embedding(16)(torch.arange(32))
-    distance = torch.cdist(vectors, vectors) + torch.eye(32)
-    assert vectors.shape == (32, 16) and distance.min() > 0.02 * vectors.std()
 
 
 def test_resampling_halves_and_comes_back_also_from_odd_sizes():
@@ -109,8 +92,11 @@ def test_mixing_equal_slices_is_a_convolution_within_each(awaken):
     assert torch.allclose(alone, x + F.conv2d(h, mixing.project.weight, mixing.project.bias), atol=1e-6)
 
 
-def test_a_number_that_is_not_known_has_a_vector_of_its_own():
-    """NaN means it; and it leaves no NaN in any gradient."""
+def test_embeddings_tell_numbers_apart_and_the_unknown_has_a_vector_of_its_own():
+    """All 32 indices of slices, from the first step on. NaN means unknown; it leaves no NaN in any gradient."""
+    vectors = Embedding(16)(torch.arange(32))
+    distance = torch.cdist(vectors, vectors) + torch.eye(32)
+    assert vectors.shape == (32, 16) and distance.min() > 0.02 * vectors.std()
     embedding = Embedding(6, unknown=True)
     torch.nn.init.normal_(embedding.unknown)
     out = embedding(torch.tensor([3.0, torch.nan, 5.0]))
@@ -118,11 +104,6 @@ def test_a_number_that_is_not_known_has_a_vector_of_its_own():
     assert_close(out[::2], embedding(torch.tensor([3, 5])))
     out.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in embedding.parameters())
-
-
-def test_categories_have_a_vector_each_and_all_else_that_of_the_unknown():
-    """NaN, and a number that is no category."""
-    embedding = CategoryEmbedding(5, (0, 0.5, 2))
-    out = embedding(torch.tensor([2, torch.nan, 0, 0.5, 1, 2]))
-    assert torch.equal(out, embedding.vectors[[2, 3, 0, 1, 3, 2]])
-    assert len(out.unique(dim=0)) == 4
+    categories = CategoryEmbedding(5, (0, 0.5, 2))  # 1 is none of them
+    out = categories(torch.tensor([2, torch.nan, 0, 0.5, 1, 2]))
+    assert torch.equal(out, categories.vectors[[2, 3, 0, 1, 3, 2]]) and len(out.unique(dim=0)) == 4

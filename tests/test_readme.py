@@ -32,7 +32,6 @@ def parser_of(module):
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_of_the_pages_exist_and_their_flags_parse(command):
-    """A reader can type every command: the script is there, imports, and knows the flags."""
     _, script, *arguments = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if parser := parser_of(module):
@@ -44,7 +43,6 @@ def test_commands_of_the_pages_exist_and_their_flags_parse(command):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_links_to_exist(page):
-    """No dead link, and no picture that is missing."""
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
     missing = [link for link in links if not link.startswith("http") and not (folder / link).exists()]
@@ -52,7 +50,6 @@ def test_files_that_a_page_links_to_exist(page):
 
 
 def test_the_table_of_files_is_complete():
-    """Every script and every room of the project has a phrase."""
     table = README[README.index("## The files") :]
     named = set(re.findall(r"`(\w+(?:/|\.py))`", table[: table.index("\n## ", 5)]))
     rooms = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")}

@@ -42,7 +42,6 @@ def same_pixels(pictures: Tensor, recorded: np.ndarray, every: int) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vae_f8d4", "vae_f8d8", "vqvae_f8", "vqvae_2048bit", "vqvae_fidelity"])
 def test_a_first_stage_encodes_and_decodes_as_it_was_released(name):
-    """Latents within a ten-thousandth, next to all codes alike, pictures within a grey level."""
     model, x = load_first_stage(PRETRAINED / f"{name}.safetensors"), slices()
     latent = model.encode(x, Z)
     assert np.allclose(latent.flatten()[::11].numpy(), RECORDED[f"{name}.latent"], rtol=1e-3, atol=1e-3)

@@ -3,43 +3,32 @@
 import pytest
 import torch
 
-from heads.people import (
-    CONDITIONS,
-    PEOPLE_TABLE,
-    Condition,
-    count_people,
-    describe_people,
-    draw_person,
-    in_letters,
-    in_numbers,
-    person_of,
-    read_people,
-    words_for,
-)
+import heads.people
+from heads.people import CONDITIONS, PEOPLE_TABLE, Condition, count_people, describe_people, draw_person
 from util import UserError
 
 
 @pytest.mark.parametrize("text", ["ID,Age\nOAS1_0001_MR1,3", "ID,M/F,Age,CDR\nOAS1_0001_MR1,X,3,", "a;b\n1;2", "\x00"])
 def test_a_table_of_another_kind_is_one_line(people_folder, text):
-    """It names the file and the way out."""
     (people_folder / PEOPLE_TABLE).write_text(text)
     with pytest.raises(UserError, match=f"{PEOPLE_TABLE}.*ID, Age, M/F, CDR.*train without") as error:
-        read_people(people_folder / PEOPLE_TABLE)
+        heads.people.read_people(people_folder / PEOPLE_TABLE)
     assert "\n" not in str(error.value)
 
 
 def test_a_further_condition_is_one_row_of_one_table(people_folder, monkeypatch):
     """It is read, asked for, drawn and written like the others."""
     monkeypatch.setitem(CONDITIONS, "hand", Condition("Hand", "hand", {"R": 0.0, "L": 1.0}))
-    table = read_people(people_folder / PEOPLE_TABLE)
+    table = heads.people.read_people(people_folder / PEOPLE_TABLE)
     assert table[1] == {"age": 74, "sex": 0, "cdr": 0.5, "hand": 0} and set(table) == {1, 2, 3}
     people = torch.tensor([list(table[case].values()) for case in (1, 2, 3)])
     names = list(CONDITIONS)
     description = {"people": describe_people(people, names), "people_counts": count_people(people, names)}
     assert description["people"] == {"age": [20, 74], "sex": [0, 1], "cdr": [0, 0.5], "hand": [0]}
-    asked = person_of({"age": None, "hand": "R"}, description)
+    asked = heads.people.person_of({"age": None, "hand": "R"}, description)
     person = draw_person(asked, description, 0, 0)
-    assert asked == {"hand": 0} and in_letters(person)["hand"] == "R" and in_numbers(person, ("hand",)).tolist() == [0]
+    assert asked == {"hand": 0} and heads.people.in_letters(person)["hand"] == "R"
+    assert heads.people.in_numbers(person, ("hand",)).tolist() == [0]
 
 
 COUNTS = [{"age": 20.0, "sex": 0.0, "count": 6}, {"age": 70.0, "sex": 1.0, "cdr": 0.5, "count": 2}]
@@ -70,14 +59,14 @@ def test_people_are_drawn_as_often_as_they_are_in_training():
     assert all(person["age"] == 72 and person["cdr"] == 0.5 for person in drawn(age=72))
     assert drawn(age=72, sex=0)[0] == {"age": 72, "sex": 0}  # there is nobody like that
     assert draw_person({}, {}, 0, 0) == {}  # a model without people
-    assert words_for({"age": 72.0, "sex": 1, "cdr": 0.5}) == ["age 72", "sex M", "cdr 0.5"]
-    assert in_numbers({"sex": 1.0}, ("age", "sex")).isnan().tolist() == [True, False]
+    assert heads.people.words_for({"age": 72.0, "sex": 1, "cdr": 0.5}) == ["age 72", "sex M", "cdr 0.5"]
+    assert heads.people.in_numbers({"sex": 1.0}, ("age", "sex")).isnan().tolist() == [True, False]
 
 
 def test_people_whom_the_model_never_saw_are_refused():
-    assert person_of({"age": 22.0, "sex": "M", "cdr": "0.5"}, SEEN) == {"age": 22, "sex": 1, "cdr": 0.5}
+    assert heads.people.person_of({"age": 22.0, "sex": "M", "cdr": "0.5"}, SEEN) == {"age": 22, "sex": 1, "cdr": 0.5}
     for typed, words in (({"age": 80.0}, "--age 80.0.*age 22 to 75"), ({"cdr": "2"}, "--cdr 2.*cdr 0.5")):
         with pytest.raises(UserError, match=words):
-            person_of(typed, SEEN)
+            heads.people.person_of(typed, SEEN)
     with pytest.raises(UserError, match="--sex F.*without"):
-        person_of({"sex": "F"}, {})
+        heads.people.person_of({"sex": "F"}, {})

@@ -69,14 +69,11 @@ def test_grain_learns_the_missing_power_block_by_block_and_frequency_by_frequenc
     assert features.grad is None and grain.strength[4].bias.grad.any()  # it teaches the decoder nothing
 
 
-def test_texture_of_equal_strength_in_companded_grey_is_weaker_in_the_dark():
+def test_texture_in_companded_grey_is_weaker_in_the_dark_and_white_is_bent():
     x = torch.linspace(-1, 1, 201)
     assert torch.allclose(expand(compand(x)), x, atol=1e-5) and compand(x[0]) == 0 and compand(x[-1]) == 2
     moved = expand(compand(x) + 0.01) - x
     assert (moved.diff() > 0).all() and 0 < moved[0] < 0.1 * moved[-1] and torch.equal(expand(torch.tensor(-0.1)), x[0])
-
-
-def test_white_is_bent_and_the_rest_left_alone():
     x = torch.linspace(-1.2, 1.5, 271, dtype=torch.float64)
     bent = bend_white(x)
     assert torch.equal(bent[x <= KNEE], x[x <= KNEE]) and bent.max() < 1

@@ -14,16 +14,6 @@ from scores.metrics import all_scores, bootstrap_interval, entropy_bits, radial_
 EVERY = torch.arange(8)
 
 
-@pytest.fixture
-def validate(phantom_folder, tmp_path, monkeypatch) -> dataset.Slices:
-    """Eight slices at 64 px, with masks, two of each of four brains."""
-    monkeypatch.chdir(tmp_path)
-    data = dataset.load_slices(phantom_folder, "validate", 64, masks=True)
-    data.images, data.masks, data.z = (part[::4] for part in (data.images, data.masks, data.z))
-    data.case = EVERY // 2
-    return data
-
-
 def fitted(model, data: dataset.Slices):
     """The model at the start of its training."""
     x, z, _ = data.batch(torch.arange(len(data)))
@@ -36,11 +26,7 @@ def vqvae(tiny_sizes, validate) -> VQVAE:
     return fitted(VQVAE(**tiny_sizes, codebook_size=16), validate)
 
 
-# -------------------------------------------------------------------------------------------------- codes and latents
-
-
 def test_a_codec_is_scored_over_all_slices(validate):
-    """A codec that changes nothing is perfect; another has the means of its scores."""
     assert score_codec(validate, "copy", lambda real: real)["ms_ssim"] == pytest.approx(1)
     row = score_codec(validate, "dim", lambda real: real // 2)
     direct = all_scores(validate.images // 2, validate.images, validate.masks)
@@ -50,7 +36,6 @@ def test_a_codec_is_scored_over_all_slices(validate):
 
 
 def test_brain_positions_are_the_blocks_that_hold_brain(vqvae):
-    """By brute force, block by block of the box."""
     masks = ((torch.rand(2, 64, 64) < 0.05) * 85).to(torch.uint8)
     found = brain_positions(masks, vqvae)
     blocks = masks[:, 8:56, 4:60].reshape(2, 12, 4, 14, 4)
@@ -68,9 +53,6 @@ def test_huge_codebooks_are_priced_by_the_channels_of_their_product_code():
     assert result["entropy_bits"] == pytest.approx(16 * sum(entropy_bits(digit) for digit in digits))
     assert result.keys() == {"grid", "codebook_size", "entropy_bits"}
     assert code_statistics(idx % 8, 8, [2, 4])["entropy_bits"] == pytest.approx(16 * entropy_bits(idx % 8))
-
-
-# ------------------------------------------------------------------------------------------------------ a first stage
 
 
 def test_scores_of_a_vqvae_and_its_price(vqvae, validate):
@@ -95,6 +77,9 @@ def test_scores_of_a_vqvae_and_its_price(vqvae, validate):
     assert result["entropy_bits"] <= result["fixed_bits"] and result["usage"] == len(idx.unique()) / 16
     on_brain = idx[brain_positions(validate.masks, vqvae)]
     assert result["brain_usage"] == len(on_brain.unique()) / 16 <= result["usage"]
+    validate.masks = None
+    result = score_reconstruction(vqvae, validate)
+    assert result["ssim"] > 0 and not [name for name in result if name.startswith("brain")]
 
 
 def test_the_price_of_a_vae_is_its_kl(tiny_sizes, validate, awaken, monkeypatch):
@@ -204,22 +189,6 @@ def test_codes_of_two_levels_are_priced_one_by_one(tiny_sizes, validate):
     assert result["fixed_bits"] == 4 * (42 + 168) and "codebook_size" not in result and "usage" not in result
     assert result["entropy_bits"] == sum(level["entropy_bits"] for level in result["levels"]) <= result["fixed_bits"]
     assert all(words in ledger_lines(result) for words in ("6x7", "12x14", "under the PixelCNN"))
-
-
-def test_a_product_code_too_large_to_count_still_has_a_price(tiny_sizes, validate):
-    model = fitted(VQVAE(**tiny_sizes, levels=(64, 64, 64, 64)), validate)
-    result = score_reconstruction(model, validate, batch_size=8)
-    assert result["fixed_bits"] == 12 * 14 * 24 and "usage" not in result
-    x, z, _ = validate.batch(EVERY)
-    digits = model.quantizer.digits(model.encode_indices(x, z)).unbind(-1)
-    expected = 12 * 14 * sum(entropy_bits(digit.numpy()) for digit in digits)
-    assert result["entropy_bits"] == pytest.approx(expected) and 0 < expected <= result["fixed_bits"]
-
-
-def test_without_masks_brain_scores_are_left_out(vqvae, validate):
-    validate.masks = None
-    result = score_reconstruction(vqvae, validate)
-    assert result["ssim"] > 0 and not [name for name in result if name.startswith("brain")]
 
 
 def test_the_table_prints_a_dash_for_what_is_unknown():

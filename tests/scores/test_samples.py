@@ -281,10 +281,7 @@ def drawn(heads, tmp_path) -> Path:
 
 
 def test_the_command_scores_samples_of_a_run_and_writes_a_page(run_main, drawn):
-    """By the run's name: JSON with every score, a page that embeds its pictures; as many brains as are held out.
-
-    Real and sampled brains have 20 slices here, and so has the scorer.
-    """
+    """By the run's name: JSON with every score, a page that embeds its pictures; as many brains as are held out."""
     flags = ("--data", "oasis", "--scorer", "net.safetensors", "--device", "cpu")
     status, out, errors = run_main(evaluate, "--samples", "mine", *flags)
     assert status == 0, errors
@@ -308,8 +305,6 @@ def test_the_command_scores_samples_of_a_run_and_writes_a_page(run_main, drawn):
 
 
 def test_what_cannot_be_scored_is_one_line_and_status_2(refused, drawn):
-    """No such run; held-out brains that are none; a scorer or real brains with another number of slices; brains that
-    lack slices; pictures of two sizes; one brain alone."""
     flags = ("--data", "oasis", "--scorer", "net.safetensors", "--device", "cpu")
     refused(evaluate, "--samples", "nobody", *flags, names=["--sample --brains"])
     refused(evaluate, "--samples", "mine", "--split", "train", *flags, names=["held-out"])

@@ -10,17 +10,7 @@ import dataset
 import evaluate
 import util
 from scores import scorer
-from scores.scorer import (
-    RELEASED,
-    STEPS,
-    Scorer,
-    accuracy,
-    csf_area,
-    expected_z,
-    find_scorer,
-    read_slices,
-    tissue_shares,
-)
+from scores.scorer import RELEASED, Scorer, find_scorer, read_slices
 from training import checkpoints
 
 SIZES = {"channels": (8, 8), "features": 16}
@@ -28,9 +18,8 @@ FEW = {"steps": 3, "batch_size": 2, "precision": "fp32", "model_kwargs": SIZES}
 
 
 @pytest.fixture
-def validate(phantom_folder, tmp_path, monkeypatch) -> dataset.Slices:
+def validate(phantom_folder) -> dataset.Slices:
     """Four slices of one brain at 256 px, with masks."""
-    monkeypatch.chdir(tmp_path)
     data = dataset.load_slices(phantom_folder, "validate", 256, masks=True)
     data.images, data.masks, data.z, data.case = (part[4::8] for part in (data.images, data.masks, data.z, data.case))
     return data
@@ -55,12 +44,12 @@ def test_areas_are_sums_of_probabilities_whatever_the_batch(validate, awaken):
     logits, whole, features = model(validate.batch(torch.arange(4))[0])
     assert torch.allclose(found["areas"], logits.softmax(1)[:, 1:].sum((2, 3)), rtol=1e-4)
     assert torch.allclose(found["features"], features, atol=1e-4)
-    assert torch.allclose(found["z"], expected_z(whole), atol=1e-3)
-    assert torch.allclose(csf_area(model, validate.images), found["areas"][:, 0], rtol=1e-4)
+    assert torch.allclose(found["z"], scorer.expected_z(whole), atol=1e-3)
+    assert torch.allclose(scorer.csf_area(model, validate.images), found["areas"][:, 0], rtol=1e-4)
     for slices in (20, 32):
         certain = torch.full((1, slices + 3), -50.0)
         certain[0, 7] = 50
-        assert expected_z(certain).item() == pytest.approx(7)
+        assert scorer.expected_z(certain).item() == pytest.approx(7)
 
 
 def test_training_sees_shares_that_move_with_the_picture(validate):
@@ -80,7 +69,7 @@ def test_training_sees_shares_that_move_with_the_picture(validate):
 
 def perfect_outputs(data: dataset.Slices, wrong: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A Scorer's logits and second output where it is sure of the truth, but for z, which is `wrong` slices off."""
-    shares = tissue_shares(data.masks)
+    shares = scorer.tissue_shares(data.masks)
     logits = 60 * torch.cat([1 - shares.sum(1, keepdim=True), shares], 1)
     whole = torch.full((len(data), 35), -50.0)
     whole[torch.arange(len(data)), data.z + wrong] = 50
@@ -89,11 +78,11 @@ def perfect_outputs(data: dataset.Slices, wrong: int = 0) -> tuple[torch.Tensor,
 
 
 def test_accuracy_and_losses_of_one_who_knows_the_masks(validate):
-    found = accuracy(lambda x: (*perfect_outputs(validate, 1), None), validate)
+    found = scorer.accuracy(lambda x: (*perfect_outputs(validate, 1), None), validate)
     assert [found[f"dice_{tissue}"] for tissue in scorer.TISSUES] == pytest.approx([1, 1, 1])
     assert [found[f"area_error_{tissue}"] for tissue in scorer.TISSUES] == pytest.approx([0, 0, 0], abs=1e-6)
     assert found["z_error"] == pytest.approx(1)
-    shares = tissue_shares(validate.masks)
+    shares = scorer.tissue_shares(validate.masks)
     shares = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1)
     right, near, far = (
         scorer.scorer_losses(*perfect_outputs(validate, wrong), shares, validate.z) for wrong in (0, 1, 2)
@@ -102,10 +91,8 @@ def test_accuracy_and_losses_of_one_who_knows_the_masks(validate):
     assert right["z"] < near["z"] < far["z"]
 
 
-def test_a_scorer_is_trained_for_the_slices_of_its_data_and_resumes(phantom_folder, tmp_path, monkeypatch, at_step,
-                                                                    die, differences):  # fmt: skip
+def test_a_scorer_is_trained_for_the_slices_of_its_data_and_resumes(phantom_folder, tmp_path, at_step, differences):
     """Killed in its last step it ends as if it had not been; the file says how good it is; it is then the one taken."""
-    monkeypatch.chdir(tmp_path)
     assert find_scorer()[1]["path"] == str(RELEASED)
     folder = tmp_path / "twenty"
     dataset.write_phantom(folder, {"train": 1, "validate": 1}, slices=20)
@@ -118,9 +105,7 @@ def test_a_scorer_is_trained_for_the_slices_of_its_data_and_resumes(phantom_fold
     assert found["path"] == str(checkpoints.run_weights("scorer")) and not model.training
     assert model.slices_per_brain == 20 and list(Path("scorer_vis").glob("tissues_*.png"))
     assert json.loads(Path("log/scorer/run.json").read_text())["script"] == "evaluate.py"
-
-    at_step(3, die)
-    with pytest.raises(die.error):
+    with at_step(3):
         scorer.train_scorer(folder, "cpu", name="again", **FEW)
     assert scorer.train_scorer(folder, "cpu", name="again", **FEW)["accuracy"] == accuracies
     assert not differences(tmp_path, "scorer", tmp_path, "again")
@@ -134,12 +119,11 @@ def test_the_command_trains_on_the_data_it_is_told(run_main, phantom_folder, mon
     monkeypatch.setattr(evaluate, "train_scorer", lambda *args, **kwargs: called.append((args, kwargs)))
     for flags in ((), ("--scorer", "mine")):
         assert run_main(evaluate, "--train-scorer", "--data", phantom_folder, "--device", "cpu", *flags)[0] == 0
-    assert called == [((phantom_folder, "cpu"), {"name": name, "steps": STEPS}) for name in ("scorer", "mine")]
+    assert called == [((phantom_folder, "cpu"), {"name": name, "steps": scorer.STEPS}) for name in ("scorer", "mine")]
 
 
-def test_the_released_scorer_is_small_and_good(tmp_path, monkeypatch):
+def test_the_released_scorer_is_small_and_good(monkeypatch):
     """Under 2 MB, and on held-out real slices good enough to tell brains by; the usual crop plays no part."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("heads.layout.CONTENT_BOX", (0, 0, 128, 128))
     assert RELEASED.stat().st_size < 2e6
     model, description = find_scorer()
@@ -149,8 +133,7 @@ def test_the_released_scorer_is_small_and_good(tmp_path, monkeypatch):
     assert read_slices(model, torch.zeros(1, 64, 64, dtype=torch.uint8))["features"].shape[1] <= 64
 
 
-def test_what_is_no_scorer_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_scorer_is_refused():
     with pytest.raises(util.UserError, match="--train-scorer"):
         find_scorer("nobody")
     checkpoints.save_weights(Path("other.safetensors"), {"w": torch.zeros(1)}, {"kind": "vqvae", "model_kwargs": {}})

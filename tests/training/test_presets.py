@@ -17,11 +17,6 @@ T4 = 4e12  # operations a second that a T4 reaches in half precision, of 65e12 o
 HOURS = 4
 
 
-def hours(work: float) -> float:
-    """Of a T4."""
-    return work / T4 / 3600
-
-
 def count(step) -> int:
     """Operations of a function, with all it does inside."""
     with FlopCounterMode(display=False) as counter:
@@ -29,17 +24,13 @@ def count(step) -> int:
     return counter.get_total_flops()
 
 
-def first_stage_of(args: dict) -> VQVAE:
-    """The VQ-VAE of a preset, without numbers in it; call it under FakeTensorMode."""
-    sizes = {name: args[name] for name in ("image_size", "patch", "widths", "blocks", "codebook_size")}
-    return VQVAE(box=(32, 16, 192, 224), latent_channels=8, perceptual=True, grain=True, **sizes).eval()
-
-
 def first_stage_work() -> float:
     args = prestage_train.flags().presets["base"]
     steps = prestage_train.phase_steps(type("Args", (), {**args, "start_from": None}))
     with FakeTensorMode():
-        model, critic = first_stage_of(args), PatchDiscriminator(channels=prestage_train.DISCRIMINATOR_CHANNELS)
+        sizes = {name: args[name] for name in ("image_size", "patch", "widths", "blocks", "codebook_size")}
+        sizes |= {"box": (32, 16, 192, 224), "latent_channels": 8, "perceptual": True, "grain": True}
+        model, critic = VQVAE(**sizes).eval(), PatchDiscriminator(channels=prestage_train.DISCRIMINATOR_CHANNELS)
         x, z = torch.zeros(1, 1, args["image_size"], args["image_size"]), torch.zeros(1, dtype=torch.long)
         box, work = model.crop(x), {}
         for phase in steps:
@@ -71,4 +62,4 @@ def pixelcnn_work() -> float:
 @pytest.mark.parametrize("work", [first_stage_work, diffusion_work, pixelcnn_work])
 def test_each_stage_of_preset_base_takes_at_most_four_hours_of_a_t4(work):
     """And at least one: a GPU that is lent for an afternoon should be used."""
-    assert 1 < hours(work()) <= HOURS
+    assert 1 < work() / T4 / 3600 <= HOURS

@@ -1,6 +1,5 @@
 """Laws of training/run.py: steps, signals, limits, checkpoints and precision, on a model of two numbers."""
 
-import json
 import math
 import os
 import signal
@@ -15,7 +14,7 @@ import util
 from logger import read_log
 from training import run as training_run
 from training.checkpoints import save_weights
-from training.run import REPORTS, Average, Run, check_finite, learning_rate_factor, update_ema
+from training.run import REPORTS, Average, Run, learning_rate_factor, update_ema
 from training.settings import Flags, open_run
 from util import UserError
 
@@ -25,11 +24,10 @@ ONE_STEP = ("--minutes", "1e-9")  # a limit that is over when the first step is 
 class Data:
     """Stands for Slices: the numbers x = -1 .. 1 and y = 2 x + 1."""
 
-    def __init__(self, digest: str = "abc"):
-        self.x, self.digest = torch.linspace(-1, 1, 24)[:, None], digest
+    x = torch.linspace(-1, 1, 24)[:, None]
 
     def describe(self) -> dict:
-        return {"folder": "numbers", "digest": self.digest}
+        return {"folder": "numbers", "digest": "abc"}
 
 
 class Line(nn.Module):
@@ -47,7 +45,6 @@ class Line(nn.Module):
 
 
 def parse(*typed: str):
-    """The settings of a run "line" of "toy.py", as a trainer has them."""
     flags = Flags("toy.py", "a toy")
     flags.train("--steps", type=util.positive_int, default=10, changeable=True, help="steps")
     flags.train("--batch-size", type=util.positive_int, default=4, help="numbers a step")
@@ -56,9 +53,8 @@ def parse(*typed: str):
     return open_run(flags, args, typed, lambda new: "demo")
 
 
-def train(*typed, data: Data | None = None, scores: dict | None = None, **options) -> Run:
-    """One start of the run."""
-    args, data = parse(*typed), data or Data()
+def train(*typed, **options) -> Run:
+    args, data = parse(*typed), Data()
     torch.manual_seed(args.seed)
     run = Run(args, Line(), data={"train": data}, steps=args.steps, **options)
     for _ in run.steps():
@@ -74,8 +70,7 @@ def train(*typed, data: Data | None = None, scores: dict | None = None, **option
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def no_git(monkeypatch):
     monkeypatch.setattr(util, "commit_of_code", lambda: "abc")  # asking git takes longer than such a run
 
 
@@ -91,23 +86,12 @@ def straight(tmp_path_factory, monkeypatch) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ rates, averages, ends
-
-
 def test_learning_rate_factor_warms_up_and_falls_to_its_final_value():
     factors = [learning_rate_factor(step, 1000, warm_up=100, final=0.1) for step in range(1001)]
     assert math.isclose(factors[0], 0.01) and math.isclose(factors[49], 0.5, rel_tol=0.02)
     assert max(factors) <= 1 and factors.index(max(factors)) in (99, 100)
     assert factors[:100] == sorted(set(factors[:100])) and factors[100:] == sorted(set(factors[100:]), reverse=True)
     assert math.isclose(factors[500], 0.1 + 0.9 / 2) and math.isclose(factors[1000], 0.1)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_check_finite_names_the_term_and_the_step(bad):
-    check_finite({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 7)
-    with pytest.raises(UserError, match="kl .* step 7") as error:
-        check_finite({"reconstruction": torch.tensor(1.0), "kl": torch.tensor(bad)}, 7)
-    assert "reconstruction" not in str(error.value)
 
 
 def test_ema_warms_up_copies_buffers_and_leaves_alone_what_is_frozen():
@@ -136,9 +120,6 @@ def test_an_average_begins_with_the_first_and_leaves_out_what_is_not_finite():
     assert again.add(2.0) == 4
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
 @pytest.mark.parametrize("steps", [1, 7, 10, 25, 31])
 def test_there_are_ten_reports_at_even_distances_and_one_at_the_end(steps):
     reports = []
@@ -154,21 +135,17 @@ def test_there_are_ten_reports_at_even_distances_and_one_at_the_end(steps):
 
 def test_update_asks_for_a_checkpoint_when_the_last_is_old(monkeypatch):
     """Between reports too; and a save makes it new."""
-    monkeypatch.setattr(training_run, "SAVE_MINUTES", 0)
     run = Run(parse(), Line(), data={"train": Data()}, steps=1000)
     for step in run.steps():
-        assert run.update({"loss": run.model(Data().x)}) and not run.report_due
+        monkeypatch.setattr(training_run, "SAVE_MINUTES", 0 if step < 2 else 10)
+        assert run.update({"loss": run.model(Data().x)}) == (step < 2) and not run.report_due
         run.save()
-        assert (run.saved > run.stepped) and run.checkpoint.is_file()
-        monkeypatch.setattr(training_run, "SAVE_MINUTES", 10)
-        if step == 1:
+        assert run.saved > run.stepped and run.checkpoint.is_file()
+        if step == 2:
             break
-        if step == 0:
-            monkeypatch.setattr(training_run, "SAVE_MINUTES", 0)
 
 
 def test_every_optimiser_that_is_kept_has_the_rate_of_the_step():
-    """As also the log says."""
     other = training_run.new_optimizer(nn.Linear(1, 1), 5.0, (0.5, 0.9))
     run = Run(parse(), Line(), data={"train": Data()}, steps=4, keep={"other": other})
     for step in run.steps():
@@ -193,16 +170,6 @@ def test_phases_go_on_counting():
     assert [line["step"] for line in read_log(Path("log/line"))] == [1, 2, 3, 4, 5, 6]
     Run(parse(), Line(), data={"train": Data()}, steps=3, phase="first")  # as the same command does
     assert [line["step"] for line in read_log(Path("log/line"))] == [1, 2, 3, 4, 5, 6]
-
-
-def test_the_settings_and_the_memory_of_a_step_are_printed_once(capsys):
-    train()
-    out = capsys.readouterr().out
-    assert out.count("run line: ") == 1 and out.count("memory: about ") == 1
-    assert "batch-size 4" in out and "learning-rate 0.1" in out and "minutes" not in out
-
-
-# ------------------------------------------------------------------------------------------------------------- stopping
 
 
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(straight, differences, tmp_path, capsys):
@@ -240,20 +207,12 @@ def test_a_second_ctrl_c_interrupts_at_once(at_step):
 
 
 @pytest.mark.parametrize("step", [1, 8])
-def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(straight, differences, at_step, die, tmp_path, step):
-    at_step(step, die)
-    with pytest.raises(die.error):
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(straight, differences, at_step, tmp_path, step):
+    with at_step(step):
         train()
     assert Path("model_ckpt/line/last.pt").exists() == (step > 5)
     train()
     assert differences(straight, "line", tmp_path, "line") == []
-
-
-def test_a_limit_of_one_start_is_not_the_next_one_s():
-    with pytest.raises(SystemExit):
-        train(*ONE_STEP)
-    assert json.loads(Path("log/line/run.json").read_text())["settings"].keys().isdisjoint({"minutes", "device"})
-    assert train().done == 10
 
 
 def test_what_was_built_on_something_else_starts_anew(capsys):
@@ -263,16 +222,6 @@ def test_what_was_built_on_something_else_starts_anew(capsys):
         run = train(built_on=built_on, begin=lambda: begun.append(1))
         assert len(begun) == expected and run.done == 10
     assert capsys.readouterr().out.count("the phase last starts anew") == 1
-
-
-def test_other_data_are_refused():
-    train()
-    with pytest.raises(UserError, match="other train slices.*--data"):
-        train("--steps", "12", data=Data("another"))
-    assert train("--steps", "12").done == 12
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
 
 
 class Overflowing(Line):
@@ -331,9 +280,6 @@ def test_a_gradient_that_is_not_finite_is_one_too(monkeypatch):
     monkeypatch.setattr(Line, "forward", lambda self, x: (x.sum() * self.line.weight * 0).sqrt().sum())
     with pytest.raises(UserError, match="gradient became (nan|inf) at step 0"):
         train()
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
 
 
 class Exact(Line):

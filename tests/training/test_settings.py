@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,6 @@ from training.settings import Flags, describe_run, describe_samples, open_run, w
 from util import UserError
 
 TRAINERS = ("prestage_train", "stable_diffusion", "pixelCNN")
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def start(*typed: str, preset: str = "demo", flags: Flags | None = None) -> argparse.Namespace:
@@ -50,17 +46,6 @@ def toy() -> Flags:
     return flags
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
-
-
-def test_parse_tells_typed_from_default():
-    """A flag typed with its default's value is typed."""
-    args, typed = prestage_train.flags().parse(["--seed", "0", "--widths", "8", "16"])
-    assert typed == {"seed": 0, "widths": [8, 16]}
-    assert (args.seed, args.model, args.steps, args.compile) == (0, "vqvae", None, False)
-    assert args.script == prestage_train.SCRIPT
-
-
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_default_lives_in_one_place(name):
     """Presets decide the same flags, all declared, and these have no plain default beside; all else has one."""
@@ -73,25 +58,6 @@ def test_a_default_lives_in_one_place(name):
     assert undecided <= {"data", "name", "preset", "minutes", "start_from", "levels", "out", "age", "sex", "cdr"}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_script_has_few_flags_each_with_one_line_of_help(name):
-    """Which shows its default, or its values in the presets."""
-    flags = importlib.import_module(name).flags()
-    actions = [action for action in flags.parser._actions if action.dest != "help"]
-    assert len(actions) <= 25
-    words = " ".join(flags.parser.format_help().split())
-    assert all(preset in words and meaning in words for preset, meaning in MEANINGS.items())
-    for action in actions:
-        assert action.help and "\n" not in action.help and len(action.help) < 250, action.dest
-        shown = action.help.replace("%%", "%")
-        assert " ".join(shown.split()) in words
-        if action.dest in flags.presets["demo"]:
-            first = flags.presets["demo"][action.dest]
-            assert f"demo {' '.join(map(str, first)) if isinstance(first, tuple) else first}" in shown
-        elif action.default not in (None, False):
-            assert str(action.default) in shown
-
-
 @pytest.mark.parametrize(
     "flag, value",
     [("--steps", "-3"), ("--steps", "many"), ("--minutes", "inf"), ("--minutes", "nan"), ("--learning-rate", "0")]
@@ -102,10 +68,10 @@ def test_every_kind_of_flag_has_a_range(refused, flag, value):
     refused(prestage_train, flag, value, names=[flag])
 
 
-# ----------------------------------------------------------------------------------------------------------- the record
-
-
 def test_typed_beats_recorded_beats_preset_beats_plain():
+    args, typed = prestage_train.flags().parse(["--seed", "0", "--widths", "8", "16"])
+    assert typed == {"seed": 0, "widths": [8, 16]}  # also where it is the default
+    assert (args.seed, args.model, args.steps, args.compile) == (0, "vqvae", None, False)
     demo = prestage_train.flags().presets["demo"]
     new = start("--blocks", 2, "--kl-schedule", "constant")
     assert (new.blocks, new.kl_schedule, new.preset, new.latent_channels) == (2, "constant", "demo", 8)
@@ -119,19 +85,8 @@ def test_typed_beats_recorded_beats_preset_beats_plain():
     del kept["patch"]  # as of a run from before there was this flag
     Path("log/run/run.json").write_text(json.dumps({"script": "prestage_train.py", "settings": kept}))
     assert start().patch == demo["patch"]
-
-
-def test_a_typed_preset_beats_the_default_and_a_typed_flag_beats_the_preset():
-    args = start("--preset", "base", "--image-size", 128, preset="demo")
-    assert vars(args) | prestage_train.flags().presets["base"] | {"image_size": 128} == vars(args)
-    assert args.preset == "base"
-
-
-def test_settings_are_printed_once_in_one_line(capsys):
-    start("--widths", 8, 16, "--minutes", 3)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("run run: batch-size ")
-    assert "widths 8 16" in lines[0] and "seed 0" in lines[0] and "minutes" not in lines[0] and "device" not in lines[0]
+    args = start("--name", "other", "--preset", "base", "--image-size", 128)
+    assert vars(args) | prestage_train.flags().presets["base"] | {"image_size": 128, "preset": "base"} == vars(args)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +100,6 @@ def test_a_contradiction_is_refused_in_one_line(flag, value):
     with pytest.raises(UserError) as error:
         start(flag, value)
     assert flag in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
-
-
-def test_flags_of_one_start_are_neither_recorded_nor_inherited():
-    flags = prestage_train.flags()
-    assert flags.one_start == {"minutes", "device", "compile"}
-    record(start("--minutes", 5, "--compile"))
-    assert recorded().keys() == vars(flags.parser.parse_args([])).keys() - flags.one_start
-    again = start()
-    assert again.minutes is None and not again.compile
 
 
 def test_a_run_of_something_else_is_refused():
@@ -177,9 +123,6 @@ def test_a_run_of_something_else_is_refused():
     for name in ("../elsewhere", "a/b", "/tmp"):  # --name is no path: it becomes part of three
         with pytest.raises(UserError, match="--name"):
             start("--name", name)
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 def draws_from(*typed: str) -> Path | None:
@@ -213,7 +156,15 @@ def test_a_trained_run_is_sampled_and_a_file_too():
         draws_from("--first-stage", "other")
 
 
-def test_a_flag_of_sampling_is_not_recorded_and_decides_how_brains_look():
+def test_flags_of_one_start_and_of_sampling_are_neither_recorded_nor_inherited():
+    """Those of sampling decide how brains look."""
+    flags = prestage_train.flags()
+    assert flags.one_start == {"minutes", "device", "compile"}
+    record(start("--minutes", 5, "--compile"))
+    assert recorded().keys() == vars(flags.parser.parse_args([])).keys() - flags.one_start
+    again = start()
+    assert again.minutes is None and not again.compile
+    shutil.rmtree("log")
     flags = toy()
     args = start("--colour", "blue", "--brains", 2, flags=flags)
     record(args)

@@ -7,13 +7,7 @@ import util
 from model_diffusion import RECIPES, LatentDiffusion
 from model_VAE import MODELS, VQVAE
 from training import checkpoints
-from training.stages import (
-    in_words_of_today,
-    latent_digest,
-    load_first_stage,
-    load_second_stage,
-    save_second_stage,
-)
+from training.stages import latent_digest, load_first_stage, load_second_stage, save_second_stage
 
 VARIANTS = {
     "vae": {},
@@ -89,24 +83,19 @@ def test_weights_without_an_encoder_make_a_first_stage_that_only_decodes(trained
         half.encode(x, z)
 
 
-def test_a_file_without_a_perceptual_decoder_says_so(described, tmp_path):
-    single = described | {"model_kwargs": described["model_kwargs"] | {"perceptual": False}}
-    path = tmp_path / "single.safetensors"
-    checkpoints.save_weights(path, MODELS[single["kind"]](**single["model_kwargs"]).state_dict(), single)
+def test_a_file_of_another_kind_shape_or_decoder_is_refused(trained, described, tmp_path):
+    path, sizes = tmp_path / "other.safetensors", described["model_kwargs"]
+    single = {"model_kwargs": sizes | {"perceptual": False}}
+    weights = MODELS[described["kind"]](**single["model_kwargs"]).state_dict()
+    for tensors, other, words in (
+        (trained.state_dict(), {"kind": "diffusion"}, "diffusion"),
+        (trained.state_dict(), {"model_kwargs": sizes | {"widths": (16, 32)}}, "another model"),
+        (weights, single, "no perceptual decoder"),
+    ):
+        checkpoints.save_weights(path, tensors, described | other)
+        with pytest.raises(util.UserError, match=words):
+            load_first_stage(path, decoder="perceptual")
     assert load_first_stage(path, decoder=None).perceptual is None
-    with pytest.raises(util.UserError, match="no perceptual decoder"):
-        load_first_stage(path, decoder="perceptual")
-
-
-def test_a_file_of_another_kind_or_shape_is_refused(trained, described, tmp_path):
-    path = tmp_path / "other.safetensors"
-    checkpoints.save_weights(path, trained.state_dict(), described | {"kind": "diffusion"})
-    with pytest.raises(util.UserError, match="diffusion"):
-        load_first_stage(path)
-    other = described["model_kwargs"] | {"widths": (16, 32)}
-    checkpoints.save_weights(path, trained.state_dict(), described | {"model_kwargs": other})
-    with pytest.raises(util.UserError, match="another model"):
-        load_first_stage(path)
 
 
 OPTIONS = {"ema": True, "sphere": False, "rotation": False}  # of a quantiser of release 1
@@ -135,38 +124,6 @@ def test_a_second_stage_carries_its_first(trained, path):
         load_second_stage(path, {"prior": Prior})
 
 
-def test_weights_of_release_1_are_read_in_words_of_today(tiny_sizes, awaken, tmp_path):
-    """Channels and multipliers are widths, the choices of diffusion a recipe, and grain has a place of its own."""
-    first = awaken(VQVAE(**tiny_sizes, codebook_size=16, perceptual=True, grain=True).eval())
-    first = first.to(memory_format=torch.channels_last)
-    sizes = {"latent_shape": [4, 6, 7], "widths": [8, 16], "blocks": 1, "recipe": "edm", "slices": 4}
-    prior = awaken(LatentDiffusion(**sizes).eval())
-
-    def older(kwargs: dict, **more) -> dict:
-        kept = {name: value for name, value in kwargs.items() if name not in ("widths", "recipe")}
-        return kept | {"channels": 8, "channel_multipliers": [1, 2]} | more
-
-    first_kwargs = tiny_sizes | {"codebook_size": 16, "perceptual": True, "grain": True}
-    first_kwargs = older(first_kwargs, quantizer="vq", quantizer_options=OPTIONS)
-    weights = {name.replace("grain.", "perceptual.grain."): tensor for name, tensor in first.state_dict().items()}
-    path = tmp_path / "first.safetensors"
-    checkpoints.save_weights(path, weights, {"kind": "vqvae", "model_kwargs": first_kwargs})
-    again = load_first_stage(path, decoder="perceptual")
-    x, z = slices(3)
-    first.use_decoder("perceptual")
-    generators = (torch.Generator().manual_seed(1) for _ in range(2))
-    pictures = [m.decode_with_grain(m.encode(x, z), z, g) for m, g in zip((first, again), generators)]
-    assert torch.equal(*pictures) and again.sizes[1] == (8, 16)
-
-    chosen = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES["edm"]))
-    save_second_stage(path, prior, again, {"model_kwargs": older(sizes, slice_noise="matched", **chosen)})
-    back, _ = load_second_stage(path, {"diffusion": LatentDiffusion})
-    assert back.recipe == RECIPES["edm"] and back.slices == 4
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), prior.state_dict().values(), strict=True))
-    for known in ({"model_kwargs": sizes}, again.description):
-        assert in_words_of_today({}, known)[1]["model_kwargs"] == known["model_kwargs"]
-
-
 def test_weights_of_removed_choices_are_refused(tiny_sizes, tmp_path):
     """Read otherwise than they were trained, they would give other pictures."""
     path, first = tmp_path / "old.safetensors", VQVAE(**tiny_sizes, codebook_size=16)
@@ -183,11 +140,3 @@ def test_weights_of_removed_choices_are_refused(tiny_sizes, tmp_path):
     checkpoints.save_weights(path, first.state_dict(), {"kind": "vqvae", "model_kwargs": kwargs | sphere})
     with pytest.raises(util.UserError, match="train it anew"):
         load_first_stage(path)
-
-
-@pytest.mark.parametrize("path", sorted(checkpoints.RELEASED.glob("v*.safetensors")), ids=lambda path: path.stem)
-def test_released_first_stages_decode(path):
-    """All that the project comes with can be read, and its latents make pictures."""
-    model = load_first_stage(path, decoder=None)
-    x = model.decode(model.prior_latent(1), torch.tensor([16]))
-    assert x.shape == (1, 1, model.image_size, model.image_size) and x.isfinite().all() and x.std() > 0.1
