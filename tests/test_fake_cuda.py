@@ -152,3 +152,35 @@ def test_all_that_a_model_gives_is_on_its_device(name):
         out = [leaf for leaf in tree_leaves(use(model)) if isinstance(leaf, Tensor)]
     assert len(out) > 2 and {tensor.device.type for tensor in out} == {"cuda"}
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cuda"}
+
+
+def left_on_the_cpu(name: str, tensor: str) -> bool:
+    """Whether a model with one tensor on the CPU fails, by torch's rules about devices."""
+    make, use = MODELS[name]
+    with made_on_cuda() as mode:
+        model = make()
+    with mode:
+        path, _, last = tensor.rpartition(".")
+        module = model.get_submodule(path)
+        moved = getattr(module, last).detach().to("cpu")
+        setattr(module, last, nn.Parameter(moved) if last in module._parameters else moved)
+        try:
+            use(model)
+        except RuntimeError as error:
+            assert "device" in str(error) and "cpu" in str(error), error
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["vae", "vqvae", "fsq", "vqvae2", "discriminator", "diffusion"])
+def test_a_buffer_left_on_the_cpu_is_found(name):
+    """Whichever it is: the test above can fail. Only single numbers fit tensors of any device."""
+    with made_on_cuda():
+        buffers = [buffer for buffer, tensor in MODELS[name][0]().named_buffers() if tensor.ndim]
+    assert buffers and [buffer for buffer in buffers if not left_on_the_cpu(name, buffer)] == []
+
+
+@pytest.mark.parametrize("name, weight", [("pixelcnn", "position"), ("pixelcnn2", "bottom.layers.1.down.weight"),
+                                          ("scorer", "stem.weight")])  # fmt: skip
+def test_a_weight_left_on_the_cpu_is_found(name, weight):
+    assert left_on_the_cpu(name, weight)

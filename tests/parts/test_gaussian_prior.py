@@ -96,6 +96,21 @@ def test_noise_of_few_brains_does_not_make_a_mode_stronger():
     assert modes.square().sum().item() == pytest.approx(62, rel=0.15)
 
 
+def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_picture():
+    """New brains, made as those it learned from; at much noise nearly as the best that there is."""
+    torch.manual_seed(0)
+    Z, shape = 16, (2, 4, 5)
+    K, mean, true = fading(Z, 0.8, 0.5), torch.randn(Z, *shape), 1.5 * torch.randn(3, COSINES, *shape)
+    known, new, z = draw(100, true, mean, K, 0.3), draw(50, true, mean, K, 0.3, seed=1), torch.arange(Z).repeat(50)
+    prior = GaussianPrior(shape, 3, Z)
+    prior.fit(known, torch.empty(100, 0), slice_correlation(known))
+    x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
+    alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
+    x = alpha * x0 + sigma * noise
+    error = (prior(x, alpha, sigma, z, Z, K) - x0).square().mean()
+    assert error < 0.4 * (prior.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
+
+
 def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
     """At its z, or of all where that is not known; brain by brain."""
     prior, K = GaussianPrior((2, 3, 4), 2, 8), fading(8, 0.9, 0.5)
