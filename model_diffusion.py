@@ -62,33 +62,33 @@ def _edm(T: int) -> Tensor:
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"cosine": _cosine, "linear": _linear, "flow": _flow, "edm": _edm}
+# How much the squared error of x_0 counts at (alpha, sigma). The first three are the squared errors of what other
+# networks predict: v = alpha noise - sigma x_0, the noise, and noise - x_0; "min-snr" is min(alpha^2 / sigma^2, 5).
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "v": lambda alpha, sigma: sigma**-2,
+    "eps": lambda alpha, sigma: (alpha / sigma) ** 2,
+    "flow": lambda alpha, sigma: ((alpha + sigma) / sigma) ** 2,
+    "min-snr": lambda alpha, sigma: ((alpha / sigma) ** 2).clamp(max=5),
+}
 # Where training draws t: evenly, or with ln(sigma / alpha) ~ N(mean, 1). Since sigma / (alpha + sigma) is the time u of
 # rectified flow, mean 0 is u = sigmoid(N(0, 1)).
 TIMES = {"uniform": None, "logit-normal": 0.0, "log-normal": -0.4}
 
 
 class Recipe(NamedTuple):
-    """The choices of a published method.
-
-    schedule: of the noise, a key of SCHEDULES.
-    prediction: the meaning of the UNet's output, see output_meaning.
-    weighting: "plain" counts the squared error of the output once; "min-snr" that of x_0 min(SNR, 5) times, with
-        SNR = alpha^2 / sigma^2.
-    times: a key of TIMES.
-    """
+    """The choices of a published method: keys of SCHEDULES, WEIGHTS and TIMES."""
 
     schedule: str
-    prediction: str
-    weighting: str = "plain"
+    weight: str
     times: str = "uniform"
 
 
 RECIPES = {
     "v": Recipe("cosine", "v"),  # Salimans and Ho 2022
-    "min-snr": Recipe("cosine", "v", weighting="min-snr"),  # Hang et al. 2023, with v
+    "min-snr": Recipe("cosine", "min-snr"),  # Hang et al. 2023
     "ddpm": Recipe("linear", "eps"),  # Ho et al. 2020
-    "flow": Recipe("flow", "flow", times="logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
-    "edm": Recipe("edm", "v", times="log-normal"),  # Karras et al. 2022 and 2024
+    "flow": Recipe("flow", "flow", "logit-normal"),  # Liu et al. 2023; times of Esser et al. 2024
+    "edm": Recipe("edm", "v", "log-normal"),  # Karras et al. 2022 and 2024
 }
 
 
@@ -98,19 +98,6 @@ def noise_levels(schedule: str, T: int, dtype: torch.dtype = torch.float32) -> t
         raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, not {schedule}")
     alpha = SCHEDULES[schedule](T)
     return alpha.to(dtype), ((1 - alpha) * (1 + alpha)).sqrt().to(dtype)
-
-
-def output_meaning(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple:
-    """(a, b, d), each a number or a tensor like alpha: the UNet's output means a noise + b x_0; d = alpha a - sigma b.
-
-    Together with x_t = alpha x_0 + sigma noise this has the solution
-
-        x_0 = (a x_t - sigma output) / d,    noise = (alpha output - b x_t) / d                                   (1)
-
-    "v" is alpha noise - sigma x_0 (Salimans and Ho 2022), "eps" the noise (Ho et al. 2020), "flow" noise - x_0 (Liu et
-    al. 2023).
-    """
-    return {"v": (alpha, -sigma, 1), "eps": (1, 0, alpha), "flow": (1, -1, alpha + sigma)}[prediction]
 
 
 # ----------------------------------------------------------------------------------------------------------- the UNet
@@ -125,8 +112,8 @@ def embed_condition(dim: int, name: str) -> nn.Module:
 class UNet(nn.Module):
     """[B, C, h, w] at time t and slice index z to [B, C, h, w]; the sum of all embeddings enters every block.
 
-    The first layer also sees the guess at x_0 of the Gaussian prior. Training begins at the network without the guess,
-    without `mixing` and without `moved`: their layers are zero.
+    The first layer also sees the guess at x_0 of the Gaussian prior. Training begins at output 0, and at the network
+    without the guess, without `mixing` and without `moved`: their layers are zero.
 
     Args:
         latent_channels: C.
@@ -184,10 +171,10 @@ class UNet(nn.Module):
         people: Tensor | None = None,
         moves: Tensor | None = None,
     ) -> Tensor:
-        """The output [B, C, h, w] for x_t.
+        """The output [B, C, h, w] at step t.
 
         Args:
-            x, guess: x_t and the guess at x_0, [B, C, h, w].
+            x, guess: what is seen of x_t, and the guess at x_0, [B, C, h, w].
             t: [B], steps 0 .. T - 1.
             z: [B], slice index, or NaN with unknown_z.
             slices: with mixing, every so many of the batch are contiguous slices of one brain.
@@ -232,7 +219,12 @@ class Level(nn.Module):
 
 
 class LatentDiffusion(nn.Module):
-    """p(latent | z): the UNet, the Gaussian prior that helps it, the loss, and the calibration of samples.
+    """p(latent | z): the UNet, the Gaussian prior that it begins with, the loss, and the calibration of samples.
+
+    The denoiser is E[x_0 | x_t] = guess + sd UNet(seen, guess, t, ...). The Gaussian prior gives the guess at x_0 and
+    its sd at each place, and what is seen: x_t about its mean, in units of its sd. So training begins at the best
+    denoiser of that prior, and what the network sees and learns has unit variance at all places and all levels of
+    noise (Karras et al. 2022, eq. 7, have one variance for all places).
 
     Args:
         latent_shape: (C, h, w) of the first stage's latents.
@@ -246,6 +238,7 @@ class LatentDiffusion(nn.Module):
         conditions: numbers that are known of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, all of them from as many, and all of them and z from a share drop_z.
         moved: whether training shows moved heads too, and tells the UNet how far they were moved.
+        release_1: its networks see a guess by the modes alone, and their output is v = alpha noise - sigma x_0.
         T: number of steps of the forward process.
     Raises ValueError for an unknown recipe or condition.
     """
@@ -266,6 +259,7 @@ class LatentDiffusion(nn.Module):
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
         moved: bool = False,
+        release_1: bool = False,
         T: int = 1000,
     ):
         super().__init__()
@@ -276,7 +270,7 @@ class LatentDiffusion(nn.Module):
                 raise ValueError(f"conditions must be among {tuple(CONDITIONS)}, not {name}")
         self.latent_shape, self.recipe, self.T = tuple(latent_shape), RECIPES[recipe], T
         self.slices, self.slices_per_brain, self.drop_z = slices, slices_per_brain, drop_z
-        self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
+        self.conditions, self.drop_conditions, self.release_1 = tuple(conditions), drop_conditions, release_1
         # called linear in files of weights
         self.linear = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions))
         self.calibration = Calibration(self.latent_shape, slices_per_brain)
@@ -350,15 +344,23 @@ class LatentDiffusion(nn.Module):
             z, people = self.hide(z, people, slices)
         alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
-        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
-        batch = latent, noise, alpha, sigma, x, guess, t, z, people, moves
+        batch = latent, t, z, people, moves, *self.prior_of(x, alpha, sigma, z, slices, people)
         if visible is not None:
             batch = [None if part is None else part[visible] for part in batch]
-        latent, noise, alpha, sigma, x, guess, t, z, people, moves = batch
-        output = self.unet(x, guess, t, z, len(x) // brains, people, moves).float()
-        a, b, _ = output_meaning(self.recipe.prediction, alpha, sigma)
-        loss = ((output - (a * noise + b * latent)).square() * self.channel_weight).mean((1, 2, 3))
-        return loss if self.recipe.weighting == "plain" else loss * self.min_snr_weight(t)
+        latent, t, z, people, moves, seen, guess, base, scale = batch
+        x0 = base + scale * self.unet(seen, guess, t, z, len(t) // brains, people, moves).float()
+        loss = ((x0 - latent).square() * self.channel_weight).mean((1, 2, 3))
+        return loss * WEIGHTS[self.recipe.weight](self.alpha[t], self.sigma[t]).float()
+
+    def prior_of(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, z: Tensor, slices: int, people: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(seen, guess, base, scale) [B, C, h, w]: what the UNet is given, and E[x_0 | x_t] = base + scale output."""
+        known = x, alpha, sigma, z, slices, self.slice_correlation, people
+        if self.release_1:
+            return x, self.linear.of_modes(*known), alpha * x, (-sigma).expand_as(x)
+        guess, sd, seen = self.linear(*known)
+        return seen, guess, guess, sd
 
     def correlate(self, white: Tensor, z: Tensor, slices: int) -> Tensor:
         """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
@@ -389,16 +391,6 @@ class LatentDiffusion(nn.Module):
             people = people.masked_fill(nobody[:, None] | chosen(self.drop_conditions, len(self.conditions)), math.nan)
         return z, people
 
-    def min_snr_weight(self, t: Tensor) -> Tensor:
-        """float32 [B]: factor of the output's squared error at steps t [B], for a loss min(SNR, 5) |x_0 - guess|^2.
-
-        SNR = alpha^2 / sigma^2 (Hang et al. 2023, section 3.4). By eq. (1) of output_meaning, an error e of the output
-        makes an error sigma / d e of x_0.
-        """
-        alpha, sigma = self.alpha[t], self.sigma[t]
-        _, _, d = output_meaning(self.recipe.prediction, alpha, sigma)
-        return ((alpha / sigma).square().clamp(max=5) * (sigma / d) ** 2).float()
-
     def denoise(
         self, x: Tensor, t: int, z: Tensor, slices: int | None = None, people: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -409,10 +401,9 @@ class LatentDiffusion(nn.Module):
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         slices = slices or len(x)
-        guess = self.linear(x, alpha, sigma, z, slices, self.slice_correlation, people)
-        output = self.unet(x, guess, t, z, slices, people).float()
-        a, b, d = output_meaning(self.recipe.prediction, alpha, sigma)
-        return (a * x - sigma * output) / d, (alpha * output - b * x) / d
+        seen, guess, base, scale = self.prior_of(x, alpha, sigma, z, slices, people)
+        x0 = base + scale * self.unet(seen, guess, t, z, slices, people).float()
+        return x0, (x - alpha * x0) / sigma
 
     def calibrated(self, denoise: Denoise, z: Tensor) -> Denoise:
         """`denoise`, which may be guided, with the correction by self.calibration, for whole brains at z [n Z]."""
@@ -428,14 +419,6 @@ class LatentDiffusion(nn.Module):
     def minus_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
         """Whole brains [n, Z, C, h, w]: latents or x_t [n Z, C, h, w] minus alpha times the mean head at z."""
         return (latent - alpha * self.linear.mean_at(z)).unflatten(0, (-1, self.slices_per_brain))
-
-    def sampling_levels(self) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of the steps that samplers walk: all, or for eps those with alpha of at least 0.006.
-
-        Below, as at the end of the cosine schedule, dividing by alpha would turn errors of the noise into any x_0.
-        """
-        last = int((self.alpha >= 0.006).sum()) if self.recipe.prediction == "eps" else self.T
-        return self.alpha[:last], self.sigma[:last]
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers

@@ -35,7 +35,7 @@ from heads.people import (
 from model_diffusion import MOVES, RECIPES, SAMPLERS, Denoise, LatentDiffusion, guide, sample_dpm, sampling_times
 from parts import calibration
 from parts.autoencoder import Autoencoder
-from parts.gaussian_prior import mean_at_each_z, slice_correlation
+from parts.gaussian_prior import moments_at_each_z, slice_correlation
 from pictures import sheets
 from pictures.volume import Samples
 from scores.metrics import adjacent_ssim
@@ -64,7 +64,7 @@ def flags() -> Flags:
     train("--learning-rate", type=util.positive_float, help="Adam's, after warm-up")
     train("--widths", type=positive, nargs="+", metavar="W",
           help="channels of each level of the UNet")  # fmt: skip
-    train("--recipe", choices=tuple(RECIPES), default="v", help="noise schedule, prediction, weighting, times")
+    train("--recipe", choices=tuple(RECIPES), default="v", help="noise schedule, weight of its levels, times")
     train("--slices", type=positive, metavar="S", help="neighbouring slices of a brain that "
           "training shows together; 1 is a 2-D model")  # fmt: skip
     train("--moved-heads", type=util.whole_number, metavar="N", help="times that training sees "
@@ -155,9 +155,8 @@ def sample_latents(
     if model.calibration.measured:
         denoise = model.calibrated(denoise, z)
     draw = BrainNoise(model, sampling.seed, brains)
-    alpha, sigma = model.sampling_levels()
-    steps = min(sampling.steps, len(alpha)) if sampling.sampler != "ddpm" else len(alpha)
-    path = SAMPLERS[sampling.sampler](denoise, draw(), alpha, sigma, steps, draw)
+    steps = sampling.steps if sampling.sampler != "ddpm" else model.T
+    path = SAMPLERS[sampling.sampler](denoise, draw(), model.alpha, model.sigma, steps, draw)
     names = f"brain {brains.start}" if len(brains) == 1 else f"brains {brains.start} to {brains.stop - 1}"
     yield from util.progress(path, names, steps, "step")
 
@@ -363,7 +362,7 @@ def build(args: argparse.Namespace, first_stage: Autoencoder, data: Slices, cond
 
 
 def measure_latents(model: LatentDiffusion, known: TrainingLatents) -> None:
-    """Gives a model what is measured and not trained: mean, correlation along z, and modes of its training latents."""
+    """Gives a model what is measured and not trained: the moments and modes of its training latents."""
     heads = known.latents[known.whole]
     if len(heads) > 1:
         model.slice_correlation.copy_(slice_correlation(heads))
@@ -371,7 +370,9 @@ def measure_latents(model: LatentDiffusion, known: TrainingLatents) -> None:
     if len(model.linear.modes):
         model.linear.fit(heads, known.people[known.whole[:, 0]], model.slice_correlation)
     else:
-        model.linear.mean.copy_(mean_at_each_z(known.latents, known.z, known.Z))
+        mean, variance = moments_at_each_z(known.latents, known.z, known.Z)
+        model.linear.mean.copy_(mean)
+        model.linear.variance.copy_(variance)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -435,21 +436,20 @@ def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -
     z = torch.arange(Z, device=run.device).repeat(brains)
     people = (draw_person({}, description, seed, i) for i in range(brains))
     people = torch.stack([in_numbers(person, model.conditions) for person in people]).to(run.device)
-    alphas, sigmas = model.sampling_levels()
-    times = sampling_times(alphas, sigmas, calibration.LEVELS)
-    model.calibration.reset((sigmas / alphas)[times].log())
+    times = sampling_times(model.alpha, model.sigma, calibration.LEVELS)
+    model.calibration.reset((model.sigma / model.alpha)[times].log())
     sampling = Sampling(seed=seed, precision=run.args.precision)
     one_by_one = [denoiser(model, person[None], z[:Z], sampling) for person in people]
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         pairs = [denoise_one(part, t) for denoise_one, part in zip(one_by_one, x.split(Z), strict=True)]
         x0, noise = (torch.cat(part) for part in zip(*pairs))
-        alpha = alphas[t].float()
+        alpha = model.alpha[t].float()
         model.calibration.measure(times.index(t), alpha, model.minus_mean(x, alpha, z), model.minus_mean(x0, 1, z))
         return x0, noise
 
     noise = BrainNoise(model, seed, range(brains))()
-    levels = sample_dpm(model.calibrated(denoise, z), noise, alphas, sigmas, calibration.LEVELS)
+    levels = sample_dpm(model.calibrated(denoise, z), noise, model.alpha, model.sigma, calibration.LEVELS)
     for _ in util.progress(levels, "calibrate", calibration.LEVELS, "level"):
         pass
     return True

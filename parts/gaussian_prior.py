@@ -1,9 +1,11 @@
-"""The Gaussian prior of brains: mean latents at each z, correlation along z, and the modes in which heads differ.
+"""The Gaussian prior of brains: mean and variance of every latent number, correlation along z, and the modes in which
+heads differ.
 
 Where x_t is nearly all noise, the best denoiser is the linear one of the Gaussian with the data's mean and covariance
-(Wang and Vastola 2024, "The unreasonable effectiveness of Gaussian score approximation"). It weighs every number of a
-brain at once, which convolutions learn slowly: a network that has to find out by itself how large a head is, or its
-ventricles, guesses too near to the mean, and its samples are too much alike.
+(Wang and Vastola 2024, "The unreasonable effectiveness of Gaussian score approximation"). The network begins there, and
+learns what is left. The modes weigh every number of a brain at once, which convolutions learn slowly: a network that
+has to find out by itself how large a head is, or its ventricles, guesses too near to the mean, and its samples are too
+much alike. The variances say where heads differ at all: background, which is the same in all, needs no learning.
 """
 
 import torch
@@ -16,10 +18,18 @@ from module import cosines
 COSINES = 4
 
 
-def mean_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> Tensor:
-    """Mean [slices_per_brain, C, h, w] of the latents [N, C, h, w] at every z int64 [N], 0 where there is none."""
-    total = latents.new_zeros(slices_per_brain, *latents.shape[1:]).index_add_(0, z, latents)
-    return total / z.bincount(minlength=slices_per_brain).clamp(min=1).view(-1, 1, 1, 1)
+def moments_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [slices_per_brain, C, h, w] of the latents [N, C, h, w] at every z int64 [N].
+
+    Where there is no slice the mean is 0; where there are fewer than two the variance is 1.
+    """
+    def total(values: Tensor) -> Tensor:
+        return values.new_zeros(slices_per_brain, *values.shape[1:]).index_add_(0, z, values)
+
+    count = z.bincount(minlength=slices_per_brain).view(-1, 1, 1, 1)
+    mean = total(latents) / count.clamp(min=1)
+    variance = total((latents - mean[z]).square()) / (count - 1).clamp(min=1)
+    return mean, torch.where(count > 1, variance, 1.0)
 
 
 def slice_correlation(latents: Tensor) -> Tensor:
@@ -70,20 +80,24 @@ def principal_modes(latents: Tensor, correlation: Tensor, count: int) -> tuple[T
 
 
 class GaussianPrior(nn.Module):
-    """E[x_0 | x_t] for brains as `principal_modes` describes them, where x_t = alpha x_0 + sigma noise.
+    """What is known of x_0 given x_t = alpha x_0 + sigma noise, for brains as `principal_modes` describes them.
 
     The noise of x_t has the same correlation along z as that of the brains. With q_k the modes after whitening, which
     are orthogonal,
 
-        E[c_k | x_t] = (n m_k + alpha v_k <q_k, whitened (x_t - alpha mean)>) / (n + alpha^2 v_k |q_k|^2)
+        E[c_k | x_t] = (n m_k + alpha v_k <q_k, whitened (x_t - alpha mean)>) / (n + alpha^2 v_k |q_k|^2)         (1)
 
     where n = alpha^2 rest + sigma^2, and c_k is N(m_k, v_k) before x_t is known: N(0, 1), or a closer guess from the
-    age, sex and CDR of the person. The guess at x_0 is mean + sum_k E[c_k | x_t] modes_k; all else in which a brain
-    differs from the mean is left to the network.
+    age, sex and CDR of the person. All else in which a brain differs from g = mean + sum_k E[c_k | x_t] modes_k is
+    taken as independent from place to place, with variance v at each:
+
+        Var[x_t | g] = alpha^2 v + sigma^2
+        E[x_0 | x_t] = g + alpha v / Var[x_t | g] (x_t - alpha g)                                                 (2)
+        Var[x_0 | x_t] = sigma^2 v / Var[x_t | g]
 
     Args:
         latent_shape: (C, h, w).
-        modes: how many; 0 for the mean alone, as for models of single slices.
+        modes: how many; 0 for mean and variance alone, as for models of single slices.
         slices_per_brain: Z.
         conditions: how many numbers are known of a person.
     """
@@ -91,6 +105,7 @@ class GaussianPrior(nn.Module):
     def __init__(self, latent_shape: tuple[int, int, int], modes: int, slices_per_brain: int, conditions: int = 0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(slices_per_brain, *latent_shape))
+        self.register_buffer("variance", torch.ones(slices_per_brain, *latent_shape))  # of what the modes leave
         C, h, w = latent_shape
         self.register_buffer("modes", torch.zeros(modes, COSINES * C, h, w))  # flat: networks go to channels_last
         self.register_buffer("rest", torch.ones(()))  # variance of the noise
@@ -101,11 +116,14 @@ class GaussianPrior(nn.Module):
         self.register_buffer("cosines", cosines(COSINES, slices_per_brain), persistent=False)
 
     def fit(self, latents: Tensor, people: Tensor, correlation: Tensor) -> None:
-        """Learns mean, modes and the effect of people [n, conditions] from latents [n, Z, C, h, w] of n brains."""
+        """Learns mean, modes, variance and the effect of people [n, conditions] from n brains [n, Z, C, h, w]."""
         self.mean.copy_(latents.mean(0))
-        if len(self.modes):
-            self.set_modes(*principal_modes(latents, correlation, len(self.modes)))
-            self.set_people(latents, people, correlation)
+        self.set_modes(*principal_modes(latents, correlation, len(self.modes)))
+        self.set_people(latents, people, correlation)
+        z, n = torch.arange(len(self.mean), device=latents.device), len(latents)
+        one, none = (latents.new_full((len(z), 1, 1, 1), level) for level in (1.0, 0.0))
+        left = sum((brain - self.of_modes(brain, one, none, z, len(z), correlation)).square() for brain in latents)
+        self.variance.copy_(left / (n - 1 - len(self.modes)))
 
     def set_modes(self, modes: Tensor, rest: float) -> None:
         """Takes the modes and the variance that principal_modes found."""
@@ -143,8 +161,35 @@ class GaussianPrior(nn.Module):
 
     def mean_at(self, z: Tensor) -> Tensor:
         """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
-        mean = torch.cat([self.mean, self.mean.mean(0, keepdim=True)])
-        return mean[z.nan_to_num(nan=len(self.mean)).long()]
+        return _at(z, self.mean, self.mean.mean(0))
+
+    def of_modes(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        z: Tensor,
+        slices: int,
+        correlation: Tensor,
+        people: Tensor | None = None,
+    ) -> Tensor:
+        """g [B, C, h, w] of (1); arguments as in forward."""
+        guess, Z = self.mean_at(z), len(self.mean)
+        if not len(self.modes) or slices != Z:
+            return guess
+        modes, dual, power = self._modes(correlation)
+        difference = (x - alpha * guess).unflatten(0, (-1, Z))
+        products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
+        alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
+        expected, variance = torch.zeros_like(products), torch.ones_like(products)
+        if people is not None:
+            someone = ~people[::Z].isnan().all(1, keepdim=True)
+            expected = self._features(people[::Z]) @ self.effect.T
+            variance = torch.where(someone, self.left, variance)
+        noise = alpha**2 * self.rest + sigma**2
+        c = (noise * expected + alpha * variance * products) / (noise + alpha**2 * variance * power)
+        c = c.masked_fill(z[::Z, None].isnan(), 0)
+        return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
 
     def forward(
         self,
@@ -155,31 +200,26 @@ class GaussianPrior(nn.Module):
         slices: int,
         correlation: Tensor,
         people: Tensor | None = None,
-    ) -> Tensor:
-        """The guess [B, C, h, w] at x_0, from x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean, sd) of x_0, and x_t - alpha g in units of its sd, [B, C, h, w] each.
 
+        Of x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
         Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, or where z is
-        NaN, the guess is the mean.
+        NaN, g is the mean.
 
         Args:
             correlation: [C, Z, Z], of the noise.
             people: [B, conditions], the same for all slices of a brain, NaN where a number is not known; None if
                 nothing is known.
         """
-        guess, Z = self.mean_at(z), len(self.mean)
-        if not len(self.modes) or slices != Z:
-            return guess
         with torch.autocast(x.device.type, enabled=False):
-            modes, dual, power = self._modes(correlation)
-            difference = (x.float() - alpha * guess).unflatten(0, (-1, Z))
-            products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
-            alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
-            expected, variance = torch.zeros_like(products), torch.ones_like(products)
-            if people is not None:
-                someone = ~people[::Z].isnan().all(1, keepdim=True)
-                expected = self._features(people[::Z]) @ self.effect.T
-                variance = torch.where(someone, self.left, variance)
-            noise = alpha**2 * self.rest + sigma**2
-            c = (noise * expected + alpha * variance * products) / (noise + alpha**2 * variance * power)
-            c = c.masked_fill(z[::Z, None].isnan(), 0)
-            return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
+            x = x.float()
+            g = self.of_modes(x, alpha, sigma, z, slices, correlation, people)
+            v = _at(z, self.variance, self.variance.mean(0) + self.mean.var(0, correction=0))
+            away, total = x - alpha * g, alpha**2 * v + sigma**2
+            return g + alpha * v / total * away, sigma * (v / total).sqrt(), away / total.sqrt()
+
+
+def _at(z: Tensor, known: Tensor, anywhere: Tensor) -> Tensor:
+    """known[z] [B, ...] of known [Z, ...] and z [B]; `anywhere` [...] where z is NaN."""
+    return torch.cat([known, anywhere[None]])[z.nan_to_num(nan=len(known)).long()]

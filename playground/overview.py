@@ -65,7 +65,7 @@ def stage_two(prior: LatentDiffusion, decoder: Autoencoder, seed: int) -> dict[s
     """{title: picture} of the middle slice of a new brain, decoded on its way from noise."""
     sampling, person = Sampling(seed=seed), draw_person({}, prior.description, seed, 0)
     way = list(sample_latents(prior, sampling, range(1), [person]))
-    alpha, sigma = prior.sampling_levels()
+    alpha, sigma = prior.alpha, prior.sigma
     snr = 20 * (alpha / sigma).log10()[sampling_times(alpha, sigma, sampling.steps)]
     return {
         f"step {n} of {sampling.steps}, from SNR {snr[n - 1]:+.0f} dB": torch.from_numpy(

@@ -2,7 +2,7 @@
 
     python playground/recipes.py --first-stage vqvae          # trains the runs recipe-*; again: scores only
 
-A recipe is a noise schedule, the prediction of the network, the weight of its squared error, and where steps are drawn
+A recipe is a noise schedule, the weight of the squared error at each of its levels, and where steps are drawn
 (model_diffusion.py). Every step costs the same, so equal steps are equal time. The networks are those of --preset demo
 that see slices one by one.
 

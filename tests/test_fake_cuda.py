@@ -86,7 +86,7 @@ def use_discriminator(model: PatchDiscriminator) -> list:
 
 def use_recipe(model: LatentDiffusion) -> list:
     latent, z = on_cuda(2 * Z, *model.latent_shape), torch.arange(Z, device=CUDA).repeat(2)
-    return [model(latent, z, slices=Z), model.denoise(latent, 1, z, Z), model.min_snr_weight(model.draw_times(2))]
+    return [model(latent, z, slices=Z), model.denoise(latent, 1, z, Z), model.draw_times(2)]
 
 
 def use_diffusion(model: LatentDiffusion) -> list:

@@ -185,11 +185,21 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder,
     assert torch.equal(one[0], two[0]) and {tuple(m) for m in one[0].tolist()} < {head[1:] for head in found}
 
 
-def test_training_lowers_the_loss_of_brains_never_seen(train):
-    """With validation at fixed noise and steps, so that two reports can be compared."""
-    train("--steps", 60, "--learning-rate", 0.02, "--batch-size", 8)
-    loss = [line["validate/loss"] for line in read_log(Path("log/diffusion")) if "validate/loss" in line]
-    assert len(loss) == 2 and loss[-1] < 0.95 * loss[0]
+def test_training_leads_below_the_loss_of_the_gaussian_prior(train, heads_folder):
+    """At which it begins: on training heads at fixed noise and steps, with the network and with its output 0."""
+    train("--steps", 200, "--learning-rate", 0.002, "--batch-size", 8)
+    assert "validate/loss" in read_log(Path("log/diffusion"))[-1]
+    model, first_stage = load("diffusion")
+    args = Namespace(precision="fp32", slices=2)
+    known = stable_diffusion.TrainingLatents(load_slices(heads_folder, "train", 64), first_stage, [], args)
+    t = torch.linspace(0, model.T - 1, 16).long().repeat_interleave(len(known.z))
+    batch = [part.repeat(16, *[1] * (part.ndim - 1)) for part in (known.latents, known.z)]
+    noise = model.correlate(torch.randn_like(batch[0]), batch[1], model.slices_per_brain)
+    with torch.no_grad():
+        trained = model(*batch, t, noise, model.slices_per_brain).mean()
+        model.unet.forward = lambda x, *more: torch.zeros_like(x)
+        gaussian = model(*batch, t, noise, model.slices_per_brain).mean()
+    assert trained < 0.97 * gaussian
 
 
 @pytest.mark.parametrize("slices, steps, apart", [(1, 100, 12), (3, 33, 33)])

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model_diffusion import RECIPES
 from model_VAE import MODELS
 from parts.autoencoder import Autoencoder
 from training.checkpoints import digest_of, fill_model, find_weights, load_weights, part_of, save_weights
@@ -111,7 +110,9 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
         kwargs["widths"] = tuple(channels * m for m in multipliers)
     if "schedule" in kwargs:
         chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
-        kwargs["recipe"] = next((name for name, recipe in RECIPES.items() if tuple(recipe) == chosen), "unknown")
+        kwargs["recipe"] = "v" if chosen == ("cosine", "v", "plain", "uniform") else "unknown"
+        kwargs["release_1"] = True
+        weights = weights | {"linear.variance": torch.ones_like(weights["linear.mean"])}
     gone = {"slice_noise": "matched", "quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
     kwargs = {name: value for name, value in kwargs.items() if name != "quantizer" and gone.get(name) != value}
     weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}

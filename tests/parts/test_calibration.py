@@ -23,17 +23,16 @@ class LinearUNet(nn.Module):
     def __init__(self, model: LatentDiffusion, power: Tensor, factor: Tensor):
         super().__init__()
         self.levels, self.calibration, self.minus_mean = (model.alpha, model.sigma), model.calibration, model.minus_mean
-        self.power, self.factor, self.prediction = power, factor, model.recipe.prediction
+        self.power, self.factor = power, factor
 
-    def forward(self, x, guess, t, *more) -> Tensor:
+    def forward(self, seen, guess, t, *more) -> Tensor:
         alpha, sigma = (level[t[0]].float() for level in self.levels)
         share = self.factor * alpha * self.power / (alpha**2 * self.power + sigma**2)
-        z = ALL_Z.repeat(len(x) // 32)
-        coefficients = self.calibration.transform(self.minus_mean(x, alpha, z))
+        z = ALL_Z.repeat(len(seen) // 32)
+        coefficients = self.calibration.transform(seen.unflatten(0, (-1, 32)))  # x_t - alpha mean, since that has sd 1
         x0 = self.calibration.back(share[:, self.calibration.band].transpose(0, 1) * coefficients).flatten(0, 1)
-        x0 = x0 - self.minus_mean(torch.zeros_like(x), 1, z).flatten(0, 1)
-        scaled = {"v": alpha * x - x0, "eps": x - alpha * x0, "flow": x - (alpha + sigma) * x0}
-        return scaled[self.prediction] / sigma
+        x0 = x0 - self.minus_mean(torch.zeros_like(seen), 1, z).flatten(0, 1)
+        return (x0 - guess) / sigma  # which is the sd of the prior, whose variance is 1
 
 
 def linear_model(wanted: Tensor, factor: Tensor, recipe: str = "v") -> LatentDiffusion:
@@ -50,7 +49,7 @@ def linear_model(wanted: Tensor, factor: Tensor, recipe: str = "v") -> LatentDif
 def sample(model: LatentDiffusion, brains: int, seed: int, guidance: float = 1, measure: bool = False) -> Tensor:
     """Latents [32 n, C, h, w] by dpm in LEVELS steps; with `measure`, each step measures the calibration before it."""
     z = ALL_Z.repeat(brains)
-    alphas, sigmas = model.sampling_levels()
+    alphas, sigmas = model.alpha, model.sigma
     times = sampling_times(alphas, sigmas, LEVELS)
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from module import cosines
-from parts.gaussian_prior import COSINES, GaussianPrior, mean_at_each_z, principal_modes, slice_correlation
+from parts.gaussian_prior import COSINES, GaussianPrior, moments_at_each_z, principal_modes, slice_correlation
 
 
 def fading(slices: int, *rho: float) -> torch.Tensor:
@@ -34,12 +34,33 @@ def test_the_correlation_of_slices_is_measured_about_the_mean_of_all_brains():
     assert torch.equal(slice_correlation(torch.zeros(2, 32, 1, 2, 2))[0], torch.eye(32))  # two equal brains
 
 
-def test_the_mean_is_that_of_all_slices_at_each_z():
-    """Of whole brains or not; 0 where there is no slice."""
-    latents, z = torch.randn(50, 2, 3, 4), torch.randint(0, 7, (50,))
-    mean = mean_at_each_z(latents, z, 8)
+def test_the_moments_are_those_of_all_slices_at_each_z():
+    """Of whole brains or not; mean 0 and variance 1 where there is no slice, variance 1 where there is one."""
+    latents, z = torch.randn(51, 2, 3, 4), torch.cat([torch.randint(0, 7, (50,)), torch.tensor([8])])
+    mean, variance = moments_at_each_z(latents, z, 9)
     assert all(torch.allclose(mean[k], latents[z == k].mean(0), atol=1e-5) for k in range(7))
-    assert (mean[7] == 0).all()
+    assert all(torch.allclose(variance[k], latents[z == k].var(0), atol=1e-5) for k in range(7))
+    assert (mean[7] == 0).all() and torch.equal(mean[8], latents[50]) and (variance[7:] == 1).all()
+
+
+def test_places_have_a_variance_of_their_own():
+    """Of what the modes leave, at each place; mean and sd of x_0 are those of a Gaussian there."""
+    torch.manual_seed(0)
+    Z, shape = 8, (2, 4, 5)
+    spread, K, mean = torch.rand(Z, *shape) + 0.1, fading(Z, 0.8, 0.5), torch.randn(Z, *shape)
+    brains = mean + spread * torch.randn(2000, Z, *shape)
+    prior = GaussianPrior(shape, 0, Z)
+    prior.fit(brains, torch.empty(2000, 0), K)
+    assert torch.allclose(prior.variance.sqrt(), spread, rtol=0.12)
+    x, z, level = torch.randn(Z, *shape), torch.arange(Z), torch.full((Z, 1, 1, 1), 0.5**0.5)
+    guess, sd, seen = prior(x, level, level, z, Z, K)
+    v = prior.variance
+    assert torch.allclose(seen, (x / level - prior.mean) / (v + 1).sqrt(), atol=1e-5)
+    assert torch.allclose(guess, prior.mean + v / (v + 1) * (x / level - prior.mean), atol=1e-5)
+    assert torch.allclose(sd, (v / (v + 1)).sqrt(), atol=1e-5)
+    nowhere = prior(x, level, level, torch.full((Z,), torch.nan), Z, K)[1]  # any slice of any brain
+    total = brains.flatten(0, 1).var(0)
+    assert torch.allclose(nowhere[0], (total / (total + 1)).sqrt(), rtol=0.02)
 
 
 def test_the_guess_is_the_posterior_mean_of_the_gaussian():
@@ -56,7 +77,7 @@ def test_the_guess_is_the_posterior_mean_of_the_gaussian():
     for alpha, sigma in ((0.05, 0.99875), (0.6, 0.8), (0.99, 0.141)):
         x = torch.randn(2 * Z, C, h, w)
         levels = (torch.full((2 * Z, 1, 1, 1), level) for level in (alpha, sigma))
-        guess = prior(x, *levels, torch.arange(Z).repeat(2), Z, K).view(2, Z, C, h, w)
+        guess = prior.of_modes(x, *levels, torch.arange(Z).repeat(2), Z, K).view(2, Z, C, h, w)
         A = modes.flatten(1).T.double()
         within = torch.einsum("qa,cab,pb->cqp", P, K, P).double()
         noise = torch.einsum("cqp,cd,xy->qcxpdy", within, torch.eye(C).double(), torch.eye(h * w).double())
@@ -107,7 +128,7 @@ def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_pictu
     x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
     alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
     x = alpha * x0 + sigma * noise
-    error = (prior(x, alpha, sigma, z, Z, K) - x0).square().mean()
+    error = (prior(x, alpha, sigma, z, Z, K)[0] - x0).square().mean()
     assert error < 0.4 * (prior.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
 
 
@@ -119,15 +140,15 @@ def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
     x, z = torch.randn(16, 2, 3, 4), torch.arange(8.0).repeat(2)
     alpha = sigma = torch.full((16, 1, 1, 1), 0.5**0.5)
     mean = prior.mean.repeat(2, 1, 1, 1)
-    assert torch.equal(prior(x, alpha, sigma, z, 4, K), mean)  # windows
-    assert torch.equal(prior(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1, K), prior.mean[[5, 2, 7]])
-    whole = prior(x, alpha, sigma, z, 8, K)
+    assert torch.equal(prior.of_modes(x, alpha, sigma, z, 4, K), mean)  # windows
+    assert torch.equal(prior.of_modes(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1, K), prior.mean[[5, 2, 7]])
+    whole = prior.of_modes(x, alpha, sigma, z, 8, K)
     assert (whole - mean).abs().mean() > 0.01
     z[:8] = torch.nan
-    half = prior(x, alpha, sigma, z, 8, K)
+    half = prior.of_modes(x, alpha, sigma, z, 8, K)
     assert torch.equal(half[:8], prior.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
     flat = GaussianPrior((2, 3, 4), 0, 8)
-    assert torch.equal(flat(x, alpha, sigma, z.nan_to_num(), 8, K), torch.zeros_like(x))
+    assert torch.equal(flat.of_modes(x, alpha, sigma, z.nan_to_num(), 8, K), torch.zeros_like(x))
 
 
 def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing():
@@ -147,7 +168,7 @@ def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing
     def guess(x, age, alpha):
         person = None if age is None else torch.tensor([[age, torch.nan]]).expand(Z, -1)
         levels = torch.full((Z, 1, 1, 1), alpha), torch.full((Z, 1, 1, 1), (1 - alpha**2) ** 0.5)
-        return prior(x, *levels, torch.arange(Z), Z, K, person)
+        return prior.of_modes(x, *levels, torch.arange(Z), Z, K, person)
 
     noise = torch.zeros(Z, *shape)
     old, young, middle = (guess(noise, float(a), 1e-4) for a in (85, 25, 55))

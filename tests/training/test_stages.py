@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import util
-from model_diffusion import RECIPES, LatentDiffusion
+from model_diffusion import LatentDiffusion
 from model_VAE import MODELS, VQVAE
 from training import checkpoints
 from training.stages import latent_digest, load_first_stage, load_second_stage, save_second_stage
@@ -131,7 +131,7 @@ def test_weights_of_removed_choices_are_refused(tiny_sizes, tmp_path):
     first.description = {"kind": "vqvae", "model_kwargs": kwargs}
     prior = LatentDiffusion(latent_shape=(4, 6, 7), widths=(8,), blocks=1)
     kwargs_of_prior = {"latent_shape": [4, 6, 7], "channels": 8, "channel_multipliers": [1], "blocks": 1}
-    chosen = dict(zip(("schedule", "prediction", "weighting", "times"), RECIPES["v"]))
+    chosen = {"schedule": "cosine", "prediction": "v", "weighting": "plain", "times": "uniform"}
     for other in (chosen | {"schedule": "cosine-zero"}, chosen | {"slice_noise": "own"}):
         save_second_stage(path, prior, first, {"model_kwargs": kwargs_of_prior | other})
         with pytest.raises(util.UserError, match="train it anew"):
