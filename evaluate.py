@@ -11,7 +11,7 @@ without a network (scores/ledger.py). Writes DIR/reconstruction_SPLIT.json and .
 
 Samples. Every score is computed in the same way of the sampled brains, of as many held-out people, of these after they
 went through the first stage, and of draws of training people, which say what is allowed (scores/samples.py). Writes
-DIR/samples_SPLIT.json, .md (a page), .png and _nearest.png.
+DIR/samples_SPLIT.md, a page with its pictures, and .json.
 
 Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain are no independent observations.
 """
@@ -172,7 +172,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     report = write_page(brains, numbers, samples, splits, scorer, description, out,
                         ages=ages_of_samples(record, numbers), through=through)  # fmt: skip
     print(sample_table(report))
-    print(f"page: {out}/samples_{args.split}.md, with .json, .png and _nearest.png; {time.monotonic() - began:.0f} s")
+    print(f"page: {out}/samples_{args.split}.md, and .json and .png beside it; {time.monotonic() - began:.0f} s")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def write_page(
     out: Path,
     **more,
 ) -> dict:
-    """Scores sampled brains and writes out/samples_SPLIT.json, .md (the page), .png and _nearest.png.
+    """Scores sampled brains and writes out/samples_SPLIT.json, .md (the page), .png, _curves.png and _nearest.png.
 
     Args:
         brains, numbers, folder: from samples.load_samples.
@@ -59,7 +59,8 @@ def write_page(
     }
     title = f"{result['brains']} brains of {folder} beside as many real ones ({held_out.split})"
     util.write_file(out / f"{name}.json", json.dumps(report, indent=2, allow_nan=False).encode())
-    sheets.save_picture(out / f"{name}.png", draw_samples(result, measures, title))
+    sheets.save_picture(out / f"{name}.png", draw_scores(result, title))
+    sheets.save_picture(out / f"{name}_curves.png", draw_samples(result, measures, title))
     sheets.save_picture(out / f"{name}_nearest.png", draw_nearest(pairs, brains, numbers, train, limit))
     util.write_file(out / f"{name}.md", page(report, name).encode())
     return report
@@ -138,12 +139,15 @@ of what they scored. A true difference of "least difference" from their middle w
 four of five such sets; a smaller one may be there although the verdict is "inside". Of real people one score in ten is
 outside. Inside are {inside} of {sum(map(len, rows.values()))} scores.
 
-![Plots]({name}.png)
+![Scores]({name}.png)
 
-*The first panel sets every score on one scale: the grey band is the middle 90 % of real people. Elsewhere bands hold
-the middle 95 % of brains.*
+*All scores on one scale: the grey band is the middle 90 % of real people.*
 
 {tables}
+
+![Curves]({name}_curves.png)
+
+*Bands hold the middle 95 % of brains.*
 
 The linear judge is trained on half of the brains of both kinds and judges the others; .5 means that it cannot tell. The
 relative distance of a slice is its distance to the nearest training brain over the mean of its distances to the
@@ -167,18 +171,16 @@ Scores of two runs can be compared where scorer, split and number of brains are 
 
 
 def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: str):
-    """Six panels: all scores; power by frequency; tissues, neighbours and power along z; nearest ones."""
+    """Five panels: power by frequency; tissues, neighbours and power along z; distances to nearest brains."""
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(17, 12), layout="constrained")
+    figure = plt.figure(figsize=(10, 11), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplot_mosaic([["scores", "power", "tissues"], ["scores", "neighbours", "along"],
-                                  ["scores", "near", "near"]], width_ratios=(1.15, 1, 1))  # fmt: skip
-    forest, power, tissues, neighbours, along, near = axes.values()
+    axes = figure.subplot_mosaic([["power", "tissues"], ["neighbours", "along"], ["near", "near"]])
+    power, tissues, neighbours, along, near = axes.values()
     both, reference = {name: measures[name] for name in ("real", "samples")}, measures["reference"]
     Z = reference["reslice"].shape[1]
 
-    _draw_forest(forest, result)
     known, frequency = reference["spectrum"].mean(0), [(k + 0.5) * 0.5 / RINGS for k in range(RINGS)]
     _draw_bands(power, frequency, {name: decibel(part["spectrum"], known) for name, part in both.items()})
     noise = f"noise level {result['samples']['noise']:.2f}, real {result['real']['noise']:.2f}"
@@ -197,14 +199,15 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    forest.legend(fontsize=8, loc="lower right")
     near.legend(fontsize=8, loc="upper left")
     tissues.legend(fontsize=8, loc="lower center", ncols=3)
     return figure
 
 
-def _draw_forest(axis, result: dict) -> None:
+def draw_scores(result: dict, title: str):
     """Every score, in units in which real people lie between -1 and 1."""
+    import matplotlib.pyplot as plt
+
     names = [name for name in SAMPLE_SCORES if name in result["allowed"] and name in result["samples"]][::-1]
 
     def place(name: str, value: float) -> float:
@@ -213,7 +216,8 @@ def _draw_forest(axis, result: dict) -> None:
         end = known["high"] - known["middle"] if away > 0 else known["middle"] - known["low"]
         return max(-FARTHEST, min(FARTHEST, away / max(end, 1e-9)))
 
-    axis.axvspan(-1, 1, color="grey", alpha=0.25, linewidth=0)
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.21 * len(names)), layout="constrained")
+    axis.axvspan(-1, 1, color="grey", alpha=0.25, linewidth=0, label="the middle 90 % of real people")
     for part in ("through", "real", "samples"):
         if part in result:
             rows = [row for row, name in enumerate(names) if name in result[part]]
@@ -222,10 +226,13 @@ def _draw_forest(axis, result: dict) -> None:
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axis.set_xscale("symlog", linthresh=1, linscale=0.7)
     axis.set(xlim=(-1.3 * FARTHEST, 1.3 * FARTHEST), ylim=(-1, len(names)))
-    axis.set(xlabel="-1 to 1: the middle 90 % of real people", title="all scores")
+    axis.set(xlabel="in half widths of that band, from the middle of real people", title=title)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_yticks(range(len(names)), [SAMPLE_SCORES[name].title for name in names], fontsize=8)
+    axis.set_yticks(range(len(names)), [SAMPLE_SCORES[name].title for name in names], fontsize=9)
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=4)
+    return figure
 
 
 def _draw_bands(axis, x, values: dict[str, Tensor], label: str = "", style: str = "-", alpha: float = 0.2) -> None:

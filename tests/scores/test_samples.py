@@ -206,11 +206,11 @@ def test_haze_and_lost_white_are_seen(heads, real, scorer):
 
 
 def test_heads_alike_and_heads_through_the_first_stage(heads, real, scorer):
-    """Six times nearly one head differ too little; what the first stage does has a column of its own."""
+    """Six times nearly one head are too alike; what the first stage does has a column of its own."""
     one = (heads[16:17].float() + 2 * torch.randn(6, Z, 64, 64)).clamp(0, 255).to(torch.uint8)
     result, measures = score_samples(one, *real, scorer, "0", 40, draws=20, through=lambda brains: brains // 2)
     found = verdicts(result)
-    assert found["diversity"] == "above" and found["spread_first"] == "below"
+    assert found["diversity"] == "above"
     assert result["through"]["noise"] < 0.7 * result["real"]["noise"] and "through" in measures
     assert "stage one" in sample_table({"result": result, "data": {"held_out": {"split": "validate"}}})
 
