@@ -54,11 +54,12 @@ class Logger:
             return
         kept = [line for line in read_log(self.folder) if line["step"] <= step] if step else []
         self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.processor_seconds = kept[-1].get("processor_seconds", 0.0) if kept else 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pictures.mkdir(parents=True, exist_ok=True)
         util.write_file(self.folder / "run.json", json.dumps(run, indent=2).encode())
         util.write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.began = time.monotonic()
+        self.pause()
 
     def add(self, step: int, scalars: dict[str, Tensor | float], images: int) -> None:
         """Takes the scalars of one step; after every `every` steps writes their means. `step` counts those done."""
@@ -88,7 +89,7 @@ class Logger:
         self._write(step, **scalars)
         words = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         tqdm.write(f"step {step}  {self.seconds:.0f} s  {words}")
-        self.began = time.monotonic()
+        self.pause()
 
     def picture(self, name: str, image: Image.Image) -> Path:
         """Saves NAME_vis/name.png and returns the path."""
@@ -107,16 +108,18 @@ class Logger:
         self.images, self.sums, self.counts = state["images"], dict(state["sums"]), Counter(state["counts"])
 
     def pause(self) -> None:
-        """Call after work that is not training (pictures, checkpoints): the clock of `seconds` starts anew."""
-        self.began = time.monotonic()
+        """Call after work that is not training (pictures, checkpoints): the clocks start anew."""
+        self.began, self.processor_began = time.monotonic(), time.process_time()
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        self.elapsed, self.began = now - self.began, now
+        self.elapsed = time.monotonic() - self.began
         self.seconds += self.elapsed
+        self.processor_seconds += time.process_time() - self.processor_began  # of all threads of this process
+        self.pause()
 
     def _write(self, step: int, **scalars: float) -> None:
         line = {"step": step, "seconds": round(self.seconds, 2)}
+        line |= {"processor_seconds": round(self.processor_seconds, 2)}
         line |= {name: float(f"{value:.7g}") for name, value in scalars.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

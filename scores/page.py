@@ -71,7 +71,7 @@ def write_page(
 
 def verdict(value: float, allowed: dict | None) -> str:
     """"inside" the range of real people, "above" or "below" it; "-" where the range is not known."""
-    if allowed is None or math.isnan(value):
+    if not allowed or "low" not in allowed or math.isnan(value):
         return "-"
     return "above" if value > allowed["high"] else "below" if value < allowed["low"] else "inside"
 

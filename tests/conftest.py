@@ -296,7 +296,7 @@ def differences():
         found = {path.name: torch.load(path, weights_only=True) for path in files.glob("*.pt")}
         found["weights"], found["description"] = checkpoints.load_weights(files / "model.safetensors")
         found["log"] = [
-            {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")}
+            {key: value for key, value in line.items() if "second" not in key}
             for line in read_log(folder / "log" / name)
         ]
         return found

@@ -19,6 +19,7 @@ def clock(monkeypatch):
     """A clock that stands still until a test moves it, and an empty working folder."""
     time = {"now": 1000.0}
     monkeypatch.setattr(logger.time, "monotonic", lambda: time["now"])
+    monkeypatch.setattr(logger.time, "process_time", lambda: 2 * time["now"])  # two threads
     return time
 
 
@@ -34,9 +35,9 @@ def test_lines_hold_the_means_of_their_steps(clock):
     log.flush(5)
     log.flush(5)
     assert lines() == [
-        {"step": 2, "seconds": 4, "images_per_second": 4, "train/loss": 2, "rate": 4},
-        {"step": 4, "seconds": 8, "images_per_second": 4, "train/loss": 15, "rate": 30},
-        {"step": 5, "seconds": 10, "images_per_second": 4, "train/loss": 5, "rate": 10},
+        {"step": 2, "seconds": 4, "processor_seconds": 8, "images_per_second": 4, "train/loss": 2, "rate": 4},
+        {"step": 4, "seconds": 8, "processor_seconds": 16, "images_per_second": 4, "train/loss": 15, "rate": 30},
+        {"step": 5, "seconds": 10, "processor_seconds": 20, "images_per_second": 4, "train/loss": 5, "rate": 10},
     ]
     assert read_log(Path("log/run")) == lines()
     assert json.loads(Path("log/run/run.json").read_text()) == {"script": "x"}
@@ -58,7 +59,7 @@ def test_only_training_counts_as_time(clock, capsys):
     log.flush(4)
     trained = [line for line in lines() if "images_per_second" in line]
     assert {line["images_per_second"] for line in trained} == {10}
-    assert lines()[-1]["seconds"] == 4
+    assert lines()[-1]["seconds"] == 4 and lines()[-1]["processor_seconds"] == 8
     assert "step 3" in capsys.readouterr().out
 
 
