@@ -17,7 +17,6 @@ Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from dataset import find_data, has_masks, load_slices, to_float, to_uint8
 from model_diffusion import LatentDiffusion
 from model_VAE import MODELS as FIRST_STAGES
 from parts.autoencoder import Autoencoder
+from pictures.volume import RECORD, read_record
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2
 from scores.ledger import ledger_lines, table, write_ledger
 from scores.page import sample_table, write_page
@@ -111,11 +111,11 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
 def first_stage_of(record: dict, run: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Brains uint8 [n, Z, S, S] to the same after the first stage of some samples; None, with a line, if unknown.
 
-    record: samples.json. The weights it names by their digest are those of the run, or released ones. Second stages
+    record: from read_record. The weights it names by their digest are those of the run, or released ones. Second stages
     that were released carry only a decoder: the encoder then is that of a first stage with the same latents.
     """
     runs, released = sorted(Path("model_ckpt").glob("*/model.safetensors")), sorted(RELEASED.glob("*.safetensors"))
-    wanted = record.get("made_by", {}).get("weights")
+    wanted = record["made_by"].get("weights")
     path = next((p for p in [run_weights(run), *released] if p.is_file() and file_digest(p) == wanted), None)
     if path is None:
         print("the weights of these samples are not here: no heads that only went through their first stage")
@@ -145,8 +145,11 @@ def first_stage_of(record: dict, run: str, device: torch.device) -> Callable[[Te
 
 def ages_of_samples(record: dict, numbers: list[int]) -> Tensor | None:
     """float32 [n]: the age of each sampled person, NaN where it is not known; None where no age is."""
-    people = [record.get("brains", {}).get(str(number), {}) for number in numbers]
-    ages = torch.tensor([float(person.get("age", "nan")) for person in people])
+    people = [record["brains"].get(str(number), {}) for number in numbers]
+    try:
+        ages = torch.tensor([float(person.get("age", "nan")) for person in people])
+    except (TypeError, ValueError):
+        raise UserError(f"{RECORD} has an age that is no number; mend it, or remove the file") from None
     return None if ages.isnan().all() else ages
 
 
@@ -167,7 +170,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     )
     scorer.to(util.pick_device(args.device))
     out = args.out or samples
-    record = json.loads((samples / "samples.json").read_text()) if (samples / "samples.json").is_file() else {}
+    record = read_record(samples)
     through = first_stage_of(record, args.samples, util.pick_device(args.device))
     report = write_page(brains, numbers, samples, splits, scorer, description, out,
                         ages=ages_of_samples(record, numbers), through=through)  # fmt: skip

@@ -27,6 +27,7 @@ from pictures import sheets
 from util import UserError
 
 FIELD = 256  # mm, the side of a slice
+RECORD = "samples.json"  # in every folder of samples: what they come from
 DESCRIPTION = b"synthetic: drawn by a generative model, no person's brain"  # at most 79 bytes
 SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 15  # where reslices cuts, mm
 
@@ -174,6 +175,23 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]
     return [sheet, gif, across, nifti]
 
 
+def read_record(folder: Path) -> dict[str, dict]:
+    """What a folder of samples records: {"made_by": weights and settings, "brains": {number: person}}.
+
+    Both are empty where nothing is recorded. Raises UserError where the file says something else.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return {"made_by": {}, "brains": {}}
+    try:
+        record = json.loads(file.read_text())
+        if not all(isinstance(person, dict) for person in [record["made_by"], *record["brains"].values()]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is no record of samples; remove it, or choose another folder") from None
+    return record
+
+
 class Samples:
     """A folder of new brains that all come from the same weights and settings; its samples.json records them.
 
@@ -187,18 +205,12 @@ class Samples:
     """
 
     def __init__(self, out: Path, made_by: dict):
-        self.out, self.file = out, out / "samples.json"
-        self.record = {"made_by": json.loads(json.dumps(made_by)), "brains": {}}
-        if self.file.is_file():
-            try:
-                before = json.loads(self.file.read_text())
-                made_by, brains = before["made_by"], before["brains"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.file} is no record of samples; remove it, or choose another --out") from None
-            if made_by == self.record["made_by"]:
-                self.record["brains"] = brains
-            else:
-                move_aside(out)
+        self.out, self.file = out, out / RECORD
+        self.record, before = {"made_by": json.loads(json.dumps(made_by)), "brains": {}}, read_record(out)
+        if before["made_by"] == self.record["made_by"]:
+            self.record["brains"] = before["brains"]
+        elif before["made_by"]:
+            move_aside(out)
         self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
         self._write()
 

@@ -9,11 +9,13 @@ from PIL import Image
 
 import dataset
 import evaluate
+from model_diffusion import LatentDiffusion
 from model_VAE import VAE, VQVAE
 from pixelCNN import PixelCNN
 from scores.ledger import score_reconstruction
 from training import checkpoints
 from training.stages import latent_digest, save_second_stage
+from util import UserError
 
 
 @pytest.fixture
@@ -105,3 +107,34 @@ def test_each_decoder_has_scores_of_its_own(run_of, scored):
     assert [report["decoder"] for report in reports] == ["fidelity", "perceptual"]
     assert reports[1]["rows"][0]["codec"] == "vqvae (mine), perceptual decoder"
     assert scored(*flags)[1] == reports[0]
+
+
+def test_held_out_heads_go_through_the_first_stage_of_the_samples(run_of, validate, tmp_path, monkeypatch):
+    """That of the weights which samples.json names: with its decoder, and its encoder wherever that is; else none."""
+    monkeypatch.chdir(tmp_path)
+    model, brains = run_of(VAE, "vae"), validate.whole_brains()
+    z, x = torch.arange(32), dataset.to_float(brains[0])[:, None]
+    prior = LatentDiffusion(latent_shape=model.latent_shape, widths=(8,), blocks=1)
+    own, released = checkpoints.run_weights("mine"), checkpoints.run_weights("released")
+    described = {"model_kwargs": {"latent_shape": list(model.latent_shape), "widths": [8], "blocks": 1}}
+    save_second_stage(own, prior, model, described)
+    expected = dataset.to_uint8(model.decode(model.encode(x, z), z))[:, 0]
+    model.keep_decoders()
+    save_second_stage(released, prior, model, described)  # its encoder is that of the run vae
+    for weights in (own, released):
+        record = {"made_by": {"weights": checkpoints.file_digest(weights)}}
+        through = evaluate.first_stage_of(record, weights.parent.name, torch.device("cpu"))
+        assert (through(brains)[0].int() - expected.int()).abs().max() <= 1
+    checkpoints.run_weights("vae").unlink()
+    own.unlink()
+    assert evaluate.first_stage_of(record, "released", torch.device("cpu")) is None
+    assert evaluate.first_stage_of({"made_by": {}}, "released", torch.device("cpu")) is None
+
+
+def test_ages_of_samples_are_those_of_their_record():
+    record = {"brains": {"0": {"age": "64", "sex": "F"}, "2": {}}}
+    ages = evaluate.ages_of_samples(record, [0, 2, 5])
+    assert ages[0] == 64 and ages[1:].isnan().all()
+    assert evaluate.ages_of_samples({"brains": {}}, [0]) is None
+    with pytest.raises(UserError, match="an age that is no number"):
+        evaluate.ages_of_samples({"brains": {"0": {"age": "old"}}}, [0])

@@ -195,3 +195,12 @@ def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path, capsys):
     Path("samples.json").write_text("[]")
     with pytest.raises(UserError, match="no record of samples"):
         volume.Samples(Path("."), {"weights": "a"})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"made_by": 3, "brains": {}}', '{"made_by": {}, "brains": [1]}'])
+def test_a_record_that_is_none_is_refused_in_words(tmp_path, text):
+    (tmp_path / volume.RECORD).write_text(text)
+    with pytest.raises(UserError, match="no record of samples"):
+        volume.read_record(tmp_path)
+    (tmp_path / volume.RECORD).unlink()
+    assert volume.read_record(tmp_path) == {"made_by": {}, "brains": {}}
