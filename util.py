@@ -114,6 +114,9 @@ def command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():  # else threads that wait for the other processes may abort this one at its exit
+            dist.destroy_process_group()
 
 
 def run_script(script: str, flags: list) -> None:
