@@ -234,7 +234,7 @@ class LatentDiffusion(nn.Module):
         slices: how many contiguous slices of a brain the UNet sees at once in training. With 1 it sees every slice by
             itself; with more its blocks mix neighbours, and sampling may show it another number.
         slices_per_brain: Z.
-        modes: of the Gaussian prior, whose guess at x_0 the UNet sees.
+        modes: of the Gaussian prior.
         conditions: numbers that are known of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, all of them from as many, and all of them and z from a share drop_z.
         moved: whether training shows moved heads too, and tells the UNet how far they were moved.
@@ -316,14 +316,12 @@ class LatentDiffusion(nn.Module):
         noise: Tensor | None = None,
         slices: int | None = None,
         people: Tensor | None = None,
-        visible: Tensor | None = None,
         moves: Tensor | None = None,
+        projections: Tensor | None = None,
     ) -> Tensor:
-        """The loss of every latent that the UNet sees, float32 [n], at random steps and noise unless given.
+        """The loss of every latent, float32 [B], at random steps and noise unless given.
 
-        A batch consists of brains, or parts of brains, of `slices` contiguous slices each. The Gaussian prior guesses
-        at a whole brain at once, so training with a prior hands over whole brains. The UNet costs far more, so it sees
-        only a window of neighbouring slices of each brain: `visible` lists them.
+        A batch consists of brains, or of windows of neighbouring slices, `slices` of each.
 
         Args:
             latent: [B, C, h, w], the slices of one brain after those of the other.
@@ -332,31 +330,41 @@ class LatentDiffusion(nn.Module):
             noise: [B, C, h, w]; default: random, correlated along z.
             slices: how many of the batch are of one brain; default: as many as the UNet sees at once in training.
             people: [B, conditions], the same for all slices of a brain; see UNet.
-            visible: int64 [n], positions in the batch, in order: of each brain the same number of contiguous slices.
-                Default: the whole batch, n = B.
             moves: [B, 4], how far each head was moved; default: not at all.
+            projections: [n, K], GaussianPrior.project of the whole brains that n windows are of: so the prior knows
+                what it would know of these. Whole brains need none; without, g of a window is the mean.
         """
         slices = slices or self.slices
         brains = len(latent) // slices
         t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
         noise = self.correlate(torch.randn_like(latent), z, slices) if noise is None else noise
+        alpha, sigma = self._levels(t)
+        products = None
+        if projections is not None:
+            of_noise = self.linear.project_noise(
+                noise.unflatten(0, (-1, slices)), z.view(-1, slices), self.slice_correlation
+            )
+            products = alpha[::slices].flatten(1) * projections + sigma[::slices].flatten(1) * of_noise
         if self.training:
             z, people = self.hide(z, people, slices)
-        alpha, sigma = self._levels(t)
         x = alpha * latent + sigma * noise
-        batch = latent, t, z, people, moves, *self.prior_of(x, alpha, sigma, z, slices, people)
-        if visible is not None:
-            batch = [None if part is None else part[visible] for part in batch]
-        latent, t, z, people, moves, seen, guess, base, scale = batch
-        x0 = base + scale * self.unet(seen, guess, t, z, len(t) // brains, people, moves).float()
+        seen, guess, base, scale = self.prior_of(x, alpha, sigma, z, slices, people, products)
+        x0 = base + scale * self.unet(seen, guess, t, z, slices, people, moves).float()
         loss = ((x0 - latent).square() * self.channel_weight).mean((1, 2, 3))
         return loss * WEIGHTS[self.recipe.weight](self.alpha[t], self.sigma[t]).float()
 
     def prior_of(
-        self, x: Tensor, alpha: Tensor, sigma: Tensor, z: Tensor, slices: int, people: Tensor | None
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        z: Tensor,
+        slices: int,
+        people: Tensor | None,
+        products: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(seen, guess, base, scale) [B, C, h, w]: what the UNet is given, and E[x_0 | x_t] = base + scale output."""
-        known = x, alpha, sigma, z, slices, self.slice_correlation, people
+        known = x, alpha, sigma, z, slices, self.slice_correlation, people, products
         if self.release_1:
             return x, self.linear.of_modes(*known), alpha * x, (-sigma).expand_as(x)
         guess, sd, seen = self.linear(*known)

@@ -246,24 +246,11 @@ def window_starts(data: Slices, slices: int) -> Tensor:
     return (torch.arange(0, len(data), Z)[:, None] + offset).flatten()
 
 
-def around_windows(begin: Tensor, slices: int, slices_per_brain: int) -> tuple[Tensor, Tensor | None]:
-    """(index, visible) of a batch of windows that begin at int64 [n]: their whole brains, and their places in these.
-
-    Single slices come by themselves: visible is None.
-    """
-    if slices == 1:
-        return begin, None
-    place = (begin % slices_per_brain)[:, None]
-    index = begin[:, None] - place + torch.arange(slices_per_brain)
-    visible = slices_per_brain * torch.arange(len(begin))[:, None] + place + torch.arange(slices)
-    return index.flatten(), visible.flatten()
-
-
 class TrainingLatents:
     """The training set as latents: every slice once as it is, and once more for each time that heads are moved.
 
     Attributes: latents [N, C, h, w], z [N], people [N, K] as numbers, whole [n, Z] (where whole brains lie), starts
-    (where windows begin in all copies), moves [copies N, 4].
+    (where windows begin in all copies), moves [copies N, 4], projections [copies N / Z, modes] or None.
     """
 
     def __init__(self, data: Slices, first_stage: Autoencoder, conditions: list[str], args: argparse.Namespace):
@@ -273,6 +260,7 @@ class TrainingLatents:
         self.whole, self.starts = data.whole_cases().to(device), window_starts(data, args.slices)
         self.Z, self.slices = data.slices_per_brain, args.slices
         self.moves = torch.zeros(len(self.z), MOVES, device=device)
+        self.projections = None
         first = torch.from_numpy(np.unique(data.case.numpy(), return_index=True)[1])
         self.described = {"people": describe_people(self.people, conditions),
                           "people_counts": count_people(self.people[first], conditions)}  # fmt: skip
@@ -285,17 +273,24 @@ class TrainingLatents:
         self.moves = torch.cat([self.moves, *(by.to(self.moves.device) for by in moves)])
         self.starts = torch.cat([self.starts + copy * N for copy in range(1 + args.moved_heads)])
 
+    def project(self, model: LatentDiffusion) -> None:
+        """What a prior with modes sees of the brain around every window."""
+        if len(model.linear.modes):
+            brains = self.latents.unflatten(0, (-1, self.Z)).split(16)
+            self.projections = torch.cat([model.linear.project(part, model.slice_correlation) for part in brains])
+
     def batch(self, windows: Tensor) -> dict[str, Tensor]:
         """The arguments of LatentDiffusion.forward for some windows, int64 [n] positions in starts."""
-        index, visible = around_windows(self.starts[windows], self.slices, self.Z)
+        first = self.starts[windows.to(self.starts.device)]
+        index = (first[:, None] + torch.arange(self.slices, device=first.device)).flatten()
         slice_ = index % len(self.z)  # copies of the split follow each other
         return {
             "latent": self.latents[index],
             "z": self.z[slice_],
-            "slices": self.Z if self.slices > 1 else 1,
+            "slices": self.slices,
             "people": self.people[slice_],
-            "visible": visible,
             "moves": self.moves[index],
+            "projections": None if self.projections is None else self.projections[first // self.Z],
         }
 
 
@@ -306,10 +301,11 @@ class TrainingLatents:
 def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, people: Tensor, run: Run) -> float:
     """Loss over held-out latents at fixed noise and steps spread over the whole process.
 
-    A model that mixes slices sees whole brains, as in sampling.
+    The model sees whole brains, as in sampling, unless slices are missing.
     """
     torch.manual_seed(0)
-    slices = model.slices_per_brain if model.slices > 1 else 1
+    whole = torch.arange(model.slices_per_brain, device=z.device).repeat(len(z) // model.slices_per_brain)
+    slices = model.slices_per_brain if torch.equal(z, whole) else 1
     brains = len(latents) // slices
     rounds = -(-32 // brains)  # few brains are seen at several steps each
     index = torch.arange(len(latents)).repeat(rounds)
@@ -355,7 +351,7 @@ def build(args: argparse.Namespace, first_stage: Autoencoder, data: Slices, cond
         "recipe": args.recipe,
         "slices": args.slices,
         "slices_per_brain": data.slices_per_brain,
-        "modes": min(MODES, whole // 4) if args.slices > 1 else 0,
+        "modes": min(MODES, whole // 4) if whole * data.slices_per_brain == len(data) else 0,
         "conditions": conditions,
         "moved": args.moved_heads > 0,
     }
@@ -398,6 +394,7 @@ def train(args: argparse.Namespace) -> None:
     description = {"model_kwargs": model_kwargs, **known.described}
     if run.done < run.total:
         known.add_moved(data["train"], first_stage, args)
+        known.project(model)
     for _ in run.steps():
         batch = known.batch(run.index(len(known.starts), args.batch_size // args.slices))
         with run.autocast():

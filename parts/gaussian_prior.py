@@ -140,8 +140,8 @@ class GaussianPrior(nn.Module):
             return
         self.people_mean.copy_(known.nanmean(0).nan_to_num())
         self.people_sd.copy_((known - self.people_mean).square().nanmean(0).sqrt().nan_to_num(nan=1).clamp(min=1e-6))
-        _, dual, power = self._modes(correlation)
-        products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, latents - self.mean, dual)
+        _, _, power = self._modes(correlation)
+        products = self.project(latents, correlation)
         features = self._features(people)
         gram = features.T @ features + 0.01 * len(features) * torch.eye(features.shape[1]).to(features)
         self.effect.copy_(torch.linalg.solve(gram, features.T @ (products / power)).T)
@@ -163,6 +163,30 @@ class GaussianPrior(nn.Module):
         """Mean training latents [B, C, h, w] at z [B]; where z is NaN, the mean over all z."""
         return _at(z, self.mean, self.mean.mean(0))
 
+    def project(self, brains: Tensor, correlation: Tensor) -> Tensor:
+        """[n, K]: <q_k, whitened (x - mean)> of whole brains x [n, Z, C, h, w]."""
+        _, dual, _ = self._modes(correlation)
+        return torch.einsum("qa,nachw,kqchw->nk", self.cosines, brains - self.mean, dual)
+
+    def project_noise(self, noise: Tensor, z: Tensor, correlation: Tensor) -> Tensor:
+        """[n, K]: <q_k, whitened noise> of the noise of n whole brains, of which only some slices are there.
+
+        It is drawn given these, noise [n, S, C, h, w] at z int64 [n, S], with the correlation [C, Z, Z] along z: slices
+        in the window have their say, and the others the variance that is left. So training on windows, and not on whole
+        brains, shows the network the same guesses.
+        """
+        _, dual, _ = self._modes(correlation)
+        K, P = correlation.double(), self.cosines.double()
+        seen = (P @ K)[..., z].movedim(1, 2)  # [C, n, q, S], covariance of cosines and slices
+        within = K[:, z[:, :, None], z[:, None, :]] + 1e-6 * torch.eye(z.shape[1], dtype=K.dtype, device=K.device)
+        weight = torch.linalg.solve(within, seen.mT).mT
+        left = (P @ K @ P.T)[:, None] - weight @ seen.mT  # [C, n, q, q]
+        overlap = torch.einsum("kqchw,lpchw->klqpc", dual, dual)
+        value, vector = torch.linalg.eigh(torch.einsum("cnqp,klqpc->nkl", left.to(dual), overlap).double())
+        root = (vector * value.clamp(min=0).sqrt()[:, None]).to(dual)
+        drawn = torch.einsum("nkl,nl->nk", root, torch.randn(len(z), len(dual), device=dual.device))
+        return drawn + torch.einsum("cnqa,nachw,kqchw->nk", weight.to(dual), noise, dual)
+
     def of_modes(
         self,
         x: Tensor,
@@ -172,24 +196,27 @@ class GaussianPrior(nn.Module):
         slices: int,
         correlation: Tensor,
         people: Tensor | None = None,
+        products: Tensor | None = None,
     ) -> Tensor:
         """g [B, C, h, w] of (1); arguments as in forward."""
-        guess, Z = self.mean_at(z), len(self.mean)
-        if not len(self.modes) or slices != Z:
+        guess = self.mean_at(z)
+        if not len(self.modes) or (products is None and slices != len(self.mean)):
             return guess
         modes, dual, power = self._modes(correlation)
-        difference = (x - alpha * guess).unflatten(0, (-1, Z))
-        products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
-        alpha, sigma = (level[::Z].flatten(1) for level in (alpha, sigma))
+        if products is None:
+            difference = (x - alpha * guess).unflatten(0, (-1, slices))
+            products = torch.einsum("qa,nachw,kqchw->nk", self.cosines, difference, dual)
+        alpha, sigma = (level[::slices].flatten(1) for level in (alpha, sigma))
         expected, variance = torch.zeros_like(products), torch.ones_like(products)
         if people is not None:
-            someone = ~people[::Z].isnan().all(1, keepdim=True)
-            expected = self._features(people[::Z]) @ self.effect.T
+            someone = ~people[::slices].isnan().all(1, keepdim=True)
+            expected = self._features(people[::slices]) @ self.effect.T
             variance = torch.where(someone, self.left, variance)
         noise = alpha**2 * self.rest + sigma**2
         c = (noise * expected + alpha * variance * products) / (noise + alpha**2 * variance * power)
-        c = c.masked_fill(z[::Z, None].isnan(), 0)
-        return guess + torch.einsum("qa,nk,kqchw->nachw", self.cosines, c, modes).flatten(0, 1)
+        c = c.masked_fill(z[::slices, None].isnan(), 0)
+        along = self.cosines[:, z.nan_to_num().long()].unflatten(1, (-1, slices))
+        return guess + torch.einsum("qna,nk,kqchw->nachw", along, c, modes).flatten(0, 1)
 
     def forward(
         self,
@@ -200,21 +227,23 @@ class GaussianPrior(nn.Module):
         slices: int,
         correlation: Tensor,
         people: Tensor | None = None,
+        products: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(mean, sd) of x_0, and x_t - alpha g in units of its sd, [B, C, h, w] each.
 
         Of x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
-        Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, or where z is
-        NaN, g is the mean.
+        Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, g is the mean
+        unless `products` are given; so it is where z is NaN.
 
         Args:
             correlation: [C, Z, Z], of the noise.
             people: [B, conditions], the same for all slices of a brain, NaN where a number is not known; None if
                 nothing is known.
+            products: [n, K], <q_k, whitened (x_t - alpha mean)> of the n whole brains.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            g = self.of_modes(x, alpha, sigma, z, slices, correlation, people)
+            g = self.of_modes(x, alpha, sigma, z, slices, correlation, people, products)
             v = _at(z, self.variance, self.variance.mean(0) + self.mean.var(0, correction=0))
             away, total = x - alpha * g, alpha**2 * v + sigma**2
             return g + alpha * v / total * away, sigma * (v / total).sqrt(), away / total.sqrt()

@@ -91,8 +91,8 @@ def use_recipe(model: LatentDiffusion) -> list:
 
 def use_diffusion(model: LatentDiffusion) -> list:
     latent, z = on_cuda(2 * Z, *model.latent_shape), torch.arange(Z, device=CUDA).repeat(2)
-    people, moves, visible = on_cuda(2 * Z, len(CONDITIONS)), on_cuda(2 * Z, 4), torch.tensor([0, 1, 4, 5])
-    out = [model.train()(latent, z, slices=Z, people=people, visible=visible, moves=moves)]
+    people, moves, projections = on_cuda(2 * Z, len(CONDITIONS)), on_cuda(2 * Z, 4), on_cuda(2, 2)
+    out = [model.train()(latent, z, slices=Z, people=people, moves=moves, projections=projections)]
     out += [model.eval()(latent, z, slices=1), model.draw_times(3)]
     alpha, sigma, heads = model.alpha, model.sigma, model.minus_mean(latent, 1, z)
     model.calibration.reset(torch.linspace(4, -4, 20, device=CUDA))

@@ -338,7 +338,6 @@ def test_the_unet_is_told_how_a_head_was_moved(awaken):
     torch.nn.init.normal_(model.unet.embed_moves.weight)
     loss = model(*batch, moves=moves)
     assert loss[0] == plain(*batch)[0] and (loss[1] - plain(*batch)[1]).abs() > 1e-4
-    assert torch.allclose(model(*batch, moves=moves, visible=torch.tensor([1])), loss[1:], rtol=1e-4)
     assert torch.equal(model(*batch), plain(*batch))
 
 
@@ -414,26 +413,22 @@ def test_a_further_condition_is_embedded_by_its_row_of_the_table(monkeypatch):
 
 
 def test_windows_are_guessed_at_with_their_whole_brains(awaken):
-    """The UNet and the loss have the `visible` slices alone; the Gaussian prior guesses at the brains they are of."""
+    """All slices as a window have the loss of the whole brain; fewer have a guess that the rest of the brain moves."""
     model = awaken(tiny_model(slices=4, modes=3, conditions=("age",))).eval()
     model.slice_correlation.copy_(fading(0.9, 0.8, 0.7, 0.6))
-    model.linear.mean.normal_()
-    model.linear.modes.normal_()
-    latent, z, people = torch.randn(64, 4, 6, 7), torch.arange(32).repeat(2), torch.full((64, 1), 50.0)
-    noise, t = torch.randn_like(latent), torch.tensor([900, 400]).repeat_interleave(32)
-    visible = torch.tensor([0, 1, 2, 3, 40, 41, 42, 43])
-    loss = model(latent, z, t, noise, 32, people, visible)
-    assert loss.shape == (8,)
-    unet, alpha, sigma = model.unet.forward, *model._levels(t)
-    x = alpha * latent + sigma * noise
-    guess, sd, seen = model.linear(x, alpha, sigma, z, 32, model.slice_correlation)
-    assert (guess - model.linear(x, alpha, sigma, z, 1, model.slice_correlation)[0]).abs().mean() > 0.02
-    x0 = guess[visible] + sd[visible] * unet(*(part[visible] for part in (seen, guess, t, z)), 4, people[visible])
-    assert torch.allclose(loss, ((x0 - latent[visible]) / sigma[visible]).square().mean((1, 2, 3)), rtol=1e-4)
-    elsewhere = latent.clone()
-    elsewhere[20] += 3  # no window has it, but the first brain's guess does
-    moved = (model(elsewhere, z, t, noise, 32, people, visible) - loss).abs()
-    assert moved[:4].min() > 1e-6 and (moved[4:] < 1e-6).all()
+    model.linear.fit(2 * torch.randn(20, 32, 4, 6, 7), torch.rand(20, 1), model.slice_correlation)
+    brains, z, people = torch.randn(2, 32, 4, 6, 7), torch.arange(32).repeat(2), torch.full((64, 1), 50.0)
+    noise = model.correlate(torch.randn(64, 4, 6, 7), z, 32)
+    t, projections = torch.tensor([900, 400]), model.linear.project(brains, model.slice_correlation)
+    batch = brains.flatten(0, 1), z, t.repeat_interleave(32), noise, 32, people
+    assert torch.allclose(model(*batch, projections=projections), model(*batch), rtol=1e-3)
+    window = [part.unflatten(0, (2, 32))[:, 8:12].flatten(0, 1) for part in (batch[0], z, batch[2], noise)]
+    losses = []
+    for more in ({}, {"projections": projections}, {"projections": projections + 50}):
+        torch.manual_seed(0)
+        losses.append(model(*window, 4, people[:8], **more))
+    assert losses[0].shape == (8,)
+    assert all((a - b).abs().min() > 1e-6 for a, b in pairwise(losses))
 
 
 def fading(*rho: float) -> torch.Tensor:
@@ -461,9 +456,10 @@ def test_brains_may_have_any_number_of_slices(awaken, slices):
     model = awaken(tiny_model(slices=4, slices_per_brain=slices, modes=2)).eval()
     brains, z = torch.randn(5, slices, 4, 6, 7), torch.arange(slices)
     model.linear.fit(brains, torch.empty(5, 0), model.slice_correlation)
-    visible = (torch.arange(5)[:, None] * slices + z[:4]).flatten()
-    loss = model(brains.flatten(0, 1), z.repeat(5), slices=slices, visible=visible)
-    assert loss.shape == (20,) and loss.isfinite().all()
+    for window in (4, slices):
+        projections = model.linear.project(brains, model.slice_correlation)
+        loss = model(brains[:, :window].flatten(0, 1), z[:window].repeat(5), slices=window, projections=projections)
+        assert loss.shape == (5 * window,) and loss.isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", md.RECIPES)

@@ -16,7 +16,7 @@ from logger import read_log
 from model_diffusion import SAMPLERS, LatentDiffusion
 from model_VAE import VAE
 from scores.metrics import adjacent_ssim
-from stable_diffusion import BrainNoise, Sampling, around_windows, decode_brain, draw_brains, sample_latents
+from stable_diffusion import BrainNoise, Sampling, decode_brain, draw_brains, sample_latents
 from training import checkpoints
 from training import run as training_run
 from training.stages import load_first_stage, load_second_stage
@@ -152,34 +152,31 @@ def test_windows_are_neighbouring_slices_of_one_case(heads_folder):
         assert (data.case[index] == data.case[index[:, :1]]).all() and (data.z[index].diff(dim=1) == 1).all()
         seen = torch.bincount(index.flatten(), minlength=80)
         assert seen.min() >= slices and seen.max() < 3 * slices
-        around, visible = around_windows(index[:, 0], slices, 20)  # whole brains, the windows in them
-        assert torch.equal(around[visible], index.flatten())
-        assert torch.equal(data.z[around], torch.arange(len(around)) % 20)
-        assert (data.case[around].view(-1, 20) == data.case[index[:, :1]]).all()
-    single, visible = around_windows(torch.tensor([70, 3]), 1, 20)
-    assert single.tolist() == [70, 3] and visible is None
 
 
 def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder, first_stage, monkeypatch):
     """Once as it is, and as often as asked for in another place: what is said of it is what was done to it."""
     seen, forward = [], LatentDiffusion.forward
 
-    def watched(self, latent, z, *rest, moves=None, **more):
+    def watched(self, latent, z, *rest, moves=None, projections=None, **more):
         if self.training:
-            seen.append((latent, z, moves, self.channel_weight))
-        return forward(self, latent, z, *rest, moves=moves, **more)
+            seen.append((latent, z, moves, projections, self))
+        return forward(self, latent, z, *rest, moves=moves, projections=projections, **more)
 
     monkeypatch.setattr(LatentDiffusion, "forward", watched)
     train("--moved-heads", 1, "--slices", 10, "--batch-size", 10, "--steps", 40)
     data, codes, found = load_slices(heads_folder, "train", 64), load_first_stage(first_stage), set()
-    for latent, z, moves, channel_weight in seen:
-        assert torch.equal(z, torch.arange(20)) and (moves == moves[0]).all()
-        assert torch.equal(channel_weight, codes.channel_weight())  # errors count by what they do to a picture
+    for latent, z, moves, projections, model in seen:
+        assert torch.equal(z, z[0] + torch.arange(10)) and (moves == moves[0]).all()
+        assert torch.equal(model.channel_weight, codes.channel_weight())  # errors count by what they do to a picture
         for case in range(4):
-            x, z, _ = data.batch(torch.arange(20 * case, 20 * case + 20))
-            x = move(x, moves, mode="bicubic").clamp(-1, 1) if moves.any() else x
-            if torch.allclose(codes.encode(x, z), latent, atol=1e-4):
+            x, all_z, _ = data.batch(torch.arange(20 * case, 20 * case + 20))
+            x = move(x, moves[:1].expand(20, -1), mode="bicubic").clamp(-1, 1) if moves.any() else x
+            brain = codes.encode(x, all_z)
+            if torch.allclose(brain[z], latent, atol=1e-4):
                 found.add((case, *moves[0].tolist()))
+                whole = model.linear.project(brain[None], model.slice_correlation)  # of which this is a window
+                assert torch.allclose(whole, projections, rtol=1e-3, atol=1e-2)
     assert len(found) == 8 and len({head[1:] for head in found}) == 5  # 4 heads as they are, and 4 that were moved
     one, two = (stable_diffusion.head_moves(data, copies, seed=0) for copies in (1, 2))
     assert torch.equal(one[0], two[0]) and {tuple(m) for m in one[0].tolist()} < {head[1:] for head in found}

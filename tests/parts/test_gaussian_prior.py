@@ -90,6 +90,25 @@ def test_the_guess_is_the_posterior_mean_of_the_gaussian():
         assert (guess - mean).abs().max() > 0.01
 
 
+def test_noise_of_a_window_tells_of_the_whole_brains_as_far_as_it_goes():
+    """Drawn projections of noise, given some slices of it, are distributed as those of noise of whole brains."""
+    torch.manual_seed(0)
+    Z, shape, n = 12, (2, 3, 4), 4000
+    K, prior = fading(Z, 0.9, 0.6), GaussianPrior((2, 3, 4), 2, 12)
+    prior.set_modes(*principal_modes(torch.randn(30, Z, *shape), K, 2))
+    noise = draw(n, torch.zeros(1, COSINES, *shape), torch.zeros(Z, *shape), K, 1.0)
+    true = prior.project(noise, K)
+    everything = prior.project_noise(noise, torch.arange(Z).expand(n, -1), K)
+    assert torch.allclose(everything, true, atol=0.02 * float(true.std()))  # nothing is left to draw
+    for first, S in ((0, 4), (7, 4), (11, 1)):
+        window, z = noise[:, first : first + S], torch.arange(first, first + S).expand(n, -1)
+        drawn = prior.project_noise(window, z, K)
+        numbers = torch.randn(window[0].numel(), 3)  # any three linear parts of the window
+        seen = window.flatten(1) @ numbers
+        both = [torch.cat([part, seen / seen.std(0) * true.std()], 1).T.cov() for part in (drawn, true)]
+        assert torch.allclose(*both, atol=0.08 * float(both[1].diagonal().max()))
+
+
 def test_modes_are_found_again():
     """Of brains made of three modes and noise: their span, their strength, and the noise that is left."""
     torch.manual_seed(0)

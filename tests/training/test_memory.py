@@ -19,8 +19,8 @@ def pictures() -> tuple:
 
 
 DIFFUSION = {"latent_shape": (4, 6, 7), "widths": (8, 16), "blocks": 1, "slices": 2, "slices_per_brain": 4, "modes": 2}
-LATENTS = {"latent": torch.randn(4, 4, 6, 7), "z": torch.arange(4), "slices": 4, "people": None}
-LATENTS["visible"] = torch.arange(2)
+LATENTS = {"latent": torch.randn(4, 4, 6, 7), "z": torch.arange(4), "slices": 2, "people": None}
+LATENTS["projections"] = torch.randn(2, 2)
 CODES = {"codebook_size": 16, "grid": (6, 7), "channels": 8, "layers": 2, "dropout": 0.0}
 MODELS = {  # of the sizes of autoencoders: the model and what it is called with
     "vae": lambda sizes: (VAE(**sizes), pictures(), {}),

@@ -45,8 +45,9 @@ def diffusion_work() -> float:
     with FakeTensorMode():
         model = LatentDiffusion(latent_shape=(8, 24, 28), widths=args["widths"], blocks=stable_diffusion.BLOCKS,
                                 slices=args["slices"], modes=stable_diffusion.MODES, moved=True)  # fmt: skip
-        x, z, visible = torch.zeros(32, 8, 24, 28), torch.arange(32), torch.arange(args["slices"])
-        work = count(lambda: model(x, z, slices=32, visible=visible).sum().backward())
+        x, z = torch.zeros(args["slices"], 8, 24, 28), torch.arange(args["slices"])
+        known = torch.zeros(1, stable_diffusion.MODES)
+        work = count(lambda: model(x, z, projections=known).sum().backward())
     return args["steps"] * args["batch_size"] // args["slices"] * work
 
 
