@@ -37,7 +37,7 @@ from scores.samples import load_samples
 from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
 from scores.scorer import RELEASED as RELEASED_SCORER
 from training.checkpoints import RELEASED, file_digest, load_weights, run_weights
-from training.stages import load_first_stage, load_second_stage
+from training.stages import latent_digest, load_first_stage, load_second_stage
 from util import UserError
 
 
@@ -108,35 +108,35 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
     print(f"scores: {out}.json and .png")
 
 
-def first_stage_of(record: dict, run: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Brains uint8 [n, Z, S, S] to the same after the first stage of some samples; None, with a line, if unknown.
 
-    record: from read_record. The weights it names by their digest are those of the run, or released ones. Second stages
-    that were released carry only a decoder: the encoder then is that of a first stage with the same latents.
+    record: from read_record. The weights it names by their digest are those of a run here, or released ones. Second
+    stages that were released carry only a decoder: the encoder then is that of a first stage with the same latents.
     """
-    runs, released = sorted(Path("model_ckpt").glob("*/model.safetensors")), sorted(RELEASED.glob("*.safetensors"))
+    files = sorted(Path("model_ckpt").glob("*/model.safetensors")) + sorted(RELEASED.glob("*.safetensors"))
     wanted = record["made_by"].get("weights")
-    path = next((p for p in [run_weights(run), *released] if p.is_file() and file_digest(p) == wanted), None)
+    path = next((file for file in files if wanted and file_digest(file) == wanted), None)
     if path is None:
         print("the weights of these samples are not here: no heads that only went through their first stage")
         return None
     prior, decoder = load_second_stage(path, {LatentDiffusion.kind: LatentDiffusion, **PRIORS}, device)
-    encoder = decoder if decoder.encoder is not None else None
-    for candidate in runs + released if encoder is None else []:
-        if load_weights(candidate)[1]["kind"] in FIRST_STAGES:
-            first_stage = load_first_stage(candidate, device)
-            if first_stage.description["digest"] == prior.description["first_stage"]["digest"]:
-                encoder = first_stage
-    if encoder is None:
-        print(f"the encoder of {path} is not here: no heads that only went through its first stage")
-        return None
+    encoder = decoder
+    if decoder.encoder is None:
+        loaded = ((file, *load_weights(file)) for file in files)
+        digests = {latent_digest(weights): file for file, weights, known in loaded if known["kind"] in FIRST_STAGES}
+        digest = prior.description["first_stage"]["digest"]
+        if digest not in digests:
+            print(f"the encoder of {path} is not here: no heads that only went through its first stage")
+            return None
+        encoder = load_first_stage(digests[digest], device)
 
     def through(brains: Tensor) -> Tensor:
         z, done = torch.arange(brains.shape[1], device=device), []
         for i, brain in enumerate(util.progress(brains, "through the first stage", unit="brain")):
             x = to_float(brain.to(device))[:, None]
-            latent = encoder.encode(x, z) if prior.kind == LatentDiffusion.kind else encoder.dequantise(
-                encoder.encode_indices(x, z))  # fmt: skip
+            diffused = prior.kind == LatentDiffusion.kind
+            latent = encoder.encode(x, z) if diffused else encoder.dequantise(encoder.encode_indices(x, z))
             done.append(to_uint8(decoder.decode_with_grain(latent, z, util.brain_generator(0, i, "grain")))[:, 0].cpu())
         return torch.stack(done)
 
@@ -171,7 +171,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     scorer.to(util.pick_device(args.device))
     out = args.out or samples
     record = read_record(samples)
-    through = first_stage_of(record, args.samples, util.pick_device(args.device))
+    through = first_stage_of(record, util.pick_device(args.device))
     report = write_page(brains, numbers, samples, splits, scorer, description, out,
                         ages=ages_of_samples(record, numbers), through=through)  # fmt: skip
     print(sample_table(report))

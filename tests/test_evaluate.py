@@ -123,12 +123,12 @@ def test_held_out_heads_go_through_the_first_stage_of_the_samples(run_of, valida
     save_second_stage(released, prior, model, described)  # its encoder is that of the run vae
     for weights in (own, released):
         record = {"made_by": {"weights": checkpoints.file_digest(weights)}}
-        through = evaluate.first_stage_of(record, weights.parent.name, torch.device("cpu"))
+        through = evaluate.first_stage_of(record, torch.device("cpu"))
         assert (through(brains)[0].int() - expected.int()).abs().max() <= 1
     checkpoints.run_weights("vae").unlink()
     own.unlink()
-    assert evaluate.first_stage_of(record, "released", torch.device("cpu")) is None
-    assert evaluate.first_stage_of({"made_by": {}}, "released", torch.device("cpu")) is None
+    assert evaluate.first_stage_of(record, torch.device("cpu")) is None
+    assert evaluate.first_stage_of({"made_by": {}}, torch.device("cpu")) is None
 
 
 def test_ages_of_samples_are_those_of_their_record():
