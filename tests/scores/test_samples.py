@@ -247,6 +247,7 @@ def test_every_byte_of_the_code_that_measures_counts(tmp_path):
         known.add(samples.digest_of_code(tmp_path))
     assert len(known) == 8
     (tmp_path / "evaluate.py").write_text("")
+    (tmp_path / "scores/page.py").write_text("")
     assert samples.digest_of_code(tmp_path) in known
 
 
