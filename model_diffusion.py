@@ -25,7 +25,7 @@ from module import (
     zero,
 )
 from parts.calibration import Calibration
-from parts.gaussian_prior import GaussianPrior
+from parts.gaussian_prior import KINDS, GaussianPrior
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 Draw = Callable[[], Tensor]  # fresh noise of the shape of x_t
@@ -161,6 +161,11 @@ class UNet(nn.Module):
                 self.up.append(Upsample(current, current))
         self.out = nn.Sequential(norm(current), nn.SiLU(), zero(nn.Conv2d(current, latent_channels, 3, padding=1)))
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of all layers but the first, the last and the embeddings."""
+        inside = [*self.down.parameters(), *self.mid.parameters(), *self.up.parameters()]
+        return [weight for weight in inside if weight.dim() > 1]
+
     def forward(
         self,
         x: Tensor,
@@ -212,7 +217,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, slices: int) -> Tensor:
         h = self.attention(self.block(x, embedding))
-        return h if self.mixing is None else self.mixing(h, slices)
+        return h if self.mixing is None or slices == 1 else self.mixing(h, slices)
 
 
 # -------------------------------------------------------------------------------------------------- the diffusion model
@@ -271,8 +276,8 @@ class LatentDiffusion(nn.Module):
         self.latent_shape, self.recipe, self.T = tuple(latent_shape), RECIPES[recipe], T
         self.slices, self.slices_per_brain, self.drop_z = slices, slices_per_brain, drop_z
         self.conditions, self.drop_conditions, self.release_1 = tuple(conditions), drop_conditions, release_1
-        # called linear in files of weights
-        self.linear = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions))
+        kinds = latent_shape[0] if release_1 else KINDS  # there, a channel is a kind
+        self.gaussian = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions), kinds)
         self.calibration = Calibration(self.latent_shape, slices_per_brain)
         self.unet = UNet(
             latent_shape[0],
@@ -289,8 +294,6 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("sigma", sigma, persistent=False)
         # of the squared error; training sets it to the effect of each channel on a picture
         self.register_buffer("channel_weight", torch.ones(latent_shape[0], 1, 1), persistent=False)
-        # of neighbours in noise and latents; until it is measured, all slices of a brain have the same noise
-        self.register_buffer("slice_correlation", torch.ones(latent_shape[0], slices_per_brain, slices_per_brain))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[t].float().view(-1, 1, 1, 1), self.sigma[t].float().view(-1, 1, 1, 1)
@@ -337,13 +340,11 @@ class LatentDiffusion(nn.Module):
         slices = slices or self.slices
         brains = len(latent) // slices
         t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
-        noise = self.correlate(torch.randn_like(latent), z, slices) if noise is None else noise
+        noise = self.gaussian.correlate(torch.randn_like(latent), z, slices) if noise is None else noise
         alpha, sigma = self._levels(t)
         products = None
         if projections is not None:
-            of_noise = self.linear.project_noise(
-                noise.unflatten(0, (-1, slices)), z.view(-1, slices), self.slice_correlation
-            )
+            of_noise = self.gaussian.project_noise(noise.unflatten(0, (-1, slices)), z.view(-1, slices))
             products = alpha[::slices].flatten(1) * projections + sigma[::slices].flatten(1) * of_noise
         if self.training:
             z, people = self.hide(z, people, slices)
@@ -364,26 +365,11 @@ class LatentDiffusion(nn.Module):
         products: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(seen, guess, base, scale) [B, C, h, w]: what the UNet is given, and E[x_0 | x_t] = base + scale output."""
-        known = x, alpha, sigma, z, slices, self.slice_correlation, people, products
+        known = x, alpha, sigma, z, slices, people, products
         if self.release_1:
-            return x, self.linear.of_modes(*known), alpha * x, (-sigma).expand_as(x)
-        guess, sd, seen = self.linear(*known)
+            return x, self.gaussian.of_modes(*known), alpha * x, (-sigma).expand_as(x)
+        guess, sd, seen = self.gaussian(*known)
         return seen, guess, guess, sd
-
-    def correlate(self, white: Tensor, z: Tensor, slices: int) -> Tensor:
-        """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
-
-        Every `slices` of the batch are of one brain, at z int64 [B], and correlated as `slice_correlation` says. A
-        slice by itself keeps its white noise.
-        """
-        if slices == 1:
-            return white
-        z = z.view(-1, slices)
-        K = self.slice_correlation.double()[:, z[:, :, None], z[:, None, :]]  # [C, n, slices, slices]
-        value, vector = torch.linalg.eigh(K)
-        root = ((vector * value.clamp(min=0).sqrt()[..., None, :]) @ vector.mT).float()
-        with torch.autocast(white.device.type, enabled=False):
-            return torch.einsum("cnab,nbchw->nachw", root, white.unflatten(0, (-1, slices))).flatten(0, 1)
 
     def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
         """z and people with NaN where training hides them, at random and alike in all slices of a brain."""
@@ -426,7 +412,7 @@ class LatentDiffusion(nn.Module):
 
     def minus_mean(self, latent: Tensor, alpha: Tensor | float, z: Tensor) -> Tensor:
         """Whole brains [n, Z, C, h, w]: latents or x_t [n Z, C, h, w] minus alpha times the mean head at z."""
-        return (latent - alpha * self.linear.mean_at(z)).unflatten(0, (-1, self.slices_per_brain))
+        return (latent - alpha * self.gaussian.mean_at(z)).unflatten(0, (-1, self.slices_per_brain))
 
 
 # ----------------------------------------------------------------------------------------------------------- samplers

@@ -32,7 +32,8 @@ from parts.autoencoder import Autoencoder
 from pictures import sheets
 from scores.metrics import COUNTABLE, code_usage, mean_scores, slice_scores
 from training.checkpoints import digest_of, save_weights
-from training.run import Average, Run, new_optimizer
+from training.optimizer import new_optimizers
+from training.run import Average, Run
 from training.settings import Flags, open_run
 from training.stages import load_first_stage
 from util import UserError
@@ -293,7 +294,7 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
     model = with_perceptual(codec).eval()  # a frozen codebook must not follow the encoder
     model.train_only("perceptual")
     kept, balance = copy.deepcopy(model), Average()
-    critic_optimizer = new_optimizer(critic, args.learning_rate, (0.5, 0.9))
+    (critic_optimizer,) = new_optimizers(critic, args.learning_rate, (0.5, 0.9))
     keep = {"critic": critic, "critic_optimizer": critic_optimizer, "balance": balance, "kept": kept.perceptual}
     run = Run(args, model, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
               built_on=digest_of(codec.state_dict()), keep=keep)  # fmt: skip

@@ -3,9 +3,9 @@
     python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
     python stable_diffusion.py --sample --brains 4   # new brains; from the released weights if nothing was trained here
 
-The slices of a brain are denoised together: their noise is correlated along z as their latents are. With --slices 1 the
-network itself sees them one by one; with more, training shows windows of so many neighbouring slices, which hear of
-each other.
+The slices of a brain are denoised together: their noise is correlated along z as their latents are. Training shows the
+network slices one by one, and later, unless --slices is 1, windows of so many neighbouring slices, which hear of each
+other.
 
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
 NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG slices
@@ -35,7 +35,7 @@ from heads.people import (
 from model_diffusion import MOVES, RECIPES, SAMPLERS, Denoise, LatentDiffusion, guide, sample_dpm, sampling_times
 from parts import calibration
 from parts.autoencoder import Autoencoder
-from parts.gaussian_prior import moments_at_each_z, slice_correlation
+from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
 from pictures.volume import Samples
 from scores.metrics import adjacent_ssim
@@ -48,6 +48,7 @@ from util import UserError
 SCRIPT = Path(__file__).name
 MODELS = {LatentDiffusion.kind: LatentDiffusion}
 BLOCKS = 2  # residual blocks a level of the UNet
+ALONE = 0.6  # of the steps, in which slices are seen one by one before windows of neighbours
 MODES = 24  # of the Gaussian prior, or a quarter of the brains where these are few
 CALIBRATION_BRAINS = 64  # drawn after training at most, or a quarter of the whole training brains;
 CALIBRATION_LEAST = 8  # with fewer of these nothing says what power heads have
@@ -121,7 +122,7 @@ class BrainNoise:
         Z, device = self.model.slices_per_brain, self.model.alpha.device
         shape, z = (Z, *self.model.latent_shape), torch.arange(Z, device=device)
         white = (torch.randn(shape, generator=generator).to(device) for generator in self.generators)
-        return torch.cat([self.model.correlate(noise, z, Z) for noise in white])
+        return torch.cat([self.model.gaussian.correlate(noise, z, Z) for noise in white])
 
 
 def denoiser(model: LatentDiffusion, people: Tensor, z: Tensor, sampling: Sampling) -> Denoise:
@@ -250,15 +251,16 @@ class TrainingLatents:
     """The training set as latents: every slice once as it is, and once more for each time that heads are moved.
 
     Attributes: latents [N, C, h, w], z [N], people [N, K] as numbers, whole [n, Z] (where whole brains lie), starts
-    (where windows begin in all copies), moves [copies N, 4], projections [copies N / Z, modes] or None.
+    {slices of a window: where windows begin in all copies}, moves [copies N, 4], projections [copies N / Z, modes] or
+    None.
     """
 
     def __init__(self, data: Slices, first_stage: Autoencoder, conditions: list[str], args: argparse.Namespace):
         device = first_stage.latent_mean.device
         self.latents = encode_all(first_stage, data, args.precision)
         self.z, self.people = data.z.to(device), data.people(conditions).to(device)
-        self.whole, self.starts = data.whole_cases().to(device), window_starts(data, args.slices)
-        self.Z, self.slices = data.slices_per_brain, args.slices
+        self.whole, self.Z = data.whole_cases().to(device), data.slices_per_brain
+        self.starts = {slices: window_starts(data, slices) for slices in (1, args.slices)}
         self.moves = torch.zeros(len(self.z), MOVES, device=device)
         self.projections = None
         first = torch.from_numpy(np.unique(data.case.numpy(), return_index=True)[1])
@@ -271,23 +273,24 @@ class TrainingLatents:
         moved = [encode_all(first_stage, data, args.precision, by) for by in moves]
         self.latents = torch.cat([self.latents, *moved])
         self.moves = torch.cat([self.moves, *(by.to(self.moves.device) for by in moves)])
-        self.starts = torch.cat([self.starts + copy * N for copy in range(1 + args.moved_heads)])
+        for slices, starts in self.starts.items():
+            self.starts[slices] = torch.cat([starts + copy * N for copy in range(1 + args.moved_heads)])
 
     def project(self, model: LatentDiffusion) -> None:
         """What a prior with modes sees of the brain around every window."""
-        if len(model.linear.modes):
+        if len(model.gaussian.modes):
             brains = self.latents.unflatten(0, (-1, self.Z)).split(16)
-            self.projections = torch.cat([model.linear.project(part, model.slice_correlation) for part in brains])
+            self.projections = torch.cat([model.gaussian.project(part) for part in brains])
 
-    def batch(self, windows: Tensor) -> dict[str, Tensor]:
-        """The arguments of LatentDiffusion.forward for some windows, int64 [n] positions in starts."""
-        first = self.starts[windows.to(self.starts.device)]
-        index = (first[:, None] + torch.arange(self.slices, device=first.device)).flatten()
+    def batch(self, windows: Tensor, slices: int) -> dict[str, Tensor]:
+        """The arguments of LatentDiffusion.forward for some windows, int64 [n] positions in starts[slices]."""
+        first = self.starts[slices][windows].to(self.latents.device)
+        index = (first[:, None] + torch.arange(slices, device=first.device)).flatten()
         slice_ = index % len(self.z)  # copies of the split follow each other
         return {
             "latent": self.latents[index],
             "z": self.z[slice_],
-            "slices": self.slices,
+            "slices": slices,
             "people": self.people[slice_],
             "moves": self.moves[index],
             "projections": None if self.projections is None else self.projections[first // self.Z],
@@ -313,7 +316,7 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, people: Tensor,
     t = torch.linspace(0, model.T - 1, rounds * brains).long().repeat_interleave(slices)
     losses = []
     for n in torch.arange(len(index)).split(2 * model.slices_per_brain):
-        noise = model.correlate(white[n].to(run.device), z[index[n]], slices)
+        noise = model.gaussian.correlate(white[n].to(run.device), z[index[n]], slices)
         batch = latents[index[n]], z[index[n]], t[n].to(run.device), noise
         with run.autocast():
             losses.append(model(*batch, slices, people[index[n]]))
@@ -361,14 +364,14 @@ def measure_latents(model: LatentDiffusion, known: TrainingLatents) -> None:
     """Gives a model what is measured and not trained: the moments and modes of its training latents."""
     heads = known.latents[known.whole]
     if len(heads) > 1:
-        model.slice_correlation.copy_(slice_correlation(heads))
+        model.gaussian.fit_correlation(heads)
         model.calibration.measure_power(heads - heads.mean(0))
-    if len(model.linear.modes):
-        model.linear.fit(heads, known.people[known.whole[:, 0]], model.slice_correlation)
+    if len(model.gaussian.modes):
+        model.gaussian.fit(heads, known.people[known.whole[:, 0]])
     else:
         mean, variance = moments_at_each_z(known.latents, known.z, known.Z)
-        model.linear.mean.copy_(mean)
-        model.linear.variance.copy_(variance)
+        model.gaussian.mean.copy_(mean)
+        model.gaussian.variance.copy_(variance)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -390,13 +393,15 @@ def train(args: argparse.Namespace) -> None:
     model = LatentDiffusion(**model_kwargs).to(device)
     model.channel_weight.copy_(first_stage.channel_weight())
     measure_latents(model, known)
-    run = Run(args, model, data=data, steps=args.steps, built_on=first_stage.description["digest"])
+    run = Run(args, model, data=data, steps=args.steps, built_on=first_stage.description["digest"],
+              matrices=model.unet.matrices())  # fmt: skip
     description = {"model_kwargs": model_kwargs, **known.described}
     if run.done < run.total:
         known.add_moved(data["train"], first_stage, args)
         known.project(model)
-    for _ in run.steps():
-        batch = known.batch(run.index(len(known.starts), args.batch_size // args.slices))
+    for step in run.steps():
+        slices = 1 if step < ALONE * run.total else args.slices
+        batch = known.batch(run.index(len(known.starts[slices]), args.batch_size // slices), slices)
         with run.autocast():
             loss = run.forward(**batch).mean()
         if run.update({"loss": loss}):

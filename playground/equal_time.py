@@ -35,7 +35,8 @@ from model_VAE import VAE, VQVAE
 from pictures import sheets
 from scores.metrics import mean_scores, slice_scores
 from scores.page import markdown_table
-from training.run import learning_rate_factor, new_optimizer
+from training.optimizer import new_optimizers
+from training.run import learning_rate_factor
 
 SIZE, WHOLE_PICTURE = 256, (0, 0, 256, 256)
 KL_WEIGHT = 1e-3 / SIZE**2  # of one bit per picture
@@ -198,7 +199,7 @@ def train_arm(name: str, args: argparse.Namespace, train: Slices, held_out: Slic
     torch.manual_seed(0)
     arm, device = ARMS[name], args.device
     net = arm.build(train).to(device, memory_format=torch.channels_last)
-    optimizer, parameters = new_optimizer(net, args.learning_rate), sum(p.numel() for p in net.parameters())
+    (optimizer,), parameters = new_optimizers(net, args.learning_rate), sum(p.numel() for p in net.parameters())
     print(f"{name}: {parameters:,} parameters, {args.seconds:.0f} s on {util.describe_device(device)}", flush=True)
     marks, points, seconds, step = [args.seconds * share for share in MARKS], [], 0.0, 0
     while marks:

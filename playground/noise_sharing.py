@@ -43,8 +43,8 @@ def flags() -> argparse.ArgumentParser:
 
 
 def correlations(model: LatentDiffusion) -> dict[str, Tensor]:
-    """{kind of noise: its correlation along z, [C, Z, Z]}."""
-    measured = model.slice_correlation.clone()
+    """{name of a noise: its correlation along z, [kinds, Z, Z]}."""
+    measured = model.gaussian.correlation.clone()
     identity = torch.eye(len(measured[0]), device=measured.device).expand_as(measured)
     return {"matched": measured, "shared": torch.ones_like(measured), "own": identity}
 
@@ -59,7 +59,7 @@ def main() -> None:
 
     groups = {}
     for kind, correlation in correlations(model).items():
-        model.slice_correlation.copy_(correlation)
+        model.gaussian.correlation.copy_(correlation)
         drawn = draw_brains(model, first_stage, sampling, range(args.brains))
         groups[kind] = torch.stack([torch.from_numpy(slices) for slices, _, _ in drawn])
     groups["real"] = real

@@ -34,7 +34,7 @@ from training.stages import build_first_stage, latent_digest, load_first_stage, 
 from util import UserError
 
 PRIORS = stable_diffusion.MODELS | pixelCNN.PRIORS
-EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|slice_correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
+EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
 COMPARED_SLICES = 64
 
 

@@ -149,12 +149,12 @@ def test_an_error_of_x0_costs_what_it_does_to_the_published_target(weight, monke
 def test_training_begins_at_the_gaussian_denoiser():
     """With the UNet's output 0; and where the prior has no variance, no output changes that."""
     model, z = tiny_model(), torch.arange(8)
-    model.linear.mean.normal_()
-    model.linear.variance.copy_(torch.rand(32, 4, 6, 7))
-    model.linear.variance[:, :, :2] = 0
+    model.gaussian.mean.normal_()
+    model.gaussian.variance.copy_(torch.rand(32, 4, 6, 7))
+    model.gaussian.variance[:, :, :2] = 0
     latent, noise, t = torch.randn(8, 4, 6, 7), torch.randn(8, 4, 6, 7), torch.full((8,), 300)
     alpha, sigma = model.alpha[300].float(), model.sigma[300].float()
-    x, mean, v = alpha * latent + sigma * noise, model.linear.mean[:8], model.linear.variance[:8]
+    x, mean, v = alpha * latent + sigma * noise, model.gaussian.mean[:8], model.gaussian.variance[:8]
     best = mean + alpha * v / (alpha**2 * v + sigma**2) * (x - alpha * mean)
     assert torch.allclose(model.denoise(x, 300, z)[0], best, atol=1e-5)
     assert torch.allclose(model(latent, z, t, noise), ((best - latent) / sigma).square().mean((1, 2, 3)), rtol=1e-4)
@@ -166,11 +166,11 @@ def test_training_begins_at_the_gaussian_denoiser():
 
 def test_networks_of_release_1_predict_v_from_the_guess_by_the_modes(awaken):
     model = awaken(tiny_model(slices=4, modes=2, release_1=True)).eval()
-    model.linear.fit(torch.randn(9, 32, 4, 6, 7), torch.empty(9, 0), model.slice_correlation)
+    model.gaussian.fit(torch.randn(9, 32, 4, 6, 7), torch.empty(9, 0))
     latent, noise, z, t = torch.randn(32, 4, 6, 7), torch.randn(32, 4, 6, 7), torch.arange(32), torch.full((32,), 500)
     alpha, sigma = model._levels(t)
     x = alpha * latent + sigma * noise
-    v = model.unet(x, model.linear.of_modes(x, alpha, sigma, z, 32, model.slice_correlation), t, z, 32)
+    v = model.unet(x, model.gaussian.of_modes(x, alpha, sigma, z, 32), t, z, 32)
     assert torch.allclose(model.denoise(x, 500, z)[0], alpha * x - sigma * v, atol=1e-5)
     expected = (v - (alpha * noise - sigma * latent)).square().mean((1, 2, 3))
     assert torch.allclose(model(latent, z, t, noise, 32), expected, rtol=1e-3)
@@ -192,7 +192,7 @@ def test_times_follow_the_noise(recipe):
 def test_hiding_z_is_part_of_training_alone(awaken, recipe):
     """A share drop_z of the latents is denoised without z; evaluation always knows z."""
     model, told = awaken(tiny_model(recipe, drop_z=0.25)), []
-    model.linear.mean.normal_()
+    model.gaussian.mean.normal_()
     forward = model.unet.forward
     model.unet.forward = lambda x, guess, t, z, *more: (told.append(z), forward(x, guess, t, z))[1]
     latent, z = torch.randn(400, 4, 6, 7), torch.arange(400) % 32
@@ -360,7 +360,7 @@ def test_mixing_begins_as_the_2d_model_and_then_mixes(awaken):
 def test_slices_of_a_brain_train_at_one_step_and_are_hidden_alike(awaken):
     """Windows are the unit of everything random; their noise is correlated as that of slices at their z."""
     model, told = awaken(tiny_model(slices=4, drop_z=0.5, T=20)).train(), []
-    model.slice_correlation.copy_(torch.full((32, 32), 0.25).fill_diagonal_(1))
+    model.gaussian.correlation.copy_(torch.full((32, 32), 0.25).fill_diagonal_(1))
     forward = model.unet.forward
     model.unet.forward = lambda *given: (told.append(given), forward(*given))[1]
     loss = model(torch.zeros(240, 4, 6, 7), torch.arange(240) % 32)
@@ -415,11 +415,11 @@ def test_a_further_condition_is_embedded_by_its_row_of_the_table(monkeypatch):
 def test_windows_are_guessed_at_with_their_whole_brains(awaken):
     """All slices as a window have the loss of the whole brain; fewer have a guess that the rest of the brain moves."""
     model = awaken(tiny_model(slices=4, modes=3, conditions=("age",))).eval()
-    model.slice_correlation.copy_(fading(0.9, 0.8, 0.7, 0.6))
-    model.linear.fit(2 * torch.randn(20, 32, 4, 6, 7), torch.rand(20, 1), model.slice_correlation)
+    model.gaussian.correlation[:4] = fading(0.9, 0.8, 0.7, 0.6)
+    model.gaussian.fit(2 * torch.randn(20, 32, 4, 6, 7), torch.rand(20, 1))
     brains, z, people = torch.randn(2, 32, 4, 6, 7), torch.arange(32).repeat(2), torch.full((64, 1), 50.0)
-    noise = model.correlate(torch.randn(64, 4, 6, 7), z, 32)
-    t, projections = torch.tensor([900, 400]), model.linear.project(brains, model.slice_correlation)
+    noise = model.gaussian.correlate(torch.randn(64, 4, 6, 7), z, 32)
+    t, projections = torch.tensor([900, 400]), model.gaussian.project(brains)
     batch = brains.flatten(0, 1), z, t.repeat_interleave(32), noise, 32, people
     assert torch.allclose(model(*batch, projections=projections), model(*batch), rtol=1e-3)
     window = [part.unflatten(0, (2, 32))[:, 8:12].flatten(0, 1) for part in (batch[0], z, batch[2], noise)]
@@ -441,23 +441,26 @@ def test_noise_of_a_brain_has_unit_variance_and_the_measured_correlation():
     """Channel by channel, for any slices of two brains; between brains and channels there is none."""
     model, z = tiny_model(latent_shape=(2, 100, 200)), torch.tensor([3, 4, 9, 29, 30, 31])
     white = torch.randn(6, 2, 100, 200, generator=torch.Generator().manual_seed(0))
-    for K in (model.slice_correlation.clone(), fading(0.9, 0.5)):  # until it is measured, one noise for all slices
-        model.slice_correlation.copy_(K)
-        noise = model.correlate(white, z, 3)
+    for K in (
+        model.gaussian.correlation[:2].clone(),
+        fading(0.9, 0.5),
+    ):  # until it is measured, one noise for all slices
+        model.gaussian.correlation[:2] = K
+        noise = model.gaussian.correlate(white, z, 3)
         for channel in range(2):
             blocks = [K[channel][at[:, None], at] for at in z.split(3)]
             assert torch.allclose(torch.cov(noise[:, channel].flatten(1)), torch.block_diag(*blocks), atol=0.03)
         assert torch.cov(noise.movedim(1, 0).flatten(1))[0, 1].abs() < 0.03
-    assert torch.equal(model.correlate(white, z, 1), white)  # a slice by itself has no neighbours
+    assert torch.equal(model.gaussian.correlate(white, z, 1), white)  # a slice by itself has no neighbours
 
 
 @pytest.mark.parametrize("slices", [20, 48])
 def test_brains_may_have_any_number_of_slices(awaken, slices):
     model = awaken(tiny_model(slices=4, slices_per_brain=slices, modes=2)).eval()
     brains, z = torch.randn(5, slices, 4, 6, 7), torch.arange(slices)
-    model.linear.fit(brains, torch.empty(5, 0), model.slice_correlation)
+    model.gaussian.fit(brains, torch.empty(5, 0))
     for window in (4, slices):
-        projections = model.linear.project(brains, model.slice_correlation)
+        projections = model.gaussian.project(brains)
         loss = model(brains[:, :window].flatten(0, 1), z[:window].repeat(5), slices=window, projections=projections)
         assert loss.shape == (5 * window,) and loss.isfinite().all()
 
@@ -467,7 +470,7 @@ def test_brains_may_have_any_number_of_slices(awaken, slices):
 def test_losses_are_float32_and_finite_in_half_precision(awaken, recipe, dtype):
     model = awaken(tiny_model(recipe, slices=4, slices_per_brain=8, modes=2))
     brains, z, noise = torch.randn(5, 8, 4, 6, 7), torch.arange(8), torch.randn(8, 4, 6, 7)
-    model.linear.fit(brains, torch.empty(5, 0), model.slice_correlation)
+    model.gaussian.fit(brains, torch.empty(5, 0))
     t = torch.full((8,), 400)
     for ask in (lambda: [model(brains[0], z, t, noise, 8)], lambda: model.denoise(brains[0], 400, z)):
         with torch.autocast("cpu", dtype):

@@ -36,7 +36,7 @@ def tiny_prior(**changes) -> LatentDiffusion:
     """Untrained, with 12 steps and brains of 6 slices, whose noise is half the same."""
     sizes = {"latent_shape": (4, 6, 7), "widths": (8, 16), "blocks": 1, "T": 12, "slices_per_brain": 6}
     model = LatentDiffusion(**sizes | changes).eval()
-    model.slice_correlation.copy_(torch.full_like(model.slice_correlation[0], 0.5).fill_diagonal_(1))
+    model.gaussian.correlation.fill_(0.5).diagonal(dim1=1, dim2=2).fill_(1)
     return model
 
 
@@ -155,7 +155,10 @@ def test_windows_are_neighbouring_slices_of_one_case(heads_folder):
 
 
 def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder, first_stage, monkeypatch):
-    """Once as it is, and as often as asked for in another place: what is said of it is what was done to it."""
+    """Once as it is, and as often as asked for in another place: what is said of it is what was done to it.
+
+    First slice by slice, then in windows.
+    """
     seen, forward = [], LatentDiffusion.forward
 
     def watched(self, latent, z, *rest, moves=None, projections=None, **more):
@@ -164,7 +167,11 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder,
         return forward(self, latent, z, *rest, moves=moves, projections=projections, **more)
 
     monkeypatch.setattr(LatentDiffusion, "forward", watched)
-    train("--moved-heads", 1, "--slices", 10, "--batch-size", 10, "--steps", 40)
+    monkeypatch.setattr(stable_diffusion, "ALONE", 0.2)
+    train("--moved-heads", 1, "--slices", 10, "--batch-size", 10, "--steps", 50)
+    assert all(len(set(z.tolist())) > 1 and (z.diff() != 1).any() for _, z, *_ in seen[:10])
+    assert all(projections.shape == (10, 1) for *_, projections, _ in seen[:10])
+    del seen[:10]
     data, codes, found = load_slices(heads_folder, "train", 64), load_first_stage(first_stage), set()
     for latent, z, moves, projections, model in seen:
         assert torch.equal(z, z[0] + torch.arange(10)) and (moves == moves[0]).all()
@@ -175,7 +182,7 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder,
             brain = codes.encode(x, all_z)
             if torch.allclose(brain[z], latent, atol=1e-4):
                 found.add((case, *moves[0].tolist()))
-                whole = model.linear.project(brain[None], model.slice_correlation)  # of which this is a window
+                whole = model.gaussian.project(brain[None])  # of which this is a window
                 assert torch.allclose(whole, projections, rtol=1e-3, atol=1e-2)
     assert len(found) == 8 and len({head[1:] for head in found}) == 5  # 4 heads as they are, and 4 that were moved
     one, two = (stable_diffusion.head_moves(data, copies, seed=0) for copies in (1, 2))
@@ -191,7 +198,7 @@ def test_training_leads_below_the_loss_of_the_gaussian_prior(train, heads_folder
     known = stable_diffusion.TrainingLatents(load_slices(heads_folder, "train", 64), first_stage, [], args)
     t = torch.linspace(0, model.T - 1, 16).long().repeat_interleave(len(known.z))
     batch = [part.repeat(16, *[1] * (part.ndim - 1)) for part in (known.latents, known.z)]
-    noise = model.correlate(torch.randn_like(batch[0]), batch[1], model.slices_per_brain)
+    noise = model.gaussian.correlate(torch.randn_like(batch[0]), batch[1], model.slices_per_brain)
     with torch.no_grad():
         trained = model(*batch, t, noise, model.slices_per_brain).mean()
         model.unet.forward = lambda x, *more: torch.zeros_like(x)
@@ -253,8 +260,8 @@ def test_a_second_stage_of_another_first_stage_starts_anew(trained, train, first
 def test_a_run_measures_what_it_needs_and_reports_on_neighbouring_slices(trained, heads_folder):
     """The first at its beginning, but for the calibration, which comes last and is not trained on."""
     model, _ = load()
-    assert not torch.allclose(model.slice_correlation, torch.ones(()), atol=0.1)
-    assert len(model.linear.modes) == 1 and (model.linear.mean.flatten(1).abs().amax(1) > 0).all()
+    assert not torch.allclose(model.gaussian.correlation, torch.ones(()), atol=0.1)
+    assert len(model.gaussian.modes) == 1 and (model.gaussian.mean.flatten(1).abs().amax(1) > 0).all()
     assert model.calibration.measured and (model.calibration.power > 0).any(1).all()
     checkpoint = checkpoints.load_checkpoint(Path("model_ckpt/diffusion/last.pt"), "stable_diffusion.py")
     assert not (checkpoint["model"]["calibration.weight"] != 0).any()

@@ -33,17 +33,13 @@ from dataset import Slices
 from logger import Logger
 from training.checkpoints import fill_model, load_checkpoint, save_checkpoint
 from training.memory import in_words, step_bytes
+from training.optimizer import new_optimizers
 from training.settings import check_same_data, describe_run
 from util import UserError
 
 REPORTS = 10  # of a phase, each with validation, pictures and a checkpoint
 LINES = 10  # of the log from report to report
 SAVE_MINUTES = 10  # after so many a checkpoint is written between reports too
-
-
-def new_optimizer(network: nn.Module, rate: float, betas: tuple[float, float] = (0.9, 0.99)) -> torch.optim.Adam:
-    """Adam over what may change of a network."""
-    return torch.optim.Adam((p for p in network.parameters() if p.requires_grad), lr=rate, betas=betas, fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float = 0.05) -> float:
@@ -112,6 +108,7 @@ class Run:
         begin: is called where there is no checkpoint, to set what is measured and not trained.
         keep: what else the checkpoint holds: {name: something with state_dict and load_state_dict}.
         decay: of the average.
+        matrices: weights of the model that Muon trains, and not Adam.
     Raises UserError where data or checkpoint belong to another run.
     """
 
@@ -128,6 +125,7 @@ class Run:
         begin: Callable[[], None] | None = None,
         keep: dict | None = None,
         decay: float = 0.999,
+        matrices: list[nn.Parameter] = (),
     ):
         self.args, self.total, self.phase, self.before = args, steps, phase, before
         self.rank, self.world = util.start_processes()
@@ -147,7 +145,7 @@ class Run:
         # channels_last: convolutions run twice as fast in half precision, on GPU and CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = new_optimizer(model, args.learning_rate)
+        self.optimizers = new_optimizers(model, args.learning_rate, matrices=matrices)
         halves = util.autocast_dtype(self.device, args.precision) == torch.float16  # whose small gradients would be 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
         self._network = torch.compile(model) if args.compile else model
@@ -156,7 +154,8 @@ class Run:
         self.report_every, self.report_due = report_every, False
         parameters = sum(p.numel() for p in model.parameters())
         record = describe_run(args, self.data, parameters=parameters)
-        self.kept = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.kept = {"model": self.model, "ema": self.ema, "scaler": self.scaler}
+        self.kept |= {type(optimizer).__name__.lower(): optimizer for optimizer in self.optimizers}
         self.kept |= keep or {}
         if state:
             self._restore(state)
@@ -240,17 +239,20 @@ class Run:
             print(f"memory: about {in_words(self.peak)}{free} for a step; --batch-size lowers it", flush=True)
         return self._network(*args, **kwargs)
 
-    def descend(self, losses: dict[str, Tensor], total: Tensor, network: nn.Module, optimizer) -> None:
-        """One step of an optimiser down the gradient of `total`, made of `losses`; clipped to norm 1, all finite."""
-        optimizer.zero_grad()
+    def descend(self, losses: dict[str, Tensor], total: Tensor, network: nn.Module, *optimizers) -> None:
+        """One step of optimisers down the gradient of `total`, made of `losses`; clipped to norm 1, all finite."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         self.scaler.scale(total).backward()
         moving = [p for p in network.parameters() if p.requires_grad]
         util.average_gradients(moving)  # before unscale_, so that all processes see an infinite gradient of one
-        self.scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(moving, 1.0)
         # with a scaler an infinite gradient is nothing bad: the step is left out, and the scale halved
         check_finite(losses if self.scaler.is_enabled() else losses | {"gradient": norm}, self.before + self.step)
-        self.scaler.step(optimizer)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
 
     def update(self, losses: dict[str, Tensor], weights: dict[str, float] | None = None) -> bool:
         """Trains the model on the weighted sum of the losses (weight 1 unless given), averages it, writes the log.
@@ -259,7 +261,7 @@ class Run:
         """
         weights = weights or {}
         total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
-        self.descend(losses, total, self.model, self.optimizer)
+        self.descend(losses, total, self.model, *self.optimizers)
         self.scaler.update()
         update_ema(self.ema, self.model, self.step, self.decay)
         self.done, self.shown = self.step + 1, total.detach()

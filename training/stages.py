@@ -112,7 +112,11 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
         chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
         kwargs["recipe"] = "v" if chosen == ("cosine", "v", "plain", "uniform") else "unknown"
         kwargs["release_1"] = True
-        weights = weights | {"linear.variance": torch.ones_like(weights["linear.mean"])}
+        named = {"slice_correlation": "gaussian.correlation"}
+        weights = {named.get(name, name.replace("linear.", "gaussian.")): tensor for name, tensor in weights.items()}
+        mean = weights["gaussian.mean"]
+        channel = torch.arange(mean.shape[1])[:, None, None].expand(mean.shape[1:])
+        weights |= {"gaussian.variance": torch.ones_like(mean), "gaussian.kind": channel}
     gone = {"slice_noise": "matched", "quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
     kwargs = {name: value for name, value in kwargs.items() if name != "quantizer" and gone.get(name) != value}
     weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}

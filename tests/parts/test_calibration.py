@@ -38,8 +38,8 @@ class LinearUNet(nn.Module):
 def linear_model(wanted: Tensor, factor: Tensor, recipe: str = "v") -> LatentDiffusion:
     """A model of brains whose coefficients are independent, with the power wanted; the mean is not 0."""
     model = LatentDiffusion(latent_shape=SHAPE, widths=(8,), blocks=1, recipe=recipe).eval()
-    model.slice_correlation.copy_(torch.eye(32).expand(2, -1, -1))
-    model.linear.mean.copy_(torch.randn(model.linear.mean.shape, generator=torch.Generator().manual_seed(5)))
+    model.gaussian.correlation.copy_(torch.eye(32).expand(8, -1, -1))
+    model.gaussian.mean.copy_(torch.randn(model.gaussian.mean.shape, generator=torch.Generator().manual_seed(5)))
     model.unet = LinearUNet(model, wanted, factor)
     model.calibration.power.copy_(wanted)
     return model

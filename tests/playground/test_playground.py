@@ -44,8 +44,8 @@ def test_kinds_of_noise_and_the_error_of_a_network_that_knows_nothing():
     model = LatentDiffusion(latent_shape=(4, 8, 8), widths=(8,), blocks=1, slices_per_brain=6).eval()
     white, z, noise = torch.randn(6, 4, 8, 8), torch.arange(6), {}
     for kind, correlation in noise_sharing.correlations(model).items():
-        model.slice_correlation.copy_(correlation)
-        noise[kind] = model.correlate(white, z, 6)
+        model.gaussian.correlation.copy_(correlation)
+        noise[kind] = model.gaussian.correlate(white, z, 6)
     assert torch.allclose(noise["shared"], noise["shared"][:1], atol=1e-5)
     assert torch.allclose(noise["own"], white, atol=1e-5) and torch.equal(noise["matched"], noise["shared"])
     errors = recipes.denoising_error(model, torch.randn(60, 4, 8, 8), z.repeat(10))

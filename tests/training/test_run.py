@@ -146,11 +146,11 @@ def test_update_asks_for_a_checkpoint_when_the_last_is_old(monkeypatch):
 
 
 def test_every_optimiser_that_is_kept_has_the_rate_of_the_step():
-    other = training_run.new_optimizer(nn.Linear(1, 1), 5.0, (0.5, 0.9))
+    (other,) = training_run.new_optimizers(nn.Linear(1, 1), 5.0, (0.5, 0.9))
     run = Run(parse(), Line(), data={"train": Data()}, steps=4, keep={"other": other})
     for step in run.steps():
         rate = 0.1 * learning_rate_factor(step, 4)
-        assert [o.param_groups[0]["lr"] for o in (run.optimizer, other)] == [rate, rate]
+        assert [o.param_groups[0]["lr"] for o in (*run.optimizers, other)] == [rate, rate]
         run.update({"loss": run.model(Data().x)})
     run.report({})
     assert read_log(Path("log/line"))[-1]["learning_rate"] == pytest.approx(rate, rel=1e-6)
