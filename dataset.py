@@ -2,11 +2,13 @@
 
     python dataset.py FOLDER              counts, sizes, splits, brightness; one page and a contact sheet
     python dataset.py FOLDER --phantom    writes generated heads into FOLDER, in the same layout
+    python dataset.py FOLDER --take 100 --into NEW    writes a folder with fewer training brains
 
 heads/layout.py says how slices lie on disk. The table oasis_cross-sectional.csv, in FOLDER or one folder up, says
 who case_NNN is: row OAS1_0NNN_MR1. This file alone knows the pixel range.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -135,6 +137,31 @@ def _write_phantom_case(job: tuple[Path, str, int, int, int]) -> None:
     images, masks = phantom_case(seed, case, slices)
     for kind, pictures in (("case", images), ("seg", masks)):
         write_slices(folder / layout.RELEASE.folders[kind].format(split=split), case, pictures, kind)
+
+
+def write_subset(folder: Path, count: int, out: Path) -> None:
+    """Writes a data folder `out`, which must be new, with the `count` training brains of the lowest numbers.
+
+    Their masks, the other splits and the table of people come with them. Files are hard links where that is possible.
+    Raises UserError if there are fewer brains, or `out` exists.
+    """
+    cases = sorted({case for case, _, _ in list_slices(folder, "train")})
+    if count > len(cases):
+        raise UserError(f"--take {count}: {folder} has {len(cases)} training brains")
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder for the subset")
+    files = [table for table in (people_table(folder), folder / "PHANTOM.txt") if table and table.is_file()]
+    pairs = [(file, out / file.name) for file in files]
+    for split, kind in itertools.product(SPLITS, ("case", "seg")):
+        with contextlib.suppress(UserError):  # not every folder has masks, or a test split
+            pairs += [(file, out / file.parent.name / file.name) for case, _, file in list_slices(folder, split, kind)
+                      if split != "train" or case in cases[:count]]  # fmt: skip
+    for source, target in util.progress(pairs, "subset", unit="file"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 # ------------------------------------------------------------------------------------------- the slices that train
@@ -500,6 +527,9 @@ def main() -> None:
         default=Path("check_vis/contact_sheet.png"),
         help="where the contact sheet goes (default: %(default)s)",
     )
+    parser.add_argument("--take", type=util.positive_int, metavar="N", help="write a folder with N training brains of "
+                        "FOLDER, those of the lowest numbers, and all of its other splits")  # fmt: skip
+    parser.add_argument("--into", type=Path, metavar="NEW", help="that folder, which must be new")
     args = parser.parse_args()
     if args.phantom:
         if args.folder is None:
@@ -512,6 +542,11 @@ def main() -> None:
     folder = layout.release_folder(args.folder) if args.folder else find_data(None)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_train")
+    if args.take or args.into:
+        if not (args.take and args.into):
+            raise UserError("--take N and --into NEW belong together: how many training brains, and where they go")
+        write_subset(folder, args.take, args.into)
+        folder = args.into
     print(f"check-up of {folder}{' (the phantom)' if is_phantom(folder) else ''}: reading every file ...", flush=True)
     report, problems = check_folder(folder)
     print("\n".join(report))

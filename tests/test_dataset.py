@@ -307,6 +307,25 @@ def test_the_check_up_writes_a_phantom_only_into_a_new_folder(run_main, tmp_path
     assert not (tmp_path / "newer").exists()
 
 
+def test_a_subset_has_fewer_training_brains_and_all_else(run_main, refused, people_folder, tmp_path):
+    """The lowest numbers, with their people; nothing is written over, and more than there are is refused."""
+    for file in (people_folder / "keras_png_slices_train").iterdir():
+        shutil.copy(file, file.with_name(file.name.replace("case_001", "case_017")))
+    new, data = tmp_path / "few", load_slices(people_folder, "train", 64)
+    status, out, _ = run_main(dataset, people_folder, "--take", 1, "--into", new)
+    few = load_slices(new, "train", 64)
+    assert f"check-up of {new}" in out and data.case.unique().tolist() == [1, 17] and few.case.unique().tolist() == [1]
+    assert torch.equal(few.images, data.images[:32])
+    assert torch.equal(few.people(["age"]), data.people(["age"])[:32]) and (few.people(["age"]) == 74).all()
+    for split in ("validate", "test"):
+        assert torch.equal(load_slices(new, split, 64).images, load_slices(people_folder, split, 64).images)
+    before = sorted(new.rglob("*"))
+    refused(dataset, people_folder, "--take", 1, "--into", new, names=["few", "exists"])
+    refused(dataset, people_folder, "--take", 3, "--into", "many", names=["--take 3", "2 training brains"])
+    refused(dataset, people_folder, "--take", 1, names=["--into"])
+    assert sorted(new.rglob("*")) == before and not (tmp_path / "many").exists()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_folder_is_refused_in_one_line(noise_folder, tmp_path, fault):
     finding = plant(noise_folder, fault)
