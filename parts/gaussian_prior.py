@@ -36,10 +36,11 @@ def moments_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> tupl
 
 
 def kinds_of_place(latents: Tensor, count: int) -> Tensor:
-    """int64 [C, h, w]: sorts the places of n brains [n, Z, C, h, w] into `count` kinds, by how slowly heads change there.
+    """Sorts the places of n brains [n, Z, C, h, w] into `count` kinds by how slowly heads change there: int64 [C, h, w].
 
     Differences between heads go on for many slices at skull and scalp, and for few in the cortex. How slowly is the
-    share of a place's variance that the first COSINES cosines along z hold. The kinds have equal shares of all variance.
+    share of a place's variance that the first COSINES cosines along z hold. All kinds have the same share of all
+    variance.
     """
     difference = latents - latents.mean(0)
     variance = difference.square().sum((0, 1)).flatten()
@@ -77,7 +78,8 @@ def principal_modes(latents: Tensor, correlation: Tensor, kind: Tensor, count: i
     """(modes [count, q, C, h, w], rest): n brains [n, Z, C, h, w] as the mean of all + sum_k c_k modes_k + noise.
 
     The c_k are N(0, 1) and independent. The noise has variance `rest` and, in each kind of
-    place [C, h, w], its correlation along z [kinds, Z, Z]. Both are described by their first q = COSINES cosines over z.
+    place [C, h, w], its correlation along z [kinds, Z, Z]. Both are described by their first q = COSINES cosines along
+    z.
 
     The modes are the principal components of the brains, found after a transform that makes the noise white. Even
     brains without anything in common would have principal components: by chance each contains 1 / n of the variance of
@@ -207,8 +209,8 @@ class GaussianPrior(nn.Module):
     def correlate(self, white: Tensor, z: Tensor, slices: int) -> Tensor:
         """Noise float32 [B, C, h, w] of unit variance, made of white noise of that shape.
 
-        Every `slices` of the batch are of one brain, at z int64 [B], and correlated as at their place. A slice by itself
-        keeps its white noise.
+        Every `slices` of the batch are of one brain, at z int64 [B], and correlated as at their place. A slice by
+        itself keeps its white noise.
         """
         if slices == 1:
             return white

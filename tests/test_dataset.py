@@ -312,7 +312,7 @@ def test_a_subset_has_fewer_training_brains_and_all_else(run_main, refused, peop
     for file in (people_folder / "keras_png_slices_train").iterdir():
         shutil.copy(file, file.with_name(file.name.replace("case_001", "case_017")))
     new, data = tmp_path / "few", load_slices(people_folder, "train", 64)
-    status, out, _ = run_main(dataset, people_folder, "--take", 1, "--into", new)
+    _, out, _ = run_main(dataset, people_folder, "--take", 1, "--into", new)
     few = load_slices(new, "train", 64)
     assert f"check-up of {new}" in out and data.case.unique().tolist() == [1, 17] and few.case.unique().tolist() == [1]
     assert torch.equal(few.images, data.images[:32])

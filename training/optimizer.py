@@ -12,9 +12,9 @@ NEWTON_SCHULZ, TIMES = (3.4445, -4.7750, 2.0315), 5
 def orthogonalize(matrix: Tensor) -> Tensor:
     """U V^T, about, of a matrix U S V^T [m, n], by a polynomial of its singular values (Jordan et al. 2024, "Muon").
 
-    p(s) = s q(s^2), so all five polynomials act on the small Gram matrix X X^T, and their product meets the matrix once:
-    for the matrices of convolutions, several times as wide as high, a third of the work. In float32, since processors
-    without bfloat16 take many times longer for it.
+    p(s) = s q(s^2), so all five polynomials act on the small Gram matrix X X^T, and their product meets the matrix
+    once: for the matrices of convolutions, several times as wide as high, a third of the work. In float32, since
+    processors without bfloat16 take many times longer for it.
     """
     a, b, c = NEWTON_SCHULZ
     X = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
     """Steps of equal size in all directions of a matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
     The momentum of a weight [out, in, ...], as a matrix [out, in ...], is orthogonalised, and scaled so that the root
-    mean square of a step is the learning rate, about as with Adam: both take the same one. The gradient is mixed in once
-    more (Nesterov).
+    mean square of a step is the learning rate, about as with Adam: both take the same one. The gradient is mixed in
+    once more (Nesterov).
 
     Args:
         weights: parameters of two or more dimensions.
