@@ -36,7 +36,7 @@ def moments_at_each_z(latents: Tensor, z: Tensor, slices_per_brain: int) -> tupl
 
 
 def kinds_of_place(latents: Tensor, count: int) -> Tensor:
-    """Sorts the places of n brains [n, Z, C, h, w] into `count` kinds by how slowly heads change there: int64 [C, h, w].
+    """Sorts places of n brains [n, Z, C, h, w] into `count` kinds, int64 [C, h, w], by how slowly heads change there.
 
     Differences between heads go on for many slices at skull and scalp, and for few in the cortex. How slowly is the
     share of a place's variance that the first COSINES cosines along z hold. All kinds have the same share of all
