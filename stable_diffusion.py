@@ -13,10 +13,12 @@ NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z,
 """
 
 import argparse
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -215,15 +217,26 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
 
 @torch.no_grad()
 def encode_all(first_stage: Autoencoder, data: Slices, precision: str, moves: Tensor | None = None) -> Tensor:
-    """Latents float32 [N, C, h, w] of a whole split, kept on the device; of slices moved by moves [N, 4]."""
+    """Latents float32 [N, C, h, w] of a whole split, kept on the device; of slices moved by moves [N, 4].
+
+    They are kept in data/cache too, in half precision, to which they are rounded: a run that goes on does not encode
+    again.
+    """
     latents, device = [], first_stage.latent_mean.device
+    made_of = f"{first_stage.description['digest']} {data.digest} {util.autocast_dtype(device, precision)}".encode()
+    key = hashlib.blake2b(made_of + (b"" if moves is None else moves.numpy().tobytes()), digest_size=8).hexdigest()
+    cache = Path("data/cache") / f"{data.split}_latents_{data.images.shape[-1]}_{key}.safetensors"
+    if cache.is_file():
+        return safetensors.torch.load_file(cache)["latents"].to(device).float()
     for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
         x, z, _ = data.batch(index, device)
         if moves is not None:
             x = move(x, moves[index], mode="bicubic").clamp(-1, 1)
         with util.autocast(device, precision):
             latents.append(first_stage.encode(x, z))
-    return torch.cat(latents)
+    latents = torch.cat(latents).half().contiguous()
+    util.write_file(cache, safetensors.torch.save({"latents": latents.cpu()}))
+    return latents.float()
 
 
 def head_moves(data: Slices, copies: int, seed: int) -> list[Tensor]:
