@@ -58,22 +58,30 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def locate_data(flag: str | None) -> tuple[Path, str]:
     """(data folder, where its name is from): --data, else $OASIS_DATA, else the usual place, else the phantom."""
-    named = [(flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA")]
+    usual = Path("data") / layout.RELEASE_FOLDER
+    named = [(flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA"),
+             (usual if usual.is_dir() else None, "the usual place")]  # fmt: skip
     for folder, source in named:
         if folder:
             return layout.release_folder(Path(folder)), source
-    usual = Path("data") / layout.RELEASE_FOLDER
-    return (usual, "the usual place") if usual.is_dir() else (PHANTOM, "the built-in phantom")
+    return PHANTOM, "the built-in phantom"
 
 
 def find_data(flag: str | None) -> Path:
-    """The data folder of locate_data. Prints its name, and writes the phantom if it is needed and not there yet."""
+    """The data folder of locate_data. Prints its name, and writes the phantom if it is needed and not there yet.
+
+    Raises UserError where it is not divided into splits: any split of a folder of bare slices would be the same slices.
+    """
     folder, source = locate_data(flag)
     print(f"data: {folder} ({source})")
     if folder == PHANTOM:
         print("for real brains put OASIS at data/keras_png_slices_data, or use --data FOLDER or $OASIS_DATA")
         if not folder.is_dir():
             write_phantom(folder, PHANTOM_CASES)
+    elif folder.is_dir() and not has_splits(folder):
+        if has_splits(folder.parent):
+            raise UserError(f"{folder} is one split ({source}); give the folder above it, {folder.parent}")
+        raise UserError(f"{folder} has no folder keras_png_slices_train ({source}); give the one that has")
     return folder
 
 
@@ -253,6 +261,8 @@ def load_slices(
     files = list_slices(folder, split)
     images = torch.from_numpy(_cached(folder, split, "case", files, image_size))
     digest = hashlib.blake2b(images.numpy(), digest_size=8).hexdigest()
+    if not images.any():
+        raise UserError(f"all slices of {split} in {folder} are black; python dataset.py {folder} looks at each")
     labels = None
     if masks:
         seg_files = list_slices(folder, split, "seg")

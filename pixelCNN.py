@@ -28,7 +28,7 @@ from model_VAE import VQVAE, VQVAE2
 from module import Embedding, Upsample
 from parts.quantizer import digits_of
 from pictures import sheets
-from pictures.volume import Samples
+from pictures.volume import Samples, samples_folder
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
@@ -420,10 +420,11 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage = load_second_stage(weights, PRIORS, device)
-    out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    samples = Samples(out, describe_samples(declared, weights, args))
+    made_by = describe_samples(declared, weights, args)
+    out = args.out or samples_folder(args.name, made_by)
+    samples = Samples(out, made_by)
     print(
         f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
@@ -553,6 +554,9 @@ def train(args: argparse.Namespace) -> None:
         if run.update({"loss": loss}):
             if run.report_due:
                 scores = validate(run.ema, held_out, held_out_z, run)
+                if scores["bits"] > first_stage.fixed_bits:
+                    print(f"worse than guessing, which takes {first_stage.fixed_bits:.0f} bits per image: if that "
+                          "stays so, choose another --name and a lower --learning-rate")  # fmt: skip
                 # torchrun's processes all stop together
                 improved = patience.improves(util.mean_of_processes(scores["bits"]))
                 slices = decode_brain(first_stage, sample_brain(run.ema, args.seed))

@@ -39,7 +39,7 @@ from parts import calibration
 from parts.autoencoder import Autoencoder
 from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
-from pictures.volume import Samples
+from pictures.volume import Samples, samples_folder
 from scores.metrics import adjacent_ssim
 from training.checkpoints import RELEASED, load_weights, run_weights
 from training.run import Run
@@ -188,6 +188,8 @@ def draw_brains(
     for i in brains:
         person = draw_person(asked, model.description, sampling.seed, i)
         way = list(sample_latents(model, sampling, range(i, i + 1), [person]))
+        util.check_result(way[-1], f"the latents of brain {i} are", "leave --guidance and --precision as they are by "
+                          "default, or sample other weights")  # fmt: skip
         yield decode_brain(first_stage, way[-1], sampling.seed, i), person, way[:: -max(1, len(way) // 16)][::-1]
 
 
@@ -198,8 +200,9 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
         raise UserError(f"--guidance {args.guidance:g}: {weights} always needs z; leave the flag out")
     sampling = Sampling(seed=args.seed, sampler=args.sampler, steps=args.sample_steps, guidance=args.guidance,
                         precision=args.precision, **{name: getattr(args, name) for name in CONDITIONS})  # fmt: skip
-    out = args.out or Path(f"{Path(args.name).stem}_vis") / "samples"
-    samples = Samples(out, describe_samples(declared, weights, args))
+    made_by = describe_samples(declared, weights, args)
+    out = args.out or samples_folder(args.name, made_by)
+    samples = Samples(out, made_by)
     how = f"seed {args.seed}, {sampling.words()}, {first_stage.decoder_in_use} decoder"
     print(f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), {how}, on "
           f"{util.describe_device(model.alpha.device)}")  # fmt: skip

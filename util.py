@@ -17,11 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+LOCK, OWNER = ".lock", ".owner"  # files in a folder that a process has made its own
 
 
 class UserError(Exception):
@@ -115,6 +118,7 @@ def command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
+        disown()
         if dist.is_initialized():  # else threads that wait for the other processes may abort this one at its exit
             dist.destroy_process_group()
 
@@ -128,6 +132,12 @@ def run_script(script: str, flags: list) -> None:
         raise KeyboardInterrupt
     if status:
         raise UserError(f"{script} failed, see above; change what it says, or remove the run it was to train")
+
+
+def check_result(x: Tensor, what: str, advice: str) -> None:
+    """Raises UserError where a result that is to be written is not finite."""
+    if not torch.isfinite(x).all():
+        raise UserError(f"{what} not finite, so nothing is written of it; {advice}")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -147,6 +157,45 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_owned: dict[Path, filelock.FileLock] = {}  # what this process has, until it ends
+
+
+def own(folder: Path) -> None:
+    """Makes a folder this process's own until it ends. Raises UserError, which names the owner, if another one has it.
+
+    The lock is the operating system's: it goes with its process, however that ends, so no stale one is left behind.
+    Of torchrun's processes only the first owns.
+    """
+    folder = folder.resolve()
+    if not speaks() or folder in _owned:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = filelock.FileLock(folder / LOCK), folder / OWNER
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(f"{folder} belongs to {who}, which still runs; wait for it, or choose another name") from None
+    _owned[folder] = lock
+    owner.write_text(f"process {os.getpid()} on {platform.node()}")
+
+
+def holds_anything(folder: Path) -> bool:
+    """Whether there is anything in a folder but the signs of its owner."""
+    return any(file.name not in (LOCK, OWNER) for file in folder.iterdir())
+
+
+def disown() -> None:
+    """Gives back all that this process owns."""
+    for folder, lock in _owned.items():
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()  # its file stays, since another process may be opening it; but not in a folder of nothing else
+        if not holds_anything(folder):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+    _owned.clear()
 
 
 def _complain(message: str) -> int:
@@ -261,7 +310,7 @@ def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0
 def any_process(flag: bool) -> bool:
     """True when the flag is set in any of torchrun's processes."""
     if not dist.is_initialized():
-        return flag
+        return bool(flag)
     total = torch.tensor(float(flag))
     dist.all_reduce(total)
     return bool(total > 0)

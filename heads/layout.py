@@ -58,15 +58,17 @@ LAYOUTS = [RELEASE]  # those that list_slices looks for
 
 
 def release_folder(folder: Path) -> Path:
-    """The folder keras_png_slices_data inside `folder`, if it is there, else `folder` itself."""
-    inner = folder / RELEASE_FOLDER
-    return inner if inner.is_dir() else folder
+    """Where the splits lie: `folder`, or a folder keras_png_slices_data inside it, or inside that one."""
+    for place in (folder, folder / RELEASE_FOLDER, folder / RELEASE_FOLDER / RELEASE_FOLDER):
+        if has_splits(place):
+            return place
+    return folder
 
 
 def has_splits(folder: Path) -> bool:
     """Whether the folder is divided into splits; else it holds the slices themselves, as a folder of samples does."""
     names = (name for layout in LAYOUTS for name in layout.folders.values())
-    return any(any(folder.glob(name.format(split="*"))) for name in names)
+    return any((folder / name.format(split=split)).is_dir() for name in names for split in SPLITS)
 
 
 def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int, int, Path]]:

@@ -66,7 +66,8 @@ def save_picture(path: Path, picture) -> None:
 
 def save_gif(path: Path, frames: list[np.ndarray], seconds: float) -> None:
     """Writes frames, uint8 [H, W] each, as a GIF of so many seconds that loops for ever; the last frame stays 2 s."""
-    duration = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
+    # one frame is a picture, for which Pillow takes no list
+    duration = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000] if len(frames) > 1 else 2000
     buffer = io.BytesIO()
     imageio.imwrite(buffer, np.stack(frames), extension=".gif", duration=duration, loop=0)
     write_file(path, buffer.getvalue())

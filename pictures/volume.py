@@ -192,25 +192,38 @@ def read_record(folder: Path) -> dict[str, dict]:
     return record
 
 
+def takes(folder: Path, made_by: dict) -> bool:
+    """Whether brains of `made_by` may go into a folder: it is not there, empty, or holds others of the same."""
+    if not (folder / RECORD).is_file():
+        return not folder.exists() or folder.is_dir() and not util.holds_anything(folder)
+    return read_record(folder)["made_by"] == made_by
+
+
+def samples_folder(name: str, made_by: dict) -> Path:
+    """Where new brains of a run go by default: the first of NAME_vis/samples, samples_1, ... that takes them."""
+    usual = Path(f"{Path(name).stem}_vis") / "samples"
+    numbered = (usual.with_name(f"samples_{n}") for n in itertools.count(1))
+    return next(folder for folder in itertools.chain([usual], numbered) if takes(folder, made_by))
+
+
 class Samples:
     """A folder of new brains that all come from the same weights and settings; its samples.json records them.
 
-    If the folder holds brains of other weights or settings, it is moved aside first. So nothing is lost, and no score
-    is of a mixture.
+    Nothing else is written into, over or away: so no file of anybody is lost, and no score is of a mixture.
 
     Args:
-        out: the folder.
+        out: the folder; new, empty, or with brains of the same weights and settings.
         made_by: the weights and settings, as JSON values; with a brain's number they decide how it looks.
-    Raises UserError if samples.json cannot be read, or if the folder would have to move and is the current one.
+    Raises UserError where the folder holds anything else, or while another process writes into it.
     """
 
     def __init__(self, out: Path, made_by: dict):
-        self.out, self.file = out, out / RECORD
-        self.record, before = {"made_by": json.loads(json.dumps(made_by)), "brains": {}}, read_record(out)
-        if before["made_by"] == self.record["made_by"]:
-            self.record["brains"] = before["brains"]
-        elif before["made_by"]:
-            move_aside(out)
+        self.out, self.file, made_by = out, out / RECORD, json.loads(json.dumps(made_by))
+        if not takes(out, made_by):
+            what = "brains of other weights or settings" if self.file.is_file() else "files that are no samples of ours"
+            raise UserError(f"{out} holds {what}; choose another --out")
+        util.own(out)
+        self.record = {"made_by": made_by, "brains": read_record(out)["brains"]}
         self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
         self._write()
 
@@ -229,13 +242,3 @@ class Samples:
         self.record["brains"][str(i)] = known or {}
         self._write()
         print(f"{name}, in {self.out}: {files}, case_{i:03d}_slice_*.nii.png", flush=True)
-
-
-def move_aside(folder: Path) -> None:
-    """Renames a folder of samples to the first free of folder_1, folder_2, ..., and says so."""
-    if folder.resolve() == Path.cwd():
-        raise UserError("the current folder holds brains of other weights or settings; choose another --out")
-    names = (folder.with_name(f"{folder.name}_{n}") for n in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    folder.rename(aside)
-    print(f"{folder} held brains of other weights or settings: it is now {aside}")

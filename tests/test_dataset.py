@@ -58,12 +58,34 @@ def test_smaller_masks_keep_their_labels(phantom_folder):
 def test_find_data_looks_in_the_order_of_its_promise(tmp_path, monkeypatch, capsys):
     (tmp_path / "data/phantom").mkdir(parents=True)
     assert dataset.find_data(None) == Path("data/phantom") and "OASIS_DATA" in capsys.readouterr().out
-    (tmp_path / "data/keras_png_slices_data").mkdir()
+    (tmp_path / "data/keras_png_slices_data/keras_png_slices_train").mkdir(parents=True)
     assert dataset.find_data(None) == Path("data/keras_png_slices_data")
     monkeypatch.setenv("OASIS_DATA", "mine")
     assert dataset.find_data(None) == Path("mine") and "$OASIS_DATA" in capsys.readouterr().out
     assert dataset.find_data("other") == Path("other") and "--data" in capsys.readouterr().out
     assert dataset.find_data("data") == Path("data/keras_png_slices_data")  # the folder above will do
+
+
+def test_every_way_to_name_a_folder_leads_to_its_splits_and_one_split_is_refused(noise_folder, monkeypatch, tmp_path):
+    """One folder too many, two, or one too few; so training never takes one folder for all of its splits."""
+    deep = tmp_path / "oasis/keras_png_slices_data"
+    shutil.move(noise_folder, deep / "keras_png_slices_data")
+    splits = deep / "keras_png_slices_data"
+    for folder in (tmp_path / "oasis", deep, splits):
+        assert dataset.find_data(str(folder)) == splits
+        monkeypatch.setenv("OASIS_DATA", str(folder))
+        assert dataset.find_data(None) == splits
+    with pytest.raises(UserError, match="is one split .*give the folder above it"):
+        dataset.find_data(str(splits / "keras_png_slices_train"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no folder keras_png_slices_train"):
+        dataset.find_data(str(tmp_path / "empty"))
+
+
+def test_black_slices_alone_are_refused(tmp_path):
+    dataset.write_slices(tmp_path / "keras_png_slices_train", 1, np.zeros((4, 64, 64), np.uint8))
+    with pytest.raises(UserError, match="all slices of train in .* are black"):
+        load_slices(tmp_path, "train", 64)
 
 
 def test_write_phantom_leaves_all_or_nothing(tmp_path, phantom_folder):

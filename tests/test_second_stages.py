@@ -131,10 +131,10 @@ def test_one_file_is_enough_to_sample(script, name, trained, run_main, monkeypat
     assert run_main(script, *flags, "--name", "model_ckpt/mine/model.safetensors", "--out", "named")[0] == 0
     status, out, _ = run_main(script, *flags)  # nothing was trained here
     assert status == 0 and "sampling the released weights" in out
-    here = {file.name: file.read_bytes() for file in (trained / "here").iterdir()}
+    here = {file.name: file.read_bytes() for file in (trained / "here").glob("[!.]*")}
     assert len(here) == 20 + 6
     for folder in ("mine_vis/samples", "named", f"{name}_vis/samples"):
-        assert here == {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        assert here == {file.name: file.read_bytes() for file in Path(folder).glob("[!.]*")}
 
 
 def test_what_does_not_fit_is_one_line(script, name, trained, refused, heads_folder, first_stage, tiny_sizes):

@@ -5,7 +5,9 @@ import io
 import math
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,3 +156,21 @@ def test_command_turns_what_a_user_can_mend_into_one_line(capsys):
     assert ends(KeyboardInterrupt()) == 130
     with pytest.raises(ZeroDivisionError):  # a bug is not hidden
         util.command(lambda: 1 / 0)
+
+
+def test_a_folder_belongs_to_one_process_as_long_as_that_runs(tmp_path):
+    """The second is told whose it is; when the first is killed, nothing is left in the way."""
+    folder, wait = tmp_path / "run", "import sys, time, util; from pathlib import Path; util.own(Path(sys.argv[1])); "
+    command = [sys.executable, "-c", wait + "print('mine', flush=True); time.sleep(60)", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(util.__file__).parent) as first:
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(util.UserError, match=f"belongs to process {first.pid} on .*wait for it"):
+            util.own(folder)
+        first.kill()
+    util.own(folder)
+    util.own(folder)  # it is ours already
+    assert (folder / util.OWNER).read_text().startswith(f"process {os.getpid()} ")
+    (folder / "result").touch()
+    assert util.holds_anything(folder)
+    util.disown()
+    assert {file.name for file in folder.iterdir()} == {"result", util.LOCK}

@@ -43,14 +43,25 @@ def load_checkpoint(path: Path, script: str) -> dict:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> None:
-    """Writes a safetensors file whose metadata holds `description` (JSON values: the model's kind, keywords, ...)."""
+    """Writes a safetensors file whose metadata holds `description` (JSON values: the model's kind, keywords, ...).
+
+    Raises UserError, and writes nothing, where a weight is not finite.
+    """
+    if broken := not_finite(weights):
+        raise UserError(f"{broken} is not finite any more, so {path} is not written; train with another --name and a "
+                        "lower --learning-rate, or --precision fp32")  # fmt: skip
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     metadata = {"project": "stable-diffusion-on-oasis", "description": json.dumps(description)}
     util.write_file(path, safetensors.torch.save(weights, metadata))
 
 
+def not_finite(weights: dict[str, Tensor]) -> str:
+    """The name of a tensor that is not finite; none is an empty one."""
+    return next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), "")
+
+
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Reads (weights, description) from a file of save_weights. Raises UserError when it is not one."""
+    """Reads (weights, description) from a file of save_weights. Raises UserError when it is not one, or not finite."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -65,7 +76,14 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{path} was not written by this project; give a model.safetensors from model_ckpt/ or pretrained/"
         )
-    return weights, json.loads(metadata["description"])
+    try:
+        description = json.loads(metadata["description"])
+        description["kind"], description["model_kwargs"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not say which model it is of; train it anew, or copy it again") from None
+    if broken := not_finite(weights):
+        raise UserError(f"{path}: {broken} is not finite; train it anew, or copy it again")
+    return weights, description
 
 
 def run_weights(name: str) -> Path:

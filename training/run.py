@@ -16,6 +16,7 @@ the checkpoint holds all that changes.
 
 import argparse
 import copy
+import itertools
 import math
 import signal
 import sys
@@ -39,6 +40,7 @@ from util import UserError
 
 REPORTS = 10  # of a phase, each with validation, pictures and a checkpoint
 LINES = 10  # of the log from report to report
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SAVE_MINUTES = 10  # after so many a checkpoint is written between reports too
 
 
@@ -48,15 +50,18 @@ def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float
     return ramp * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
-def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite."""
+def check_finite(losses: dict[str, Tensor], step: int, checkpoint: Path | None = None) -> None:
+    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite.
+
+    `checkpoint` is a file of before, if there is one.
+    """
     if torch.isfinite(torch.stack([value.detach().float() for value in losses.values()])).all():
         return
     for name, value in losses.items():
         if not torch.isfinite(value):
             raise UserError(
-                f"{name} became {value.item()} at step {step}; the last checkpoint is good: "
-                "run the same command with another --name and a lower --learning-rate, or --precision fp32"
+                f"{name} became {value.item()} at step {step}; run the same command with another --name and a lower "
+                "--learning-rate, or --precision fp32" + (f" ({checkpoint} is of before)" if checkpoint else "")
             )
 
 
@@ -134,6 +139,9 @@ class Run:
         self.checkpoint = Path("model_ckpt") / args.name / f"{phase}.pt"
         self.weights = self.checkpoint.with_name("model.safetensors")
         self.data = {split: slices.describe() for split, slices in data.items()}
+        for a, b in itertools.combinations(data, 2):
+            if self.data[a]["digest"] == self.data[b]["digest"]:
+                raise UserError(f"{a} and {b} are the same slices; python dataset.py FOLDER lists what they share")
         check_same_data(args.name, self.data)
         state = load_checkpoint(self.checkpoint, args.script) if self.checkpoint.exists() else None
         if state and state["built_on"] != built_on:
@@ -164,7 +172,8 @@ class Run:
         self.logger = Logger(args.name, record, step=known, every=max(1, report_every // LINES), quiet=self.rank > 0)
         if state:
             self.logger.load_state_dict(state["log"])
-        self.interrupted = self.stopping = False  # by a signal to this process; all processes, after this step
+        self.interrupted = 0  # the number of the signal that this process got
+        self.stopping = False  # all processes, after this step
         self.saved = self.stepped = time.monotonic()
         self.spent = {"steps": 0.0, "reports and checkpoints": 0.0}  # seconds
         self.shown = None  # the loss of the last step
@@ -185,9 +194,11 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are still to be done, counted from 0 in this phase, each with seeds and learning rate set.
 
-        Ctrl-C, SIGTERM and --minutes end it after a whole step; a second Ctrl-C ends it at once.
+        Ctrl-C, SIGTERM, a closed terminal and --minutes end it after a whole step; a second Ctrl-C ends it at once.
         """
-        previous = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        # nohup has SIGHUP ignored, and so it stays
+        heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+        previous = {s: signal.signal(s, self._note_signal) for s in heard}
         title = self.args.name if self.phase == "last" else f"{self.args.name}, {self.phase}"
         try:
             left = range(self.done, self.total)
@@ -211,7 +222,7 @@ class Run:
     def _note_signal(self, signum, frame) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = signum
         tqdm.write("stopping after this step and saving; Ctrl-C again stops at once")
 
     def _loss_in_words(self) -> str:
@@ -250,7 +261,8 @@ class Run:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(moving, 1.0)
         # with a scaler an infinite gradient is nothing bad: the step is left out, and the scale halved
-        check_finite(losses if self.scaler.is_enabled() else losses | {"gradient": norm}, self.before + self.step)
+        watched = losses if self.scaler.is_enabled() else losses | {"gradient": norm}
+        check_finite(watched, self.before + self.step, self.checkpoint if self.checkpoint.is_file() else None)
         for optimizer in optimizers:
             self.scaler.step(optimizer)
 
@@ -301,11 +313,12 @@ class Run:
         return {"step": self.before + self.done, "preset": self.args.preset, "data": self.data["train"]}
 
     def finish(self) -> nn.Module:
-        """The averaged model. Exits where the run was stopped: status 130 after a signal, 0 after the time limit."""
+        """The averaged model. Exits where the run was stopped: 128 + the number of a signal, 0 at the time limit."""
         interrupted = util.any_process(self.interrupted)  # perhaps in the last step, or in its report
+        signum = self.interrupted or signal.SIGINT
         if interrupted or (self.stopping and self.done < self.total):
             print(f"stopped after {self.before + self.done} steps; the same command continues")
-            sys.exit(130 if interrupted else 0)
+            sys.exit(128 + signum if interrupted else 0)
         return self.ema
 
     def say_where(self) -> None:

@@ -113,17 +113,23 @@ class Flags:
 # --------------------------------------------------------------------------------------------------- opening a run
 
 
+def has_saved(name: str) -> bool:
+    """Whether run `name` has written a checkpoint or weights."""
+    folder = Path("model_ckpt") / name
+    return any((*folder.glob("*.pt"), *folder.glob("*.safetensors")))
+
+
 def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
-    """The recorded settings of run `name`, None if there is no such run.
+    """The recorded settings of run `name`, None if there is no such run or it has saved nothing yet.
 
     Raises UserError when log/NAME belongs to something else or a typed setting contradicts the run.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"--name {name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis")
     log = Path("log") / name
     if not (log / "run.json").is_file():
         for folder in (log, Path("model_ckpt") / name):
-            if folder.exists() and any(folder.iterdir()):
+            if folder.exists() and util.holds_anything(folder):
                 raise UserError(
                     f"{folder} is not empty and no run of ours (log/{name}/run.json is missing); "
                     "choose another --name or remove the folder"
@@ -136,6 +142,8 @@ def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
         raise UserError(f"{log}/run.json is no description of a run; choose another --name or remove {log}") from None
     if owner != flags.script:
         raise UserError(f"{log} is a run of {owner}; choose another --name")
+    if not has_saved(name):
+        return None  # it failed before its first checkpoint, perhaps because of its settings
     for flag, value in typed.items():
         value = list(value) if isinstance(value, tuple) else value
         if flag not in flags.one_start | flags.changeable and flag in settings and settings[flag] != value:
@@ -154,9 +162,10 @@ def open_run(
     Args:
         args, typed: from Flags.parse; args.name is set.
         default_preset: gives the default of --preset for a new run.
-    Raises UserError as read_run.
+    Raises UserError as read_run, and where another process trains the run.
     """
     recorded = read_run(flags, args.name, typed)
+    util.own(Path("model_ckpt") / args.name)
     if recorded is None:
         recorded = {"preset": args.preset or default_preset(args)}
     elif unknown := recorded.keys() - vars(args).keys():
@@ -193,7 +202,7 @@ def describe_run(args: argparse.Namespace, data: dict, **more) -> dict:
 def check_same_data(name: str, data: dict[str, dict]) -> None:
     """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}."""
     path = Path("log") / name / "run.json"
-    recorded = json.loads(path.read_text())["data"] if path.is_file() else data
+    recorded = json.loads(path.read_text())["data"] if path.is_file() and has_saved(name) else data
     for split in data:
         if recorded[split]["digest"] != data[split]["digest"]:
             raise UserError(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+import util
 from heads.layout import list_slices, read_png
 from heads.phantom import phantom_case
 from pictures import volume
@@ -175,23 +176,38 @@ def test_write_brain_returns_what_it_wrote(head, count, tmp_path):
     assert np.array_equal(np.asanyarray(nibabel.load(files[-1]).dataobj).transpose(2, 0, 1), slices)
 
 
-def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path, capsys):
-    """More brains of the same weights join those there; those of others move aside, and nothing is lost."""
-    slices, out = small(head, 64), tmp_path / "samples"
+def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):
+    """More brains of the same weights join those there; for those of others the next folder is taken."""
+    slices, out = small(head, 64), Path("run_vis/samples")
     for i in (0, 1):
+        assert volume.samples_folder("run", {"weights": "a", "seed": 0}) == out
         volume.Samples(out, {"weights": "a", "seed": 0}).add(i, slices, f"brain {i}", "a head", {"age": str(60 + i)})
+        util.disown()
     assert json.loads((out / "samples.json").read_text())["brains"] == {"0": {"age": "60"}, "1": {"age": "61"}}
-    before = {path.name for path in out.iterdir()}
-    assert len(before) == 2 * (4 + 32) + 1 and "held" not in capsys.readouterr().out
-    for other in ("b", "c"):
-        volume.Samples(out, {"weights": other, "seed": 0}).add(3, slices, "brain 3", "a head")
-        assert "it is now" in capsys.readouterr().out
-        assert {path.name[:9] for path in out.iterdir()} == {"brain_003", "case_003_", "samples.j"}
-    assert {path.name for path in (tmp_path / "samples_1").iterdir()} == before
-    assert json.loads((tmp_path / "samples_2/samples.json").read_text())["made_by"]["weights"] == "b"
-    volume.Samples(Path("."), {"weights": "a"})
-    with pytest.raises(UserError, match="choose another --out"):
-        volume.Samples(Path("."), {"weights": "b"})
+    before = {path: path.read_bytes() for path in sorted(out.iterdir())}
+    assert len(before) == 2 * (4 + 32) + 1 + 1  # and the lock
+    for n, other in enumerate("bc", 1):
+        with pytest.raises(UserError, match="brains of other weights or settings; choose another --out"):
+            volume.Samples(out, {"weights": other, "seed": 0})
+        free = volume.samples_folder("folder/run.safetensors", {"weights": other, "seed": 0})
+        assert free == out.with_name(f"samples_{n}")
+        volume.Samples(free, {"weights": other, "seed": 0}).add(3, slices, "brain 3", "a head")
+    assert {path: path.read_bytes() for path in sorted(out.iterdir())} == before
+
+
+def test_no_file_of_anybody_is_touched(head, tmp_path):
+    """A folder that holds anything but samples is refused, however it looks; an empty one is not."""
+    for file in ("case_000_slice_0.nii.png", "thesis.txt", "inner/.hidden"):
+        mine = tmp_path / f"mine_{len(file)}" / file
+        mine.parent.mkdir(parents=True)
+        mine.write_bytes(b"mine")
+        with pytest.raises(UserError, match="no samples of ours; choose another --out"):
+            volume.Samples(mine.parents[file.count("/")], {"weights": "a"})
+        assert [path for path in (tmp_path / f"mine_{len(file)}").rglob("*") if path.is_file()] == [mine]
+    with pytest.raises(UserError, match="no samples of ours"):
+        volume.Samples(mine, {"weights": "a"})  # a file
+    (tmp_path / "empty").mkdir()
+    volume.Samples(tmp_path / "empty", {"weights": "a"})
     Path("samples.json").write_text("[]")
     with pytest.raises(UserError, match="no record of samples"):
         volume.Samples(Path("."), {"weights": "a"})

@@ -66,7 +66,7 @@ def test_load_weights_refuses_what_is_not_ours(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match="does not exist"):
         checkpoints.load_weights(path)
-    checkpoints.save_weights(path, {"w": torch.randn(50)}, {"kind": "vae"})
+    checkpoints.save_weights(path, {"w": torch.randn(50)}, {"kind": "vae", "model_kwargs": {}})
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:20], b"", b"hello", bytes(100)):
         path.write_bytes(content)

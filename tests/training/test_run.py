@@ -63,7 +63,7 @@ def train(*typed, **options) -> Run:
         if run.update({"loss": loss}, {"loss": 1.0}):
             if run.report_due:
                 run.report({"validate/loss": float(loss.detach())})
-            save_weights(run.weights, run.ema.state_dict(), {"kind": "line"} | run.described())
+            save_weights(run.weights, run.ema.state_dict(), {"kind": "line", "model_kwargs": {}} | run.described())
             run.save()
     run.finish()
     return run
@@ -156,6 +156,11 @@ def test_every_optimiser_that_is_kept_has_the_rate_of_the_step():
     assert read_log(Path("log/line"))[-1]["learning_rate"] == pytest.approx(rate, rel=1e-6)
 
 
+def test_splits_of_the_same_slices_are_refused():
+    with pytest.raises(UserError, match="train and validate are the same slices"):
+        Run(parse(), Line(), data={"train": Data(), "validate": Data()}, steps=3)
+
+
 def test_phases_go_on_counting():
     """Seeds and log of the second phase follow those of the first; the rate begins anew."""
     drawn = {}
@@ -183,14 +188,14 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(straight, di
 
 
 @pytest.mark.parametrize("step", [3, 10])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_a_whole_step(straight, differences, at_step, tmp_path, capsys, step, number):
     """The step is completed and saved, also where it was the last; and the old handlers come back."""
     at_step(step, lambda: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         train()
-    assert stop.value.code == 130 and signal.getsignal(number) is before
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
     assert f"stopped after {step} steps; the same command continues" in capsys.readouterr().out
     assert train().done == 10
     assert differences(straight, "line", tmp_path, "line") == []
@@ -267,12 +272,12 @@ def test_a_run_may_go_on_at_a_device_with_another_precision(monkeypatch, first, 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(precision, monkeypatch):
     with pytest.raises(SystemExit):
         train(*ONE_STEP, "--precision", precision)
-    before = {path: path.read_bytes() for path in Path("model_ckpt/line").iterdir()}
+    before = {path: path.read_bytes() for path in Path("model_ckpt/line").glob("[!.]*")}
     monkeypatch.setattr(Line, "forward", lambda self, x: self.line(x).mean() * math.nan)
     with pytest.raises(UserError, match="loss became nan at step 1") as error:
         train("--precision", precision)
     assert "\n" not in str(error.value)
-    assert {path: path.read_bytes() for path in Path("model_ckpt/line").iterdir()} == before and len(before) == 2
+    assert {path: path.read_bytes() for path in Path("model_ckpt/line").glob("[!.]*")} == before and len(before) == 2
 
 
 def test_a_gradient_that_is_not_finite_is_one_too(monkeypatch):

@@ -27,7 +27,8 @@ def start(*typed: str, preset: str = "demo", flags: Flags | None = None) -> argp
 
 
 def record(args: argparse.Namespace) -> None:
-    """Writes run.json as a run does."""
+    """Writes run.json as a run does, and stands for its first checkpoint, before which settings may change."""
+    util.write_file(Path("model_ckpt/run/last.pt"), b"")
     util.write_file(Path("log/run/run.json"), json.dumps(describe_run(args, {})).encode())
 
 
@@ -102,6 +103,15 @@ def test_a_contradiction_is_refused_in_one_line(flag, value):
     assert flag in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_run_that_has_saved_nothing_may_be_started_with_other_settings():
+    """As after "out of memory; choose a smaller --batch-size"."""
+    record(start("--batch-size", 64))
+    with pytest.raises(UserError, match="contradicts"):
+        start("--batch-size", 8)
+    Path("model_ckpt/run/last.pt").unlink()
+    assert start("--batch-size", 8).batch_size == 8
+
+
 def test_a_run_of_something_else_is_refused():
     """Of another script or version, a log that describes nothing, and folders that somebody else filled."""
     record(start())
@@ -120,7 +130,7 @@ def test_a_run_of_something_else_is_refused():
     util.write_file(Path("model_ckpt/fresh/thesis.txt"), b"precious")
     with pytest.raises(UserError, match="model_ckpt/fresh"):
         start("--name", "fresh")
-    for name in ("../elsewhere", "a/b", "/tmp"):  # --name is no path: it becomes part of three
+    for name in ("../elsewhere", "a/b", "/tmp", "..", ".", ""):  # --name is no path: it becomes part of three
         with pytest.raises(UserError, match="--name"):
             start("--name", name)
 
@@ -164,7 +174,7 @@ def test_flags_of_one_start_and_of_sampling_are_neither_recorded_nor_inherited()
     assert recorded().keys() == vars(flags.parser.parse_args([])).keys() - flags.one_start
     again = start()
     assert again.minutes is None and not again.compile
-    shutil.rmtree("log")
+    shutil.rmtree("log"), shutil.rmtree("model_ckpt")
     flags = toy()
     args = start("--colour", "blue", "--brains", 2, flags=flags)
     record(args)
