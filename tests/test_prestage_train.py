@@ -162,7 +162,7 @@ def test_a_run_stopped_after_every_step_is_the_same(train, straight, differences
 
 @pytest.mark.parametrize("step", [3, 4, 7, 11])
 def test_a_signal_ends_a_run_after_a_whole_step(train, straight, differences, phases_of_four, at_step, tmp_path, step):
-    """A VQ-VAE in any phase, and in the last step of one: saved, status 128 + the signal, and the same command continues."""
+    """A VQ-VAE in any phase, and in the last step of one: saved, status 128 + signal; the same command continues."""
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM if step == 7 else signal.SIGINT))
     flags = ("--name", "run", "--steps", 12)
     assert f"stopped after {step} steps; the same command continues" in train(*flags, status=143 if step == 7 else 130)
