@@ -29,7 +29,16 @@ from torch import Tensor
 
 import util
 from heads import layout
-from heads.layout import MASK_VALUES, SPLITS, has_splits, list_slices, read_slice, write_slices
+from heads.layout import (
+    MASK_VALUES,
+    MOST_SLICES,
+    SPLITS,
+    has_splits,
+    list_slices,
+    other_names,
+    read_slice,
+    write_slices,
+)
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
 from pictures import sheets
@@ -37,7 +46,6 @@ from util import UserError
 
 PHANTOM = Path("data/phantom")
 PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
-MOST_SLICES = 256  # of a brain; a larger z in a file's name is a slip
 
 
 # -------------------------------------------------------------------------------------------------------- pixel range
@@ -216,6 +224,7 @@ class Slices:
             "split": self.split,
             "slices": len(self),
             "cases": len(self.case.unique()),
+            "slices_per_brain": self.slices_per_brain,
             "image_size": self.images.shape[-1],
             "digest": self.digest,
         }
@@ -382,6 +391,7 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     if per_brain:
         report.append(f"most brains have {per_brain} slices, z = 0..{per_brain - 1}")
     for split, files in files_of.items():
+        problems += _some(f"{split}: files whose names are not case_NNN_slice_Z.nii.png", other_names(folder, split))
         if not files:
             (problems if split != "test" else report).append(f"{split}: no images")
             continue
@@ -389,41 +399,88 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
         seen = Counter((case, z) for case, z, _ in files)
         missing = [f"case {c} slice {z}" for c in cases for z in range(per_brain) if (c, z) not in seen]
         extra = [f"case {c} slice {z}" for (c, z), n in sorted(seen.items()) if n > 1 or z >= per_brain]
-        readable, unreadable = _read_all(files, f"reading {split}")
-        images = [image for image, _ in readable]
-        sizes = Counter(f"{i.shape[1]}x{i.shape[0]}" for i in images)
-        lit = [i for i in images if i.any()]
-        copies = _identical(readable, seen_pictures)
+        looks = Looks(files, f"reading {split}", seen_pictures)
         report.append(
-            f"{split}: {len(files)} images of {len(cases)} brains, {dict(sizes)}, 8-bit grey, "
+            f"{split}: {len(files)} images of {len(cases)} brains, {dict(looks.sizes)}, 8-bit grey, "
             f"{len(files) / len(cases):.1f} slices per brain"
         )
-        if images:
-            count, grey = sum(np.bincount(i.ravel(), minlength=256) for i in images), np.arange(256)
-            mean = float((count * grey).sum() / count.sum())
-            sd = float((count * (grey - mean) ** 2).sum() / count.sum()) ** 0.5
-            report.append(
-                f"  brightness: mean {mean:.1f}, sd {sd:.1f}, black {count[0] / count.sum():.0%}, "
-                f"maximum 255 in {np.mean([i.max() == 255 for i in images]):.0%} of the slices"
-            )
-            if lit and all(np.isin(i, MASK_VALUES).all() for i in lit[:: max(1, len(lit) // 32)]):
-                problems.append(
-                    f"{split}: the images hold only 0, 85, 170, 255; these are masks under the images' names"
-                )
-            if len(lit) < len(images):
-                problems.append(f"{split}: {len(images) - len(lit)} images are entirely black")
-            if len(sizes) > 1 or images[0].shape[0] != images[0].shape[1]:
-                problems.append(f"{split}: images should be squares of one size, not {dict(sizes)}")
+        if looks.read:
+            report.append("  " + looks.brightness())
+            problems += [f"{split}: {problem}" for problem in looks.problems()]
         problems += _some(f"{split}: missing", missing)
         problems += _some(f"{split}: double or out of 0..{per_brain - 1}", extra)
-        problems += _some(f"{split}: unreadable", unreadable) + _some(f"{split}: identical pictures", copies)
+        problems += _some(f"{split}: unreadable", looks.unreadable)
+        problems += _some(f"{split}: identical pictures", looks.copies)
         report_masks, problem_masks = _check_masks(folder, split, files)
         report += report_masks
         problems += problem_masks
     for a, b in itertools.combinations(files_of, 2):
         both = {case for case, _, _ in files_of[a]} & {case for case, _, _ in files_of[b]}
         problems += _some(f"cases in both {a} and {b}", [str(case) for case in sorted(both)])
+    if table := people_table(folder):
+        try:
+            report.append(f"people: {table} tells of {len(read_people(table))}")
+        except UserError as error:
+            problems.append(str(error))
     return report, problems
+
+
+class Looks:
+    """What pictures look like, of files (case, z, path), read one by one, so that memory stays small.
+
+    Attributes: read, how many could be; sizes {"WxH": how many}; grey [256], how many pixels have each grey level;
+    maxima [256], how many pictures have each as their brightest; labels, whether all pictures hold mask values alone;
+    unreadable and copies, a line on each. `seen` is kept from split to split: copies across splits are the worst.
+    """
+
+    def __init__(self, files: list[tuple[int, int, Path]], title: str, seen: dict[bytes, Path] | None = None):
+        self.sizes, self.unreadable, self.copies, self.wrong = Counter(), [], [], []
+        self.grey, self.maxima, self.read = np.zeros(256, np.int64), np.zeros(256, np.int64), 0
+        for _, _, path in util.progress(files, title, unit="slices"):
+            try:
+                image = read_slice(path)
+            except UserError as error:
+                self.unreadable.append(str(error).split(";")[0])
+                continue
+            self.read += 1
+            count = np.bincount(image.ravel(), minlength=256)
+            self.sizes[f"{image.shape[1]}x{image.shape[0]}"] += 1
+            self.grey += count
+            self.maxima[count.nonzero()[0].max(initial=0)] += 1
+            if count.sum() > count[list(MASK_VALUES)].sum():
+                self.wrong.append(path.name)
+            if seen is not None:
+                kept = seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)
+                if kept is not path:
+                    place = kept.name if kept.parent == path.parent else f"{kept.parent.name}/{kept.name}"
+                    self.copies.append(f"{path.name} = {place}")
+
+    def brightness(self) -> str:
+        """A line of numbers."""
+        level = np.arange(256)
+        mean = float((self.grey * level).sum() / self.grey.sum())
+        sd = float((self.grey * (level - mean) ** 2).sum() / self.grey.sum()) ** 0.5
+        return (
+            f"brightness: mean {mean:.1f}, sd {sd:.1f}, black {self.grey[0] / self.grey.sum():.0%}, "
+            f"maximum 255 in {self.maxima[255] / self.read:.0%} of the slices"
+        )
+
+    def problems(self) -> list[str]:
+        """What is wrong with images; as many grey levels as 8 bits have, and black exactly black, are right."""
+        found, brightest = [], int(self.maxima.nonzero()[0].max())
+        if black := int(self.maxima[0]):
+            found.append(f"{black} images are entirely black")
+        if brightest and not self.wrong:
+            found.append("the images hold only 0, 85, 170, 255; these are masks under the images' names")
+        elif 0 < brightest < 64:
+            found.append(f"no pixel is brighter than {brightest} of 255: were grey levels scaled to 0..{brightest}?")
+        if self.grey[1:5].sum() > 0.1 * self.grey.sum():
+            found.append(f"{self.grey[1:5].sum() / self.grey.sum():.0%} of the pixels have grey 1 to 4, as after JPEG "
+                         "compression: the background should be exactly 0")  # fmt: skip
+        width, _, height = next(iter(self.sizes)).partition("x")
+        if len(self.sizes) > 1 or width != height:
+            found.append(f"images should be squares of one size, not {dict(self.sizes)}")
+        return found
 
 
 def _files_of_splits(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
@@ -449,37 +506,18 @@ def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list
         seg_files = list_slices(folder, split, "seg")
     except UserError:
         return [f"  {split}: no masks (brain scores need them, training does not)"], []
-    readable, unreadable = _read_all(seg_files, f"reading masks of {split}")
-    masks = [mask for mask, _ in readable]
-    wrong = [path.name for mask, path in readable if not np.isin(mask, MASK_VALUES).all()]
+    looks = Looks(seg_files, f"reading masks of {split}")
     orphans = [f"case {c} slice {z}" for c, z in sorted({f[:2] for f in files} ^ {f[:2] for f in seg_files})]
-    brain = np.mean([np.mean(m > 0) for m in masks]) if masks else 0
+    brain = looks.grey[1:].sum() / max(1, looks.grey.sum())
+    names = other_names(folder, split, "seg")
     return (
         [f"  masks: {len(seg_files)}, brain is {brain:.0%} of the picture"],
-        _some(f"{split}: unreadable masks", unreadable)
-        + _some(f"{split}: masks with other values", wrong)
-        + _some(f"{split}: image without mask or mask without image", orphans),
+        _some(f"{split}: unreadable masks", looks.unreadable)
+        + _some(f"{split}: masks with values other than {', '.join(map(str, MASK_VALUES))}", looks.wrong)
+        + _some(f"{split}: image without mask or mask without image", orphans)
+        + _some(f"{split}: files whose names are not seg_NNN_slice_Z.nii.png", names)
+        + ([f"{split}: all masks are empty"] if looks.read and not brain else []),
     )
-
-
-def _read_all(files: list[tuple[int, int, Path]], title: str) -> tuple[list[tuple[np.ndarray, Path]], list[str]]:
-    """[(picture, file)] of the files that can be read, and a line on each of the others."""
-    readable, unreadable = [], []
-    for _, _, path in util.progress(files, title, unit="slices"):
-        try:
-            readable.append((read_slice(path), path))
-        except UserError as error:
-            unreadable.append(str(error).split(";")[0])
-    return readable, unreadable
-
-
-def _identical(readable: list[tuple[np.ndarray, Path]], seen: dict[bytes, Path]) -> list[str]:
-    """A line on each pair of equal pictures. `seen` is kept from split to split: copies across splits are the worst."""
-    return [
-        f"{path.name} = {kept.name if kept.parent == path.parent else f'{kept.parent.name}/{kept.name}'}"
-        for image, path in readable
-        if (kept := seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)) is not path
-    ]
 
 
 def _some(what: str, items: list[str]) -> list[str]:

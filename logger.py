@@ -135,7 +135,10 @@ def read_log(folder: Path) -> list[dict]:
         records = [json.loads(line) for line in lines[:-1]] + [
             json.loads(line) for line in lines[-1:] if line[-1:] == "}"
         ]
+        # a scalar that a line does not have is null where the log went through another program
+        records = [{name: value for name, value in record.items() if value is not None} for record in records]
         valid = all({"step", "seconds"} < record.keys() for record in records)
+        valid &= all(isinstance(value, int | float) for record in records for value in record.values())
     except (ValueError, AttributeError):
         valid = False
     if not valid:

@@ -21,6 +21,7 @@ from util import UserError
 
 SPLITS = ("train", "validate", "test")
 RELEASE_FOLDER = "keras_png_slices_data"
+MOST_SLICES = 256  # of a brain; a larger z in a file's name is a slip
 MASK_VALUES = (0, 85, 170, 255)  # no brain, cerebrospinal fluid, grey matter, white matter
 # Rows and columns of the 256x256 picture that hold every head of the release, [40:216, 24:232], and a margin of 8
 # pixels around them for augmentation.
@@ -35,10 +36,13 @@ def read_png(path: Path) -> np.ndarray:
                 kind = {"I;16": "16-bit grey", "I": "32-bit grey", "RGB": "colour"}.get(picture.mode, picture.mode)
                 raise UserError(f"{path} is {kind}, not 8-bit grey; convert it to one 8-bit channel")
             return np.asarray(picture)
-    except (OSError, SyntaxError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder may find in a file: it is one file that cannot be read
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} cannot be read as PNG ({error}); copy it again from the release") from None
+        words = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} cannot be read as PNG ({words}); copy it again from the release") from None
 
 
 class Layout(NamedTuple):
@@ -85,6 +89,16 @@ def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int,
         if slices := sorted((int(match[1]), int(match[2]), path) for match, path in matches if match):
             return slices
     raise UserError(f"{parts[0]} has no {kind}_NNN_slice_Z.nii.png; python dataset.py {folder} tells what is there")
+
+
+def other_names(folder: Path, split: str, kind: str = "case") -> list[str]:
+    """The files in the folders of a split that list_slices does not take, hidden ones aside."""
+    divided, found = has_splits(folder), []
+    for layout in LAYOUTS if divided else ():  # a folder of samples has sheets and volumes beside its slices
+        part = folder / layout.folders[kind].format(split=split)
+        names = (path.name for path in sorted(part.glob("[!.]*")))
+        found += [name for name in names if not re.fullmatch(layout.names[kind], name)]
+    return found
 
 
 def read_slice(path: Path) -> np.ndarray:

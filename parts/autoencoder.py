@@ -8,11 +8,13 @@ the best linear block codec ends.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.layout import MOST_SLICES
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
 from parts.grain import Grain, noise_of_slices
 
@@ -187,12 +189,23 @@ class Autoencoder(nn.Module):
                 self.perceptual = Decoder(latent_channels, *self.sizes)
                 self.grain = Grain(widths[0], patch) if grain else None
             self.start_perceptual()
-        self.decoder_in_use = "fidelity"
+        self.decoder_in_use, self.frozen, self.slices_per_brain = "fidelity", False, MOST_SLICES
         self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_sd", torch.ones(latent_channels, 1, 1))
 
     # ---- two decoders, three parts to train
+
+    def freeze(self) -> None:
+        """From now on nothing changes: no gradients, and evaluation mode, whatever train() of a module around it says.
+
+        In training mode a forward pass alone would move a codebook. What is given to a frozen first stage is checked.
+        """
+        self.frozen = True
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
 
     def use_decoder(self, name: str) -> None:
         """Lets "fidelity" or "perceptual" decode from now on. Raises ValueError where there is no such decoder."""
@@ -373,15 +386,23 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 "this first stage only decodes: its encoder was left out; load the file of the first stage"
             )
-        if x.shape[1:] != (1, self.image_size, self.image_size) or z.shape != x.shape[:1]:
-            raise ValueError(
-                f"x must be [B, 1, {self.image_size}, {self.image_size}] and z [B], "
-                f"not {list(x.shape)} and {list(z.shape)}"
-            )
+        self._check_grid("x", x, (1, self.image_size, self.image_size), z)
+        if self.frozen and not -1.001 <= float(x.amin()) <= float(x.amax()) <= 1.001:  # also where one is NaN
+            raise ValueError(f"x must lie in [-1, 1], not {float(x.amin()):g} to {float(x.amax()):g}; dataset.to_float "
+                             "makes it of pixels 0 to 255")  # fmt: skip
 
     def _check_grid(self, name: str, grid: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
+        """Raises ValueError unless shape and types are right: float32, or int64 of codes, and z int64 from 0 on."""
         if grid.shape[1:] != shape or z.shape != grid.shape[:1]:
             raise ValueError(
                 f"{name} must be [B, {', '.join(map(str, shape))}] and z [B], "
                 f"not {list(grid.shape)} and {list(z.shape)}"
             )
+        wanted = torch.int64 if name.startswith("idx") else torch.float32
+        if grid.dtype != wanted or z.dtype != torch.int64 or self.latent_mean.dtype != torch.float32:
+            raise ValueError(f"{name} must be {wanted}, z int64 and weights float32, not {grid.dtype}, {z.dtype} and "
+                             f"{self.latent_mean.dtype}; for half precision use torch.autocast")  # fmt: skip
+        if self.frozen and not 0 <= int(z.min()) <= int(z.max()) < self.slices_per_brain:
+            raise ValueError(f"z must be slices 0 to {self.slices_per_brain - 1}, not {int(z.min())} to {int(z.max())}")
+        if self.frozen and wanted == torch.float32 and not torch.isfinite(grid).all():
+            raise ValueError(f"{name} is not finite")

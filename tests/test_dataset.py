@@ -252,7 +252,7 @@ def plant(folder: Path, defect: str) -> str:
         case "images as masks":
             for path in train.iterdir():
                 shutil.copy(path, masks / path.name.replace("case", "seg"))
-            return "masks with other values"
+            return "masks with values other than 0, 85"
         case "wrong size":
             save(test / "case_003_slice_0.nii.png", np.ones((64, 60), np.uint8))
             return "60x64"
@@ -262,6 +262,25 @@ def plant(folder: Path, defect: str) -> str:
         case "missing mask":
             (masks_of_test / "seg_003_slice_0.nii.png").unlink()
             return "case 3 slice 0"
+        case "grey of 0 and 1":
+            for path in train.iterdir():
+                save(path, (read_png(path) > 128).astype(np.uint8))
+            return "no pixel is brighter than 1 of 255"
+        case "JPEG's background":
+            for path in train.iterdir():
+                save(path, np.where(read_png(path) < 128, read_png(path) % 4, read_png(path)).astype(np.uint8))
+            return "of the pixels have grey 1 to 4"
+        case "other names":
+            number_7.rename(train / "case_001_slice_7.png")
+            number_8.rename(train / "case_001_slice_8.nii.PNG")
+            return "case_NNN_slice_Z.nii.png (2): case_001_slice_7.png, case_001_slice_8.nii.PNG"
+        case "empty masks":
+            for path in masks_of_test.iterdir():
+                save(path, np.zeros((64, 64), np.uint8))
+            return "test: all masks are empty"
+        case "damaged table":
+            (folder / PEOPLE_TABLE).write_text("ID,M/F\nOAS1_0001_MR1,F\n")
+            return "has no columns ID"
         case "no training images":
             shutil.rmtree(train)
             return "train: no images"
@@ -282,6 +301,7 @@ def plant(folder: Path, defect: str) -> str:
 
 DEFECTS = ["missing slice", "extra slice", "duplicate picture", "truncated PNG", "16 bits", "colour"]
 DEFECTS += ["case in two splits", "masks as images", "images as masks", "wrong size", "black picture", "missing mask"]
+DEFECTS += ["grey of 0 and 1", "JPEG's background", "other names", "empty masks", "damaged table"]
 DEFECTS += ["no training images"]
 FAULTS = ["missing folder", "empty folder", "truncated PNG", "16 bits", "colour", "odd number"]
 FAULTS += ["wrong size in training", "swapped"]

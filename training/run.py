@@ -248,7 +248,13 @@ class Run:
             self.peak = step_bytes(self.model, args, kwargs, self.autocast)
             free = f" of {in_words(util.device_memory(self.device))}"
             print(f"memory: about {in_words(self.peak)}{free} for a step; --batch-size lowers it", flush=True)
-        return self._network(*args, **kwargs)
+        try:
+            return self._network(*args, **kwargs)
+        except Exception as error:
+            if self.args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                words = " ".join(str(error).split())[:100]
+                raise UserError(f"--compile does not work here ({words}); leave the flag out") from None
+            raise
 
     def descend(self, losses: dict[str, Tensor], total: Tensor, network: nn.Module, *optimizers) -> None:
         """One step of optimisers down the gradient of `total`, made of `losses`; clipped to norm 1, all finite."""

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset import Slices
+from heads.layout import MOST_SLICES
 from model_VAE import MODELS
 from parts.autoencoder import Autoencoder
 from training.checkpoints import digest_of, fill_model, find_weights, load_weights, part_of, save_weights
@@ -35,6 +37,16 @@ def load_first_stage(
     return build_first_stage(description, weights, path, decoder).to(device)
 
 
+def check_brains(first_stage: Autoencoder, data: Slices) -> None:
+    """Raises UserError where brains have more slices than the first stage was trained for."""
+    if data.slices_per_brain > first_stage.slices_per_brain:
+        raise UserError(
+            f"{first_stage.description.get('path', 'the first stage')} was trained on brains of "
+            f"{first_stage.slices_per_brain} slices, and those of {data.folder} have {data.slices_per_brain}; "
+            "train a first stage on them"
+        )
+
+
 def preset_of_first_stage(args: argparse.Namespace) -> str:
     """The preset of a second stage, unless it is typed: that of its first."""
     return load_first_stage(args.first_stage).description["preset"]
@@ -57,7 +69,8 @@ def build_first_stage(
         model.use_decoder(decoder or ("perceptual" if model.perceptual is not None else "fidelity"))
     except ValueError as error:
         raise UserError(f"--decoder {decoder}: {error}; train one with --gan-weight above 0 ({path})") from None
-    model.eval().requires_grad_(False)
+    model.slices_per_brain = description.get("data", {}).get("slices_per_brain", MOST_SLICES)
+    model.freeze()
     return model.to(memory_format=torch.channels_last)  # convolutions run twice as fast
 
 
@@ -104,7 +117,9 @@ def _untrained(description: dict, models: dict[str, type], path: Path) -> nn.Mod
 
 def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[dict[str, Tensor], dict]:
     """Weights and description of a stage as this version names them; those of release 1 have other words for some."""
-    kwargs = dict(description["model_kwargs"])
+    kwargs, data = dict(description["model_kwargs"]), description.get("data", {})
+    if {"slices", "cases"} <= data.keys() and "slices_per_brain" not in data:
+        description = description | {"data": data | {"slices_per_brain": data["slices"] // data["cases"]}}
     if "channel_multipliers" in kwargs:
         channels, multipliers = kwargs.pop("channels"), kwargs.pop("channel_multipliers")
         kwargs["widths"] = tuple(channels * m for m in multipliers)
