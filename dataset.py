@@ -16,6 +16,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -131,10 +133,7 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
         first += number
     try:
         temporary.mkdir(parents=True)
-        # on Ctrl-C this process cleans up; the workers need not complain too
-        with ProcessPoolExecutor(
-            processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-        ) as pool:
+        with ProcessPoolExecutor(processes, initializer=_stay_with, initargs=(os.getpid(),)) as pool:
             done = pool.map(_write_phantom_case, jobs, chunksize=4)
             list(util.progress(done, "phantom", total=count, unit="heads"))
         text = f"Generated heads, no real brains. Seed {seed}, cases {cases}, {slices} slices each.\n"
@@ -146,6 +145,18 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
                 raise UserError(f"{folder} exists already; remove it or name a new folder for the phantom") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stay_with(parent: int) -> None:
+    """Begins a worker process: it leaves Ctrl-C to its parent, which cleans up, and ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_phantom_case(job: tuple[Path, str, int, int, int]) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,32 @@ def test_write_phantom_leaves_all_or_nothing(tmp_path, phantom_folder):
     with pytest.raises(UserError, match="mine"):
         dataset.write_phantom(tmp_path / "mine", {"train": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    """Even if that is killed, and cannot tell them."""
+    command = [sys.executable, dataset.__file__, str(tmp_path / "many"), "--phantom", "--cases", "999", "1", "1"]
+
+    def alive(group: int) -> list[int]:
+        fields = [path.read_text().rpartition(")")[2].split() for path in stats() if path.exists()]
+        return [f for f in fields if int(f[2]) == group and f[0] != "Z"]
+
+    def stats() -> list[Path]:
+        return list(Path("/proc").glob("[0-9]*/stat"))
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as parent:
+        until(lambda: len(alive(parent.pid)) >= 3)
+        parent.kill()
+    until(lambda: not alive(parent.pid))
+
+
+def until(happens, seconds: float = 60) -> None:
+    """Waits for something."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("slices", [20, 48])

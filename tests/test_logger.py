@@ -108,6 +108,19 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_a_damaged_one_in_the_middle_
         read_log(Path("log/run"))
 
 
+def test_null_in_a_log_is_a_scalar_that_a_line_does_not_have(clock):
+    """As other programs write it; words where a number belongs are refused."""
+    Logger("run", {}, step=0, every=1)
+    path = Path("log/run/metrics.jsonl")
+    path.write_text(
+        '{"step": 1, "seconds": 1.0, "loss": 0.9, "late": null}\n{"step": 2, "seconds": 2.0, "loss": 0.8}\n'
+    )
+    assert read_log(Path("log/run"))[0] == {"step": 1, "seconds": 1.0, "loss": 0.9}
+    path.write_text('{"step": 1, "seconds": 1.0, "loss": "high"}\n')
+    with pytest.raises(util.UserError, match="metrics.jsonl"):
+        read_log(Path("log/run"))
+
+
 def test_quiet_writes_nothing_at_all_and_pictures_are_kept_as_they_are(clock, capsys):
     pixels, log = np.arange(64, dtype=np.uint8).reshape(8, 8), Logger("run", {}, step=0, every=1, quiet=True)
     log.add(1, {"loss": 1.0}, images=1)

@@ -9,11 +9,26 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dataset import load_slices
 from heads import layout
 from heads.layout import Layout, content_box, list_slices, read_png
 from util import UserError
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_whatever_the_decoder_says_of_a_file_it_is_one_file_that_cannot_be_read(tmp_path):
+    """A picture of 400 million pixels in 50 kB, and a comment of three million letters."""
+    path, comment = tmp_path / "a.png", PngInfo()
+    Image.new("1", (20_000, 20_000)).save(path)
+    path.write_bytes(path.read_bytes())
+    comment.add_text("history", "x" * 3_000_000, zip=True)
+    for name, save in (("huge", lambda: None), ("long", lambda: Image.new("L", (8, 8)).save(path, pnginfo=comment))):
+        save()
+        with pytest.raises(UserError, match="a.png cannot be read as PNG") as error:
+            read_png(path)
+        assert "\n" not in str(error.value), name
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

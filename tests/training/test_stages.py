@@ -61,6 +61,34 @@ def test_a_saved_model_gives_identical_outputs(trained, path):
     assert load_first_stage(path).decoder_in_use == "fidelity" and not torch.equal(faithful, sharp)
 
 
+def test_a_frozen_first_stage_is_not_moved_by_a_module_around_it(path):
+    """Its train() reaches all parts of it; a forward pass in training mode would move a codebook."""
+    outer = torch.nn.ModuleDict({"mine": torch.nn.Linear(2, 2), "frozen": load_first_stage(path)}).train()
+    before = {name: tensor.clone() for name, tensor in outer["frozen"].state_dict().items()}
+    outer["frozen"](*slices(4))
+    assert outer["mine"].training and not any(module.training for module in outer["frozen"].modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in outer["frozen"].state_dict().items())
+
+
+def test_what_a_frozen_first_stage_does_not_take_is_said(path):
+    """Pixels instead of [-1, 1], bytes, halves, a z that no brain has, NaN; in words, wherever it goes in."""
+    model, (x, z) = load_first_stage(path), slices(3)
+    latent = model.encode(x, z)
+    for wrong, words in ((255 * x.abs(), "lie in .-1, 1"), (x.byte(), "float32"), (x.half(), "float32"),
+                         (x * torch.nan, "lie in|not finite")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            model.encode(wrong, z)
+    for wrong in (z - 1, z + 999, z.float()):
+        for use in (lambda z: model.encode(x, z), lambda z: model.decode(latent, z)):
+            with pytest.raises(ValueError, match="z must be slices|z int64"):
+                use(wrong)
+    for wrong in (latent.double(), latent * torch.inf):
+        with pytest.raises(ValueError, match="float32|not finite"):
+            model.decode(wrong, z)
+    with pytest.raises(ValueError, match="torch.autocast"):
+        model.bfloat16().decode(latent, z)
+
+
 def test_the_digest_of_latents_ignores_decoders_and_grain(trained):
     """Whoever learned the latents of one first stage can decode with another that differs in its decoders only."""
     before = latent_digest(trained.state_dict())
