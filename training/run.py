@@ -196,8 +196,8 @@ class Run:
 
         Ctrl-C, SIGTERM, a closed terminal and --minutes end it after a whole step; a second Ctrl-C ends it at once.
         """
-        # nohup has SIGHUP ignored, and so it stays
-        heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+        # nohup has a closed terminal ignored, and so it stays
+        heard = [s for s in STOPPING if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
         previous = {s: signal.signal(s, self._note_signal) for s in heard}
         title = self.args.name if self.phase == "last" else f"{self.args.name}, {self.phase}"
         try:

@@ -192,13 +192,26 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(straight, di
 def test_a_signal_ends_a_run_after_a_whole_step(straight, differences, at_step, tmp_path, capsys, step, number):
     """The step is completed and saved, also where it was the last; and the old handlers come back."""
     at_step(step, lambda: os.kill(os.getpid(), number))
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop:
-        train()
-    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    before, outside = signal.default_int_handler, signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train()
+        assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    finally:
+        signal.signal(number, outside)
     assert f"stopped after {step} steps; the same command continues" in capsys.readouterr().out
     assert train().done == 10
     assert differences(straight, "line", tmp_path, "line") == []
+
+
+def test_a_closed_terminal_stops_nothing_under_nohup(at_step):
+    """Which begins a process with SIGHUP ignored."""
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train().done == 10
+    finally:
+        signal.signal(signal.SIGHUP, outside)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(at_step):
