@@ -37,7 +37,7 @@ from scores.samples import load_samples
 from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
 from scores.scorer import RELEASED as RELEASED_SCORER
 from training.checkpoints import RELEASED, file_digest, load_weights, run_weights
-from training.stages import check_brains, latent_digest, load_first_stage, load_second_stage
+from training.stages import allow_brains, latent_digest, load_first_stage, load_second_stage
 from util import UserError
 
 
@@ -100,7 +100,7 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
     prior = find_prior(args.prior, model, device)
     folder = find_data(args.data)
     data = load_slices(folder, args.split, model.image_size, masks=has_masks(folder, args.split))
-    check_brains(model, data)
+    allow_brains(model, data)
     train = None if args.no_floors else load_slices(folder, "train", model.image_size)
     out = args.out or Path(model.description["path"]).parent
     out /= f"reconstruction_{args.split}{'_perceptual' if args.decoder == 'perceptual' else ''}"
@@ -131,6 +131,7 @@ def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Ten
             print(f"the encoder of {path} is not here: no heads that only went through its first stage")
             return None
         encoder = load_first_stage(digests[digest], device)
+        encoder.slices_per_brain = decoder.slices_per_brain
 
     def through(brains: Tensor) -> Tensor:
         z, done = torch.arange(brains.shape[1], device=device), []

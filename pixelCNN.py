@@ -32,7 +32,7 @@ from pictures.volume import Samples, samples_folder
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
-from training.stages import check_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
+from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -532,7 +532,7 @@ def train(args: argparse.Namespace) -> None:
                         "python prestage_train.py --model vqvae, or use stable_diffusion.py")  # fmt: skip
     folder = find_data(args.data)
     data = {split: load_slices(folder, split, first_stage.image_size, device) for split in ("train", "validate")}
-    check_brains(first_stage, data["train"])
+    allow_brains(first_stage, *data.values())
 
     # every slice is encoded once
     codes, z = encode_all(first_stage, data["train"])

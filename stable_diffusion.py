@@ -44,7 +44,7 @@ from scores.metrics import adjacent_ssim
 from training.checkpoints import RELEASED, load_weights, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
-from training.stages import check_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
+from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -396,7 +396,7 @@ def train(args: argparse.Namespace) -> None:
     first_stage = load_first_stage(args.first_stage, device)
     folder = find_data(args.data)
     data = {split: load_slices(folder, split, first_stage.image_size, device) for split in ("train", "validate")}
-    check_brains(first_stage, data["train"])
+    allow_brains(first_stage, *data.values())
     check_slices(args, *data.values())
     conditions = known_conditions(folder)
 

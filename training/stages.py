@@ -37,14 +37,9 @@ def load_first_stage(
     return build_first_stage(description, weights, path, decoder).to(device)
 
 
-def check_brains(first_stage: Autoencoder, data: Slices) -> None:
-    """Raises UserError where brains have more slices than the first stage was trained for."""
-    if data.slices_per_brain > first_stage.slices_per_brain:
-        raise UserError(
-            f"{first_stage.description.get('path', 'the first stage')} was trained on brains of "
-            f"{first_stage.slices_per_brain} slices, and those of {data.folder} have {data.slices_per_brain}; "
-            "train a first stage on them"
-        )
+def allow_brains(first_stage: Autoencoder, *data: Slices) -> None:
+    """Lets a first stage take all z of these data, also where it was trained on brains of fewer slices."""
+    first_stage.slices_per_brain = max(first_stage.slices_per_brain, *(part.slices_per_brain for part in data))
 
 
 def preset_of_first_stage(args: argparse.Namespace) -> str:
@@ -105,7 +100,9 @@ def load_second_stage(
     prior = fill_model(_untrained(description, models, path), weights, path).eval().requires_grad_(False)
     prior.description = description
     weights, described = parts["first_stage"]
-    return prior.to(device), build_first_stage(described, weights, path, decoder).to(device)
+    first_stage = build_first_stage(described, weights, path, decoder)
+    first_stage.slices_per_brain = max(first_stage.slices_per_brain, prior.slices_per_brain)
+    return prior.to(device), first_stage.to(device)
 
 
 def _untrained(description: dict, models: dict[str, type], path: Path) -> nn.Module:

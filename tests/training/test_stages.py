@@ -133,6 +133,7 @@ class Prior(torch.nn.Linear):
     """Stands for a second stage."""
 
     kind, script = "prior", "prior.py"
+    slices_per_brain = 6
 
 
 def test_a_second_stage_carries_its_first(trained, path):
