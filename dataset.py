@@ -178,17 +178,23 @@ def write_subset(folder: Path, count: int, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder for the subset")
     files = [table for table in (people_table(folder), folder / "PHANTOM.txt") if table and table.is_file()]
-    pairs = [(file, out / file.name) for file in files]
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    pairs = [(file, temporary / file.name) for file in files]
     for split, kind in itertools.product(SPLITS, ("case", "seg")):
         with contextlib.suppress(UserError):  # not every folder has masks, or a test split
-            pairs += [(file, out / file.parent.name / file.name) for case, _, file in list_slices(folder, split, kind)
-                      if split != "train" or case in cases[:count]]  # fmt: skip
-    for source, target in util.progress(pairs, "subset", unit="file"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            shutil.copyfile(source, target)
+            found = list_slices(folder, split, kind)
+            taken = [file for case, _, file in found if split != "train" or case in cases[:count]]
+            pairs += [(file, temporary / file.parent.name / file.name) for file in taken]
+    try:
+        for source, target in util.progress(pairs, "subset", unit="file"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source.resolve(), target)
+            except OSError:
+                shutil.copyfile(source, target)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------- the slices that train

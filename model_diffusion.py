@@ -25,7 +25,7 @@ from module import (
     zero,
 )
 from parts.calibration import Calibration
-from parts.gaussian_prior import KINDS, GaussianPrior
+from parts.gaussian_prior import KINDS, GaussianPrior, Noisy
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 Draw = Callable[[], Tensor]  # fresh noise of the shape of x_t
@@ -236,8 +236,8 @@ class LatentDiffusion(nn.Module):
         widths, blocks: of the UNet.
         recipe: a key of RECIPES.
         drop_z: how often training hides z; such a model also denoises without z, that is z = NaN, for guidance.
-        slices: how many contiguous slices of a brain the UNet sees at once in training. With 1 it sees every slice by
-            itself; with more its blocks mix neighbours, and sampling may show it another number.
+        slices: how many contiguous slices of a brain the UNet sees at once, at most, in training. With 1 it sees every
+            slice by itself; with more its blocks mix neighbours, and sampling may show it another number.
         slices_per_brain: Z.
         modes: of the Gaussian prior.
         conditions: numbers that are known of people, keys of CONDITIONS. Training hides each from a share
@@ -349,26 +349,17 @@ class LatentDiffusion(nn.Module):
         if self.training:
             z, people = self.hide(z, people, slices)
         x = alpha * latent + sigma * noise
-        seen, guess, base, scale = self.prior_of(x, alpha, sigma, z, slices, people, products)
+        seen, guess, base, scale = self.prior_of(Noisy(x, alpha, sigma, z, slices, people, products))
         x0 = base + scale * self.unet(seen, guess, t, z, slices, people, moves).float()
         loss = ((x0 - latent).square() * self.channel_weight).mean((1, 2, 3))
         return loss * WEIGHTS[self.recipe.weight](self.alpha[t], self.sigma[t]).float()
 
-    def prior_of(
-        self,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        z: Tensor,
-        slices: int,
-        people: Tensor | None,
-        products: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prior_of(self, given: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(seen, guess, base, scale) [B, C, h, w]: what the UNet is given, and E[x_0 | x_t] = base + scale output."""
-        known = x, alpha, sigma, z, slices, people, products
         if self.release_1:
-            return x, self.gaussian.of_modes(*known), alpha * x, (-sigma).expand_as(x)
-        guess, sd, seen = self.gaussian(*known)
+            x, alpha, sigma, *_ = given
+            return x, self.gaussian.of_modes(given), alpha * x, (-sigma).expand_as(x)
+        guess, sd, seen = self.gaussian(given)
         return seen, guess, guess, sd
 
     def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
@@ -395,7 +386,7 @@ class LatentDiffusion(nn.Module):
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         slices = slices or len(x)
-        seen, guess, base, scale = self.prior_of(x, alpha, sigma, z, slices, people)
+        seen, guess, base, scale = self.prior_of(Noisy(x, alpha, sigma, z, slices, people))
         x0 = base + scale * self.unet(seen, guess, t, z, slices, people).float()
         return x0, (x - alpha * x0) / sigma
 

@@ -13,11 +13,13 @@ NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z,
 """
 
 import argparse
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -69,7 +71,7 @@ def flags() -> Flags:
           help="channels of each level of the UNet")  # fmt: skip
     train("--recipe", choices=tuple(RECIPES), default="v", help="noise schedule, weight of its levels, times")
     train("--slices", type=positive, metavar="S", help="neighbouring slices of a brain that "
-          "training shows together; 1 is a 2-D model")  # fmt: skip
+          "training shows together after single ones; 1 is a 2-D model")  # fmt: skip
     train("--moved-heads", type=util.whole_number, metavar="N", help="times that training sees "
           "every head turned, scaled and shifted, beside once as it is; the network is told how")  # fmt: skip
     flags.add_sampling("NAME_vis/samples")
@@ -188,8 +190,9 @@ def draw_brains(
     for i in brains:
         person = draw_person(asked, model.description, sampling.seed, i)
         way = list(sample_latents(model, sampling, range(i, i + 1), [person]))
-        util.check_result(way[-1], f"the latents of brain {i} are", "leave --guidance and --precision as they are by "
-                          "default, or sample other weights")  # fmt: skip
+        if not torch.isfinite(way[-1]).all():
+            raise UserError(f"the latents of brain {i} are not finite, so it is not written; leave --guidance and "
+                            "--precision out, or sample other weights")  # fmt: skip
         yield decode_brain(first_stage, way[-1], sampling.seed, i), person, way[:: -max(1, len(way) // 16)][::-1]
 
 
@@ -223,14 +226,15 @@ def encode_all(first_stage: Autoencoder, data: Slices, precision: str, moves: Te
     """Latents float32 [N, C, h, w] of a whole split, kept on the device; of slices moved by moves [N, 4].
 
     They are kept in data/cache too, in half precision, to which they are rounded: a run that goes on does not encode
-    again.
+    again. A damaged file there is made anew.
     """
     latents, device = [], first_stage.latent_mean.device
     made_of = f"{first_stage.description['digest']} {data.digest} {util.autocast_dtype(device, precision)}".encode()
     key = hashlib.blake2b(made_of + (b"" if moves is None else moves.numpy().tobytes()), digest_size=8).hexdigest()
     cache = Path("data/cache") / f"{data.split}_latents_{data.images.shape[-1]}_{key}.safetensors"
     if cache.is_file():
-        return safetensors.torch.load_file(cache)["latents"].to(device).float()
+        with contextlib.suppress(safetensors.SafetensorError, KeyError):
+            return safetensors.torch.load_file(cache)["latents"].to(device).float()
     for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
         x, z, _ = data.batch(index, device)
         if moves is not None:

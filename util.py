@@ -134,12 +134,6 @@ def run_script(script: str, flags: list) -> None:
         raise UserError(f"{script} failed, see above; change what it says, or remove the run it was to train")
 
 
-def check_result(x: Tensor, what: str, advice: str) -> None:
-    """Raises UserError where a result that is to be written is not finite."""
-    if not torch.isfinite(x).all():
-        raise UserError(f"{what} not finite, so nothing is written of it; {advice}")
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it.
 

@@ -8,6 +8,8 @@ has to find out by itself how large a head is, or its ventricles, guesses too ne
 much alike. The variances say where heads differ at all: background, which is the same in all, needs no learning.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,6 +105,28 @@ def principal_modes(latents: Tensor, correlation: Tensor, kind: Tensor, count: i
     return modes, float(noise / dim)
 
 
+class Noisy(NamedTuple):
+    """x_t = alpha x_0 + sigma noise of slices, and what is known of these.
+
+    Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, the prior's g is the
+    mean unless `products` are given; so it is where z is NaN.
+
+    x: [B, C, h, w].
+    alpha, sigma: [B, 1, 1, 1].
+    z: [B], NaN where it is not known.
+    people: [B, conditions], the same for all slices of a brain, NaN where a number is not known; None: nothing is.
+    products: [n, K], <q_k, whitened (x_t - alpha mean)> of the n whole brains.
+    """
+
+    x: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    z: Tensor
+    slices: int
+    people: Tensor | None = None
+    products: Tensor | None = None
+
+
 class GaussianPrior(nn.Module):
     """What is known of x_0 given x_t = alpha x_0 + sigma noise, for brains as `principal_modes` describes them.
 
@@ -165,7 +189,7 @@ class GaussianPrior(nn.Module):
         self.set_people(latents, people)
         z, n = torch.arange(len(self.mean), device=latents.device), len(latents)
         one, none = (latents.new_full((len(z), 1, 1, 1), level) for level in (1.0, 0.0))
-        left = sum((brain - self.of_modes(brain, one, none, z, len(z))).square() for brain in latents)
+        left = sum((brain - self.of_modes(Noisy(brain, one, none, z, len(z)))).square() for brain in latents)
         self.variance.copy_(left / (n - 1 - len(self.modes)))
 
     def set_modes(self, modes: Tensor, rest: float) -> None:
@@ -246,17 +270,9 @@ class GaussianPrior(nn.Module):
         drawn = torch.einsum("nkl,nl->nk", root, torch.randn(len(z), len(dual), device=dual.device))
         return drawn + torch.einsum("chwnqa,nachw,kqchw->nk", weight.to(dual)[self.kind], noise, dual)
 
-    def of_modes(
-        self,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        z: Tensor,
-        slices: int,
-        people: Tensor | None = None,
-        products: Tensor | None = None,
-    ) -> Tensor:
-        """g [B, C, h, w] of (1); arguments as in forward."""
+    def of_modes(self, given: Noisy) -> Tensor:
+        """g [B, C, h, w] of (1)."""
+        x, alpha, sigma, z, slices, people, products = given
         guess = self.mean_at(z)
         if not len(self.modes) or (products is None and slices != len(self.mean)):
             return guess
@@ -276,30 +292,12 @@ class GaussianPrior(nn.Module):
         along = self.cosines[:, z.nan_to_num().long()].unflatten(1, (-1, slices))
         return guess + torch.einsum("qna,nk,kqchw->nachw", along, c, modes).flatten(0, 1)
 
-    def forward(
-        self,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        z: Tensor,
-        slices: int,
-        people: Tensor | None = None,
-        products: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean, sd) of x_0, and x_t - alpha g in units of its sd, [B, C, h, w] each.
-
-        Of x_t [B, C, h, w], alpha and sigma [B, 1, 1, 1], and z [B].
-        Every `slices` of the batch are of one brain. Where these are not all its Z slices, from 0 on, g is the mean
-        unless `products` are given; so it is where z is NaN.
-
-        Args:
-            people: [B, conditions], the same for all slices of a brain, NaN where a number is not known; None if
-                nothing is known.
-            products: [n, K], <q_k, whitened (x_t - alpha mean)> of the n whole brains.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            g = self.of_modes(x, alpha, sigma, z, slices, people, products)
+    def forward(self, given: Noisy) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean, sd) of x_0, and x_t - alpha g in units of its sd, [B, C, h, w] each."""
+        with torch.autocast(given.x.device.type, enabled=False):
+            given = given._replace(x=given.x.float())
+            x, alpha, sigma, z, *_ = given
+            g = self.of_modes(given)
             v = _at(z, self.variance, self.variance.mean(0) + self.mean.var(0, correction=0))
             away, total = x - alpha * g, alpha**2 * v + sigma**2
             return g + alpha * v / total * away, sigma * (v / total).sqrt(), away / total.sqrt()

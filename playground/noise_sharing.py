@@ -57,6 +57,11 @@ def main() -> None:
     if not len(real):
         raise UserError(f"no brain of {data.folder} has all slices; python dataset.py {data.folder} lists the missing")
 
+    steps = [step for step in (1, 4, 8, 16) if step < model.slices_per_brain]
+    for kind, correlation in enumerate(model.gaussian.correlation):
+        words = ", ".join(f"{correlation.diagonal(step).mean():.2f}" for step in steps)
+        print(f"kind {kind} of place: noise correlates by {words} over {', '.join(map(str, steps))} slices")
+
     groups = {}
     for kind, correlation in correlations(model).items():
         model.gaussian.correlation.copy_(correlation)

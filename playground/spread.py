@@ -23,6 +23,7 @@ import util
 from dataset import find_data, load_slices
 from heads.people import draw_person
 from model_diffusion import LatentDiffusion
+from parts.gaussian_prior import Noisy
 from pictures import sheets
 from stable_diffusion import MODELS, BrainNoise, Sampling, denoiser, encode_all, sample_latents
 from training.stages import load_first_stage, load_second_stage
@@ -69,7 +70,7 @@ def guesses(model: LatentDiffusion, brains: Tensor, people: Tensor, t: int) -> d
     alpha, sigma = (level[t].float().expand(n * Z, 1, 1, 1) for level in (model.alpha, model.sigma))
     x = alpha * brains.flatten(0, 1) + sigma * BrainNoise(model, 0, range(n))()
     known = people.repeat_interleave(Z, 0)
-    _, prior, _, _ = model.prior_of(x, alpha, sigma, z.repeat(n), Z, known)
+    _, prior, _, _ = model.prior_of(Noisy(x, alpha, sigma, z.repeat(n), Z, known))
     network = [denoiser(model, person[None], z, Sampling())(part, t)[0] for person, part in zip(people, x.split(Z))]
     return {"prior": prior.view_as(brains), "network": torch.stack(network)}
 

@@ -7,6 +7,7 @@ import torch
 
 import model_diffusion as md
 from heads.people import CONDITIONS, Condition
+from parts.gaussian_prior import Noisy
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
 
@@ -170,7 +171,7 @@ def test_networks_of_release_1_predict_v_from_the_guess_by_the_modes(awaken):
     latent, noise, z, t = torch.randn(32, 4, 6, 7), torch.randn(32, 4, 6, 7), torch.arange(32), torch.full((32,), 500)
     alpha, sigma = model._levels(t)
     x = alpha * latent + sigma * noise
-    v = model.unet(x, model.gaussian.of_modes(x, alpha, sigma, z, 32), t, z, 32)
+    v = model.unet(x, model.gaussian.of_modes(Noisy(x, alpha, sigma, z, 32)), t, z, 32)
     assert torch.allclose(model.denoise(x, 500, z)[0], alpha * x - sigma * v, atol=1e-5)
     expected = (v - (alpha * noise - sigma * latent)).square().mean((1, 2, 3))
     assert torch.allclose(model(latent, z, t, noise, 32), expected, rtol=1e-3)

@@ -50,18 +50,15 @@ def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float
     return ramp * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
-def check_finite(losses: dict[str, Tensor], step: int, checkpoint: Path | None = None) -> None:
-    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite.
-
-    `checkpoint` is a file of before, if there is one.
-    """
+def check_finite(losses: dict[str, Tensor], step: int) -> None:
+    """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite."""
     if torch.isfinite(torch.stack([value.detach().float() for value in losses.values()])).all():
         return
     for name, value in losses.items():
         if not torch.isfinite(value):
             raise UserError(
                 f"{name} became {value.item()} at step {step}; run the same command with another --name and a lower "
-                "--learning-rate, or --precision fp32" + (f" ({checkpoint} is of before)" if checkpoint else "")
+                "--learning-rate, or --precision fp32"
             )
 
 
@@ -181,6 +178,8 @@ class Run:
 
     def _restore(self, state: dict) -> None:
         for name, thing in self.kept.items():
+            if name not in state:
+                raise UserError(f"{self.checkpoint} is of another version of this project; choose another --name")
             if isinstance(thing, nn.Module):
                 fill_model(thing, state[name], self.checkpoint)
             elif state[name]:  # a scaler that was not in use has none
@@ -267,8 +266,7 @@ class Run:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(moving, 1.0)
         # with a scaler an infinite gradient is nothing bad: the step is left out, and the scale halved
-        watched = losses if self.scaler.is_enabled() else losses | {"gradient": norm}
-        check_finite(watched, self.before + self.step, self.checkpoint if self.checkpoint.is_file() else None)
+        check_finite(losses if self.scaler.is_enabled() else losses | {"gradient": norm}, self.before + self.step)
         for optimizer in optimizers:
             self.scaler.step(optimizer)
 

@@ -7,6 +7,7 @@ from module import cosines
 from parts.gaussian_prior import (
     COSINES,
     GaussianPrior,
+    Noisy,
     kinds_of_place,
     moments_at_each_z,
     principal_modes,
@@ -88,12 +89,12 @@ def test_places_have_a_variance_of_their_own():
     prior.fit(brains, torch.empty(2000, 0))
     assert torch.allclose(prior.variance.sqrt(), spread, rtol=0.12)
     x, z, level = torch.randn(Z, *shape), torch.arange(Z), torch.full((Z, 1, 1, 1), 0.5**0.5)
-    guess, sd, seen = prior(x, level, level, z, Z)
+    guess, sd, seen = prior(Noisy(x, level, level, z, Z))
     v = prior.variance
     assert torch.allclose(seen, (x / level - prior.mean) / (v + 1).sqrt(), atol=1e-5)
     assert torch.allclose(guess, prior.mean + v / (v + 1) * (x / level - prior.mean), atol=1e-5)
     assert torch.allclose(sd, (v / (v + 1)).sqrt(), atol=1e-5)
-    nowhere = prior(x, level, level, torch.full((Z,), torch.nan), Z)[1]  # any slice of any brain
+    nowhere = prior(Noisy(x, level, level, torch.full((Z,), torch.nan), Z))[1]  # any slice of any brain
     total = brains.flatten(0, 1).var(0)
     assert torch.allclose(nowhere[0], (total / (total + 1)).sqrt(), rtol=0.02)
 
@@ -114,7 +115,7 @@ def test_the_guess_is_the_posterior_mean_of_the_gaussian():
     for alpha, sigma in ((0.05, 0.99875), (0.6, 0.8), (0.99, 0.141)):
         x = torch.randn(2 * Z, C, h, w)
         levels = (torch.full((2 * Z, 1, 1, 1), level) for level in (alpha, sigma))
-        guess = prior.of_modes(x, *levels, torch.arange(Z).repeat(2), Z).view(2, Z, C, h, w)
+        guess = prior.of_modes(Noisy(x, *levels, torch.arange(Z).repeat(2), Z)).view(2, Z, C, h, w)
         A = modes.flatten(1).T.double()
         within = torch.einsum("qa,cab,pb->cqp", P, K, P).double()
         noise = torch.einsum("cqp,cd,xy->qcxpdy", within, torch.eye(C).double(), torch.eye(h * w).double())
@@ -186,7 +187,7 @@ def test_whole_brains_are_denoised_better_than_by_the_mean_or_by_the_noisy_pictu
     x0, noise = new.flatten(0, 1), draw(50, 0 * true, 0 * mean, K, 1.0, seed=2).flatten(0, 1)
     alpha, sigma = torch.full((len(x0), 1, 1, 1), 0.3), torch.full((len(x0), 1, 1, 1), 0.954)
     x = alpha * x0 + sigma * noise
-    error = (prior(x, alpha, sigma, z, Z)[0] - x0).square().mean()
+    error = (prior(Noisy(x, alpha, sigma, z, Z))[0] - x0).square().mean()
     assert error < 0.4 * (prior.mean_at(z) - x0).square().mean() and error < 0.4 * (x / alpha - x0).square().mean()
 
 
@@ -198,15 +199,15 @@ def test_without_a_whole_brain_or_z_the_guess_is_the_mean():
     x, z = torch.randn(16, 2, 3, 4), torch.arange(8.0).repeat(2)
     alpha = sigma = torch.full((16, 1, 1, 1), 0.5**0.5)
     mean = prior.mean.repeat(2, 1, 1, 1)
-    assert torch.equal(prior.of_modes(x, alpha, sigma, z, 4), mean)  # windows
-    assert torch.equal(prior.of_modes(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1), prior.mean[[5, 2, 7]])
-    whole = prior.of_modes(x, alpha, sigma, z, 8)
+    assert torch.equal(prior.of_modes(Noisy(x, alpha, sigma, z, 4)), mean)  # windows
+    assert torch.equal(prior.of_modes(Noisy(x[:3], alpha[:3], sigma[:3], z[[5, 2, 7]], 1)), prior.mean[[5, 2, 7]])
+    whole = prior.of_modes(Noisy(x, alpha, sigma, z, 8))
     assert (whole - mean).abs().mean() > 0.01
     z[:8] = torch.nan
-    half = prior.of_modes(x, alpha, sigma, z, 8)
+    half = prior.of_modes(Noisy(x, alpha, sigma, z, 8))
     assert torch.equal(half[:8], prior.mean.mean(0).expand(8, -1, -1, -1)) and torch.equal(half[8:], whole[8:])
     flat = GaussianPrior((2, 3, 4), 0, 8)
-    assert torch.equal(flat.of_modes(x, alpha, sigma, z.nan_to_num(), 8), torch.zeros_like(x))
+    assert torch.equal(flat.of_modes(Noisy(x, alpha, sigma, z.nan_to_num(), 8)), torch.zeros_like(x))
 
 
 def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing():
@@ -226,7 +227,7 @@ def test_people_tell_of_the_modes_what_regression_finds_and_nobody_tells_nothing
     def guess(x, age, alpha):
         person = None if age is None else torch.tensor([[age, torch.nan]]).expand(Z, -1)
         levels = torch.full((Z, 1, 1, 1), alpha), torch.full((Z, 1, 1, 1), (1 - alpha**2) ** 0.5)
-        return prior.of_modes(x, *levels, torch.arange(Z), Z, person)
+        return prior.of_modes(Noisy(x, *levels, torch.arange(Z), Z, person))
 
     noise = torch.zeros(Z, *shape)
     old, young, middle = (guess(noise, float(a), 1e-4) for a in (85, 25, 55))

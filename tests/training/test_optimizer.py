@@ -11,14 +11,14 @@ from training.optimizer import Muon, new_optimizers, orthogonalize
 
 @pytest.mark.parametrize("shape", [(20, 90), (90, 20), (30, 30), (1, 50)])
 def test_all_singular_values_come_near_1_and_the_directions_stay(shape):
-    """Of matrices of any size whose singular values differ by a thousand times; as U diag(.68 .. 1.14) V^T."""
+    """Of matrices of any size whose singular values differ by a thousand times; as U diag(.68 .. 1.21) V^T."""
     generator = torch.Generator().manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, -3, min(shape))
     for size in (1e-6, 1, 1e6):
         found = U.T @ orthogonalize(size * (U * values) @ Vh) @ Vh.T
         strong = values > 0.02 * values.norm()
-        assert ((found.diagonal()[strong] > 0.67) & (found.diagonal()[strong] < 1.15)).all()
+        assert ((found.diagonal()[strong] > 0.67) & (found.diagonal()[strong] < 1.21)).all()
         assert (found - found.diagonal().diag()).abs().max() < 0.02 and (found.diagonal() > 0).all()
     assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
 
@@ -38,7 +38,7 @@ def test_a_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
         start = weight.detach().clone()
         optimizer.step()
         alone = 0.01 / min(weight.flatten(1).shape) ** 0.5  # where a gradient has one direction, so has the step
-        assert -1.15 * alone < (weight.detach() - start).mean() < -0.67 * alone
+        assert -1.21 * alone < (weight.detach() - start).mean() < -0.67 * alone
 
 
 def test_a_network_learns_and_goes_on_exactly_from_its_state():
