@@ -170,8 +170,10 @@ def write_subset(folder: Path, count: int, out: Path) -> None:
     """Writes a data folder `out`, which must be new, with the `count` training brains of the lowest numbers.
 
     Their masks, the other splits and the table of people come with them. Files are hard links where that is possible.
-    Raises UserError if there are fewer brains, or `out` exists.
+    Raises UserError if there are no splits or fewer brains, or `out` exists.
     """
+    if not has_splits(folder):
+        raise UserError(f"{folder} has no folder keras_png_slices_train; give the one that has")
     cases = sorted({case for case, _, _ in list_slices(folder, "train")})
     if count > len(cases):
         raise UserError(f"--take {count}: {folder} has {len(cases)} training brains")

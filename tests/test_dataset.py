@@ -392,6 +392,7 @@ def test_a_subset_has_fewer_training_brains_and_all_else(run_main, refused, peop
     refused(dataset, people_folder, "--take", 1, "--into", new, names=["few", "exists"])
     refused(dataset, people_folder, "--take", 3, "--into", "many", names=["--take 3", "2 training brains"])
     refused(dataset, people_folder, "--take", 1, names=["--into"])
+    refused(dataset, new / "keras_png_slices_train", "--take", 1, "--into", "many", names=["give the one that has"])
     assert sorted(new.rglob("*")) == before and not (tmp_path / "many").exists()
 
 
