@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
     "stable_diffusion.py": {
         "demo": {"widths": (64, 128), "slices": 8, "moved_heads": 0,
-                 "steps": 600, "batch_size": 32, "learning_rate": 5e-4},
+                 "steps": 300, "batch_size": 32, "learning_rate": 5e-4},
         "small": {"widths": (64, 128, 192), "slices": 8, "moved_heads": 6,
                   "steps": 20_000, "batch_size": 32, "learning_rate": 1e-3},
         "base": {"widths": (128, 256, 384), "slices": 8, "moved_heads": 6,
