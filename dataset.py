@@ -46,6 +46,7 @@ from heads.phantom import phantom_case
 from pictures import sheets
 from util import UserError
 
+CACHE, CACHE_GB = Path("data/cache"), 20  # decoded slices, latents, measures: all can be made again
 PHANTOM = Path("data/phantom")
 PHANTOM_CASES = {"train": 64, "validate": 8, "test": 8}
 
@@ -69,10 +70,10 @@ def to_uint8(x: Tensor) -> Tensor:
 def locate_data(flag: str | None) -> tuple[Path, str]:
     """(data folder, where its name is from): --data, else $OASIS_DATA, else the usual place, else the phantom."""
     usual = Path("data") / layout.RELEASE_FOLDER
-    named = [(flag, "--data"), (os.environ.get("OASIS_DATA"), "$OASIS_DATA"),
+    named = [(flag, "--data"), (os.environ.get("OASIS_DATA") or None, "$OASIS_DATA"),
              (usual if usual.is_dir() else None, "the usual place")]  # fmt: skip
     for folder, source in named:
-        if folder:
+        if folder is not None:  # an empty --data is a mistake, and not the phantom
             return layout.release_folder(Path(folder)), source
     return PHANTOM, "the built-in phantom"
 
@@ -86,8 +87,9 @@ def find_data(flag: str | None) -> Path:
     print(f"data: {folder} ({source})")
     if folder == PHANTOM:
         print("for real brains put OASIS at data/keras_png_slices_data, or use --data FOLDER or $OASIS_DATA")
-        if not folder.is_dir():
-            write_phantom(folder, PHANTOM_CASES)
+        with util.alone(folder.parent):  # two processes that start at once draw it once
+            if not folder.is_dir():
+                write_phantom(folder, PHANTOM_CASES)
     elif folder.is_dir() and not has_splits(folder):
         if has_splits(folder.parent):
             raise UserError(f"{folder} is one split ({source}); give the folder above it, {folder.parent}")
@@ -121,30 +123,21 @@ def write_phantom(folder: Path, cases: dict[str, int], seed: int = 0, processes:
     Args:
         folder: must be new.
         cases: {split: number of brains}.
-    Raises UserError if the folder exists and is no phantom.
+    Raises UserError if the folder exists, or another process is drawing it.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     count = sum(cases.values())
     seconds = count * slices / 32 * 0.4 / processes
-    print(f"phantom: drawing {count} heads of {slices} slices, about {seconds:.0f} s", flush=True)
-    jobs, first = [], 1
-    for split, number in cases.items():
-        jobs += [(temporary, split, seed, case, slices) for case in range(first, first + number)]
-        first += number
-    try:
-        temporary.mkdir(parents=True)
+    with util.new_folder(folder) as making:
+        print(f"phantom: drawing {count} heads of {slices} slices, about {seconds:.0f} s", flush=True)
+        jobs, first = [], 1
+        for split, number in cases.items():
+            jobs += [(making, split, seed, case, slices) for case in range(first, first + number)]
+            first += number
         with ProcessPoolExecutor(processes, initializer=_stay_with, initargs=(os.getpid(),)) as pool:
             done = pool.map(_write_phantom_case, jobs, chunksize=4)
             list(util.progress(done, "phantom", total=count, unit="heads"))
         text = f"Generated heads, no real brains. Seed {seed}, cases {cases}, {slices} slices each.\n"
-        (temporary / "PHANTOM.txt").write_text(text)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / "PHANTOM.txt").is_file():  # else another process finished first, with the same pictures
-                raise UserError(f"{folder} exists already; remove it or name a new folder for the phantom") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (making / "PHANTOM.txt").write_text(text)
 
 
 def _stay_with(parent: int) -> None:
@@ -177,26 +170,20 @@ def write_subset(folder: Path, count: int, out: Path) -> None:
     cases = sorted({case for case, _, _ in list_slices(folder, "train")})
     if count > len(cases):
         raise UserError(f"--take {count}: {folder} has {len(cases)} training brains")
-    if out.exists():
-        raise UserError(f"{out} exists already; name a new folder for the subset")
     files = [table for table in (people_table(folder), folder / "PHANTOM.txt") if table and table.is_file()]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    pairs = [(file, temporary / file.name) for file in files]
+    pairs = [(file, Path(file.name)) for file in files]
     for split, kind in itertools.product(SPLITS, ("case", "seg")):
         with contextlib.suppress(UserError):  # not every folder has masks, or a test split
             found = list_slices(folder, split, kind)
             taken = [file for case, _, file in found if split != "train" or case in cases[:count]]
-            pairs += [(file, temporary / file.parent.name / file.name) for file in taken]
-    try:
+            pairs += [(file, Path(file.parent.name) / file.name) for file in taken]
+    with util.new_folder(out) as making:
         for source, target in util.progress(pairs, "subset", unit="file"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            (making / target).parent.mkdir(exist_ok=True)
             try:
-                os.link(source.resolve(), target)
+                os.link(source.resolve(), making / target)
             except OSError:
-                shutil.copyfile(source, target)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copyfile(source, making / target)
 
 
 # ------------------------------------------------------------------------------------------- the slices that train
@@ -287,8 +274,7 @@ def load_slices(
     Raises UserError if a file is missing, cannot be read, or is no square that can be reduced by an integer factor.
     """
     files = list_slices(folder, split)
-    images = torch.from_numpy(_cached(folder, split, "case", files, image_size))
-    digest = hashlib.blake2b(images.numpy(), digest_size=8).hexdigest()
+    images, digest = _cached(folder, split, "case", files, image_size)
     if not images.any():
         raise UserError(f"all slices of {split} in {folder} are black; python dataset.py {folder} looks at each")
     labels = None
@@ -299,7 +285,7 @@ def load_slices(
                 f"masks and images of {split} in {folder} are not of the same slices; "
                 f"python dataset.py {folder} lists what is missing"
             )
-        labels = torch.from_numpy(_cached(folder, split, "seg", seg_files, image_size))
+        labels, _ = _cached(folder, split, "seg", seg_files, image_size)
     device = torch.device(device)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
         images = images.to(device)
@@ -313,32 +299,60 @@ def load_slices(
     return Slices(images, z, case, labels, folder, split, digest)
 
 
-def _cached(folder: Path, split: str, kind: str, files: list[tuple[int, int, Path]], image_size: int) -> np.ndarray:
-    """The decoded split, uint8 [N, image_size, image_size], mapped from data/cache, which is written if need be.
+def _cached(
+    folder: Path, split: str, kind: str, files: list[tuple[int, int, Path]], image_size: int
+) -> tuple[Tensor, str]:
+    """The decoded split, uint8 [N, image_size, image_size], mapped from data/cache, and the digest of its pixels.
 
-    The cache's name depends on every file's name, size and time, so a changed folder is decoded anew. Two processes
-    that start at once both write, each under a name of its own; the last rename wins with the same bytes.
+    The file's name depends on every slice's name, size and time, so a changed folder is decoded anew. The digest ends
+    the file, so a damaged one is too.
     """
     key = hashlib.blake2b(f"{folder.resolve()} {kind}".encode(), digest_size=8)
     for _, _, path in files:
         stat = path.stat()
         key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    cache = Path("data/cache") / f"{split}_{kind}_{image_size}_{key.hexdigest()}.npy"
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}.npy")
-        try:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_size, image_size)}
-            resize = _area_resize if kind == "case" else _centre_resize
-            with open(temporary, "wb") as file:  # a full disk is an error here, in a memory map it would be a crash
-                np.lib.format.write_array_header_1_0(file, header)
-                for _, _, path in util.progress(files, f"decoding {split}", unit="slices"):
-                    file.write(resize(read_slice(path), image_size, path).tobytes())
-            _refuse_swapped(np.load(temporary, mmap_mode="r"), kind, folder)
-            os.replace(temporary, cache)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(cache, mmap_mode="c")  # copy on write: torch wants a writable buffer, the file stays as it is
+    path = CACHE / f"{split}_{kind}_{image_size}px_{key.hexdigest()}.npy"
+    shape = len(files), image_size, image_size
+    with util.alone(CACHE):
+        if path.exists():
+            try:
+                return _mapped(path, shape)
+            except (ValueError, EOFError):
+                print(f"{path} is damaged: decoding {split} again")
+        digest, resize = hashlib.blake2b(digest_size=8), _area_resize if kind == "case" else _centre_resize
+        with util.whole(path) as making:
+            with open(making, "wb") as file:  # a full disk is an error here, in a memory map it would be a crash
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for _, _, slice_ in util.progress(files, f"decoding {split}", unit="slices"):
+                    pixels = resize(read_slice(slice_), image_size, slice_).tobytes()
+                    digest.update(pixels)
+                    file.write(pixels)
+                file.write(digest.hexdigest().encode())
+            _refuse_swapped(np.load(making, mmap_mode="r"), kind, folder)
+        tidy_cache()
+        return _mapped(path, shape)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+    pixels = np.load(path, mmap_mode="c")  # copy on write: torch wants a writable buffer, the file stays as it is
+    digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
+    with open(path, "rb") as file:
+        file.seek(-len(digest), os.SEEK_END)
+        if pixels.shape != shape or file.read() != digest.encode():
+            raise ValueError("damaged")
+    os.utime(path)  # for tidy_cache
+    return torch.from_numpy(pixels), digest
+
+
+def tidy_cache() -> None:
+    """Removes from data/cache what was not used for longest, but nothing of today, until it is within CACHE_GB."""
+    files = sorted((path for path in CACHE.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime)
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        if size > CACHE_GB * 1e9 and time.time() - path.stat().st_mtime > 24 * 3600:
+            size -= path.stat().st_size
+            path.unlink()
+    print(f"cache: {CACHE}, {size / 1e9:.1f} GB; above {CACHE_GB} GB what was not used for longest goes")
 
 
 def _factor(image: np.ndarray, size: int, path: Path) -> int:

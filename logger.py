@@ -130,8 +130,8 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl; give the log folder of a run, such as log/vqvae")
-    lines = path.read_text().splitlines()
     try:
+        lines = path.read_text().splitlines()
         records = [json.loads(line) for line in lines[:-1]] + [
             json.loads(line) for line in lines[-1:] if line[-1:] == "}"
         ]

@@ -13,14 +13,11 @@ NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z,
 """
 
 import argparse
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -43,7 +40,7 @@ from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
 from pictures.volume import Samples, samples_folder
 from scores.metrics import adjacent_ssim
-from training.checkpoints import RELEASED, load_weights, run_weights
+from training.checkpoints import RELEASED, cached, load_weights, run_weights
 from training.run import Run
 from training.settings import Flags, describe_samples, open_run, weights_to_sample
 from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
@@ -226,24 +223,24 @@ def encode_all(first_stage: Autoencoder, data: Slices, precision: str, moves: Te
     """Latents float32 [N, C, h, w] of a whole split, kept on the device; of slices moved by moves [N, 4].
 
     They are kept in data/cache too, in half precision, to which they are rounded: a run that goes on does not encode
-    again. A damaged file there is made anew.
+    again.
     """
-    latents, device = [], first_stage.latent_mean.device
+    device = first_stage.latent_mean.device
     made_of = f"{first_stage.description['digest']} {data.digest} {util.autocast_dtype(device, precision)}".encode()
     key = hashlib.blake2b(made_of + (b"" if moves is None else moves.numpy().tobytes()), digest_size=8).hexdigest()
-    cache = Path("data/cache") / f"{data.split}_latents_{data.images.shape[-1]}_{key}.safetensors"
-    if cache.is_file():
-        with contextlib.suppress(safetensors.SafetensorError, KeyError):
-            return safetensors.torch.load_file(cache)["latents"].to(device).float()
-    for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
-        x, z, _ = data.batch(index, device)
-        if moves is not None:
-            x = move(x, moves[index], mode="bicubic").clamp(-1, 1)
-        with util.autocast(device, precision):
-            latents.append(first_stage.encode(x, z))
-    latents = torch.cat(latents).half().contiguous()
-    util.write_file(cache, safetensors.torch.save({"latents": latents.cpu()}))
-    return latents.float()
+
+    def encode() -> dict[str, Tensor]:
+        latents = []
+        for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
+            x, z, _ = data.batch(index, device)
+            if moves is not None:
+                x = move(x, moves[index], mode="bicubic").clamp(-1, 1)
+            with util.autocast(device, precision):
+                latents.append(first_stage.encode(x, z).half())
+        return {"latents": torch.cat(latents)}
+
+    name = f"{data.split}_latents_{data.images.shape[-1]}px_{key}"
+    return cached(name, encode)["latents"].to(device).float()
 
 
 def head_moves(data: Slices, copies: int, seed: int) -> list[Tensor]:

@@ -5,12 +5,14 @@ uninterrupted one without any generator state on disk.
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 LOCK, OWNER = ".lock", ".owner"  # files in a folder that a process has made its own
+MAKING = ".making"  # how names of files end that are not whole yet
 
 
 class UserError(Exception):
@@ -104,6 +107,7 @@ def fraction(text: str) -> float:
 
 def command(main: Callable[[], None]) -> None:
     """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
     try:
         main()
     except UserError as error:
@@ -135,22 +139,65 @@ def run_script(script: str, flags: list) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes all or nothing: to a temporary name beside `path`, flushed to disk, then renamed over it.
-
-    Of torchrun's processes only the first writes.
-    """
-    if not speaks():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
+    """Writes all or nothing, see whole. Of torchrun's processes only the first writes."""
+    if speaks():
+        with whole(path) as making, open(making, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The name beside `path` under which a file is made, that becomes `path` in the end; after an error it is removed.
+
+    A process that was killed may leave one behind; it goes when the file is made again. A file has one maker at a time:
+    the process that owns the folder, or is alone in it.
+    """
+    making = path.with_name(f".{path.name}{MAKING}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield making
+        os.replace(making, path)
+    except BaseException:
+        making.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As whole, but for a folder, which is this process's own meanwhile. Raises UserError if `path` is there."""
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it, or name a new folder")
+    making = path.with_name(f".{path.name}{MAKING}")
+    making.mkdir(parents=True, exist_ok=True)
+    own(making)
+    try:
+        _empty(making)
+        yield making
+        disown(making)
+        (making / LOCK).unlink(missing_ok=True)
+        making.rename(path)
+    except BaseException:
+        _empty(making)
+        disown(making)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, OWNER):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is alone in a folder that many write to, such as a cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / LOCK):
+        yield
 
 
 _owned: dict[Path, filelock.FileLock] = {}  # what this process has, until it ends
@@ -177,23 +224,25 @@ def own(folder: Path) -> None:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether there is anything in a folder but the signs of its owner."""
-    return any(file.name not in (LOCK, OWNER) for file in folder.iterdir())
+    """Whether there is anything in a folder but the signs of its owner, and what a killed process left half made."""
+    return any(not (name in (LOCK, OWNER) or name[:1] == "." and name.endswith(MAKING)) for name in os.listdir(folder))
 
 
-def disown() -> None:
-    """Gives back all that this process owns."""
-    for folder, lock in _owned.items():
+def disown(*folders: Path) -> None:
+    """Gives back these folders, or all that this process owns."""
+    for folder in [folder.resolve() for folder in folders] or list(_owned):
+        if folder not in _owned:
+            continue
         (folder / OWNER).unlink(missing_ok=True)
-        lock.release()  # its file stays, since another process may be opening it; but not in a folder of nothing else
+        # the lock's file stays, since another process may be opening it; but not in a folder of nothing else
+        _owned.pop(folder).release()
         if not holds_anything(folder):
-            (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
-    _owned.clear()
+            shutil.rmtree(folder)
 
 
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Prints an error as one line, whatever a name in it holds."""
+    print("error:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)
     return 2
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +41,7 @@ from scores.metrics import (
     wasserstein,
 )
 from scores.scorer import COMMAND, TISSUES, Scorer, read_slices
+from training.checkpoints import cached
 from util import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -403,12 +403,8 @@ def measure_real(data: Slices, positions: Tensor, scorer: Scorer, known: Known, 
     """
     cases = data.case[positions[:, 0]].tolist()
     key = hashlib.blake2b(f"{data.digest} {cases} {salt} {digest_of_code()}".encode(), digest_size=8).hexdigest()
-    cache = Path("data/cache") / f"{data.split}_measures_{data.images.shape[-1]}_{key}.safetensors"
-    if cache.is_file():
-        return safetensors.torch.load_file(cache)
-    found = measure(data.images[positions].cpu(), scorer, data.split, known)
-    util.write_file(cache, safetensors.torch.save(found))
-    return found
+    name = f"{data.split}_measures_{data.images.shape[-1]}px_{key}"
+    return cached(name, lambda: measure(data.images[positions].cpu(), scorer, data.split, known))
 
 
 def digest_of_code(root: Path = ROOT) -> str:

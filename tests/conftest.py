@@ -51,16 +51,21 @@ def validate(phantom_folder) -> dataset.Slices:
     return data
 
 
-@pytest.fixture(scope="session")
-def heads_folder(tmp_path_factory) -> Path:
-    """Four heads to train on and one to validate, of 20 slices of 64 px, with masks. Read only."""
-    folder = tmp_path_factory.mktemp("data") / "heads"
+def write_heads(folder: Path) -> None:
+    """Four heads to train on and one to validate, of 20 slices of 64 px, with masks."""
     for case, split in enumerate(["train"] * 4 + ["validate"], 1):
         images, masks = phantom_case(0, case, 20)
         images = images.reshape(20, 64, 4, 64, 4).mean((2, 4)).round().astype(np.uint8)
         dataset.write_slices(folder / f"keras_png_slices_{split}", case, images)
         dataset.write_slices(folder / f"keras_png_slices_seg_{split}", case, masks[:, ::4, ::4], "seg")
     (folder / "PHANTOM.txt").write_text("phantom")
+
+
+@pytest.fixture(scope="session")
+def heads_folder(tmp_path_factory) -> Path:
+    """The folder of write_heads. Read only."""
+    folder = tmp_path_factory.mktemp("data") / "heads"
+    write_heads(folder)
     return folder
 
 
@@ -204,6 +209,17 @@ def first_stage(first_stages) -> Path:
 
 SECOND_STAGE = ["--preset", "demo", "--precision", "fp32", "--steps", 4, "--batch-size", 4]
 SIZES = {"pixelCNN": ["--channels", 8, "--layers", 2], "stable_diffusion": ["--widths", 8, 16, "--slices", 2]}
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(heads_folder, first_stage) -> dict[str, list]:
+    """{script: the flags of its tiniest run}, for processes of their own."""
+    second = ["--data", heads_folder, "--first-stage", first_stage, *SECOND_STAGE, "--steps", 2]
+    return {
+        "prestage_train.py": ["--data", heads_folder, *FIRST_STAGE],
+        "stable_diffusion.py": [*second, "--widths", 8, "--slices", 2],
+        "pixelCNN.py": [*second, *SIZES["pixelCNN"]],
+    }
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import dataset
+import util
 from dataset import check_folder, load_slices, move, people_table, random_moves, to_float, to_uint8
 from heads.layout import read_png, write_slices
 from heads.people import PEOPLE_TABLE, read_people
@@ -174,6 +175,20 @@ def test_the_second_load_reads_the_cache_and_decodes_what_changed(noise_folder, 
     assert torch.equal(third.images[7], 255 - images[7])
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
+def test_a_damaged_cache_is_decoded_again(noise_folder, damage, capsys):
+    """Wherever the damage is: a flipped bit in the last pixel is one too."""
+    images = load_slices(noise_folder, "train", 64).images.clone()
+    (path,) = dataset.CACHE.glob("*.npy")
+    whole = path.read_bytes()
+    last = len(whole) - 17  # the digest has 16 letters
+    flipped = whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :]
+    path.write_bytes({"cut": whole[:-1], "flipped": flipped, "empty": b"", "text": b"hello"}[damage])
+    capsys.readouterr()
+    assert torch.equal(load_slices(noise_folder, "train", 64).images, images) and path.read_bytes() == whole
+    assert "damaged: decoding train again" in capsys.readouterr().out
+
+
 def test_two_processes_that_start_at_once_share_a_cache(noise_folder, tmp_path):
     """As under torchrun: both load the same slices, one file is left, nothing temporary."""
     script = f"import sys; sys.path.insert(0, {str(Path(dataset.__file__).parent)!r}); import dataset, pathlib; "
@@ -182,8 +197,9 @@ def test_two_processes_that_start_at_once_share_a_cache(noise_folder, tmp_path):
     both = [subprocess.Popen(begin, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0].splitlines() for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == said[1] and int(said[0][-1]) > 0
-    assert len(list((tmp_path / "data/cache").iterdir())) == 1
+    assert said[0][-2:] == said[1][-2:] and int(said[0][-1]) > 0
+    assert len([path for path in (tmp_path / "data/cache").iterdir() if path.name != util.LOCK]) == 1
+    assert sum("cache:" in line for line in said[0] + said[1]) == 1  # one of them decoded
 
 
 def test_augmentation_is_a_pure_function_and_keeps_the_outside_exactly_black(phantom_folder):
@@ -403,7 +419,7 @@ def test_a_faulty_folder_is_refused_in_one_line(noise_folder, tmp_path, fault):
         for split in ("train", "validate"):
             load_slices(noise_folder, split, 64)
     assert finding in str(refusal.value) and "\n" not in str(refusal.value)
-    assert not list(tmp_path.glob("data/cache/*.*.npy"))
+    assert not list(tmp_path.glob("data/cache/.*.making"))
 
 
 def test_the_table_of_people_is_read_with_its_gaps(people_folder):

@@ -89,6 +89,39 @@ def test_write_file_flushes_before_it_renames(tmp_path, monkeypatch):
     assert calls == [5, "rename"] and (tmp_path / "file").read_bytes() == b"12345"
 
 
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    """What a killed process left half made is made anew; what was there already stays as it is."""
+    path, making = tmp_path / "new", tmp_path / f".new{util.MAKING}"
+    (making / "old").mkdir(parents=True)
+    (making / "old" / "half").touch()
+    with pytest.raises(ZeroDivisionError), util.new_folder(path) as folder:
+        (folder / "file").touch()
+        print(1 / 0)
+    assert list(tmp_path.iterdir()) == []
+    with util.new_folder(path) as folder:
+        assert folder == making and not path.exists()
+        (folder / "file").touch()
+    assert [*tmp_path.iterdir()] == [path] and [file.name for file in path.iterdir()] == ["file"]
+    with pytest.raises(util.UserError, match="new exists already"), util.new_folder(path):
+        pass
+    assert [*tmp_path.iterdir()] == [path] and (path / "file").exists()
+
+
+def test_a_new_folder_has_one_maker(tmp_path):
+    """The second is told who the first is."""
+    script = "import time, util; from pathlib import Path; m = util.new_folder(Path('new')); m.__enter__(); "
+    command = [sys.executable, "-c", script + "print('mine', flush=True); time.sleep(60)"]
+    environment = os.environ | {"PYTHONPATH": str(Path(util.__file__).parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as first:
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(util.UserError, match=f"belongs to process {first.pid}"), util.new_folder(tmp_path / "new"):
+            pass
+        first.kill()
+    with util.new_folder(tmp_path / "new") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "new" / "file").exists()
+
+
 @pytest.mark.parametrize("device", ["banana", "cuda", "cuda:7", "mps", "meta"])
 def test_a_device_that_is_not_there_is_one_line(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

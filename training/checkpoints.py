@@ -1,12 +1,16 @@
 """Files of tensors: checkpoints for resuming, and weights that carry their description.
 
 A run NAME keeps them in model_ckpt/NAME: last.pt (and one for each further phase), and model.safetensors for use.
+What takes long to make and can be made again is kept in data/cache.
 """
 
 import hashlib
 import io
 import json
+import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -15,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import util
+from dataset import CACHE, tidy_cache
 from util import UserError
 
+PROJECT = "stable-diffusion-on-oasis"  # which has written a file
 RELEASED = Path(__file__).parents[1] / "pretrained"  # weights that come with the project
 
 
@@ -30,13 +36,16 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, script: str) -> dict:
     """Reads what `script` saved, never running code from the file. Raises UserError on anything else."""
     try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():  # torch.load does not look at the checksums
+                raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train the run first, or name another") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} is no readable checkpoint ({type(error).__name__}); delete it or choose another --name"
-        ) from None
+    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError,
+            TypeError, NotImplementedError) as error:  # fmt: skip
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it or choose another "
+                        "--name") from None  # fmt: skip
     if not isinstance(state, dict) or state.get("script") != script:
         raise UserError(f"{path} is no checkpoint of {script}; delete it or choose another --name")
     return state
@@ -50,9 +59,39 @@ def save_weights(path: Path, weights: dict[str, Tensor], description: dict) -> N
     if broken := not_finite(weights):
         raise UserError(f"{broken} is not finite any more, so {path} is not written; train with another --name and a "
                         "lower --learning-rate, or --precision fp32")  # fmt: skip
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"project": "stable-diffusion-on-oasis", "description": json.dumps(description)}
-    util.write_file(path, safetensors.torch.save(weights, metadata))
+    _write(path, weights, description)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], description: dict) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = json.loads(json.dumps(description)) | {"project": PROJECT}
+    description["seal"] = _seal(tensors, description)
+    # one entry, since the library writes several in any order: the same weights make the same file
+    util.write_file(path, safetensors.torch.save(tensors, {"description": json.dumps(description)}))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What _write wrote. Raises ValueError, which ends a sentence on the file, where that is anything else."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+        description = {"project": metadata.get("project")} | json.loads(metadata.get("description", "{}"))
+    except (safetensors.SafetensorError, ValueError, TypeError):
+        raise ValueError("is no whole safetensors file") from None
+    seal = description.pop("seal", None)
+    if description["project"] != PROJECT:
+        raise ValueError("was not written by this project")
+    if seal not in (None, _seal(tensors, description)):  # release 1 has none
+        raise ValueError("is damaged: it does not hold what was written")
+    del description["project"]
+    return tensors, description
+
+
+def _seal(tensors: dict[str, Tensor], description: dict) -> str:
+    """A digest of all that a file holds."""
+    content = digest_of(tensors) + json.dumps(description, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def not_finite(weights: dict[str, Tensor]) -> str:
@@ -63,27 +102,38 @@ def not_finite(weights: dict[str, Tensor]) -> str:
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Reads (weights, description) from a file of save_weights. Raises UserError when it is not one, or not finite."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.offset_keys()}
+        weights, description = _read(path)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+        if not isinstance(description["kind"], str) or not isinstance(description["model_kwargs"], dict):
+            raise KeyError("kind")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train one first, or give the path of a .safetensors file") from None
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is no readable safetensors file ({type(error).__name__}); is the copy whole?"
-        ) from None
-    if metadata.get("project") != "stable-diffusion-on-oasis" or "description" not in metadata:
-        raise UserError(
-            f"{path} was not written by this project; give a model.safetensors from model_ckpt/ or pretrained/"
-        )
-    try:
-        description = json.loads(metadata["description"])
-        description["kind"], description["model_kwargs"]
-    except (ValueError, KeyError, TypeError):
+    except KeyError:
         raise UserError(f"{path} does not say which model it is of; train it anew, or copy it again") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} {error}; copy it again, or give a model.safetensors from model_ckpt/ or pretrained/"
+        ) from None
     if broken := not_finite(weights):
         raise UserError(f"{path}: {broken} is not finite; train it anew, or copy it again")
     return weights, description
+
+
+def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What make() returns: from data/cache/NAME.safetensors if it is there and whole, else made and kept there."""
+    path = CACHE / f"{name}.safetensors"
+    if path.is_file():
+        try:
+            found = _read(path)[0]
+            os.utime(path)  # for tidy_cache
+            return found
+        except ValueError:
+            print(f"{path} is damaged: making it again")
+    made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}  # laid out as when it is read
+    with util.alone(CACHE):
+        _write(path, made, {})
+        tidy_cache()
+    return made
 
 
 def run_weights(name: str) -> Path:

@@ -15,6 +15,7 @@ the checkpoint holds all that changes.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import math
@@ -141,7 +142,7 @@ class Run:
                 raise UserError(f"{a} and {b} are the same slices; python dataset.py FOLDER lists what they share")
         check_same_data(args.name, self.data)
         state = load_checkpoint(self.checkpoint, args.script) if self.checkpoint.exists() else None
-        if state and state["built_on"] != built_on:
+        if state and state.get("built_on") != built_on:
             print(f"{self.checkpoint} was made from other weights: the phase {phase} starts anew")
             state = None
         if state is None and begin:
@@ -168,7 +169,8 @@ class Run:
         known = before + self.done if self.done < steps else math.inf
         self.logger = Logger(args.name, record, step=known, every=max(1, report_every // LINES), quiet=self.rank > 0)
         if state:
-            self.logger.load_state_dict(state["log"])
+            with self._own_version():
+                self.logger.load_state_dict(state["log"])
         self.interrupted = 0  # the number of the signal that this process got
         self.stopping = False  # all processes, after this step
         self.saved = self.stepped = time.monotonic()
@@ -177,16 +179,25 @@ class Run:
         self.peak = None  # bytes of a step
 
     def _restore(self, state: dict) -> None:
-        for name, thing in self.kept.items():
-            if name not in state:
-                raise UserError(f"{self.checkpoint} is of another version of this project; choose another --name")
-            if isinstance(thing, nn.Module):
-                fill_model(thing, state[name], self.checkpoint)
-            elif state[name]:  # a scaler that was not in use has none
-                thing.load_state_dict(state[name])
-        self.done = state["step"]
+        with self._own_version():
+            for name, thing in self.kept.items():
+                if isinstance(thing, nn.Module):
+                    fill_model(thing, state[name], self.checkpoint)
+                elif state[name]:  # a scaler that was not in use has none
+                    thing.load_state_dict(state[name])
+            self.done = int(state["step"])
+            if self.done < 0:
+                raise ValueError(self.done)
         if self.done < self.total:
             print(f"resumed at step {self.before + self.done}")
+
+    @contextlib.contextmanager
+    def _own_version(self) -> Iterator[None]:
+        """Whatever goes wrong with a checkpoint that holds something else than ours is a UserError."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError):
+            raise UserError(f"{self.checkpoint} is of another version of this project; choose another --name") from None
 
     # ---- the loop
 

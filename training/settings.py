@@ -137,7 +137,8 @@ def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
         return None
     try:
         recorded = json.loads((log / "run.json").read_text())
-        settings, owner = recorded["settings"], recorded["script"]
+        settings, owner = dict(recorded["settings"]), recorded["script"]
+        flags.presets.get(settings["preset"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{log}/run.json is no description of a run; choose another --name or remove {log}") from None
     if owner != flags.script:
@@ -202,13 +203,16 @@ def describe_run(args: argparse.Namespace, data: dict, **more) -> dict:
 def check_same_data(name: str, data: dict[str, dict]) -> None:
     """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}."""
     path = Path("log") / name / "run.json"
-    recorded = json.loads(path.read_text())["data"] if path.is_file() and has_saved(name) else data
-    for split in data:
-        if recorded[split]["digest"] != data[split]["digest"]:
-            raise UserError(
-                f"run {name} was trained on other {split} slices, those of {recorded[split]['folder']}; "
-                "give them with --data, or choose another --name"
-            )
+    if not (path.is_file() and has_saved(name)):
+        return
+    try:
+        recorded = json.loads(path.read_text())["data"]
+        other = [recorded[split]["folder"] for split in data if recorded[split]["digest"] != data[split]["digest"]]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} does not say which slices the run has; choose another --name") from None
+    if other:
+        known = f"run {name} was trained on other slices, those of {other[0]}"
+        raise UserError(f"{known}; give them with --data, or choose another --name")
 
 
 # ----------------------------------------------------------------------------------------------- sampling from a run

@@ -1,6 +1,8 @@
 """The files of trained stages: a first stage alone, or a second stage together with the first it was trained on."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,9 +34,11 @@ def load_first_stage(
     weights, description = load_weights(path)
     if description["kind"] not in MODELS:
         raise UserError(f"{path} is a {description['kind']}, no first stage; give a run of prestage_train.py")
-    weights, description = in_words_of_today(weights, description)
-    description |= {"digest": latent_digest(weights), "path": str(path)}
-    return build_first_stage(description, weights, path, decoder).to(device)
+    with _understood(path):
+        weights, description = in_words_of_today(weights, description)
+        description |= {"digest": latent_digest(weights), "path": str(path)}
+        model = build_first_stage(description, weights, path, decoder)
+    return model.to(device)
 
 
 def allow_brains(first_stage: Autoencoder, *data: Slices) -> None:
@@ -55,7 +59,7 @@ def build_first_stage(
     Weights without an encoder, as a released second stage has them, make a first stage that only decodes.
     The description stays on the model as `description`, for those who store it beside their own weights.
     """
-    model = _untrained(description, MODELS, path)
+    model = _untrained(description, MODELS, weights)
     model.description = description
     if not any(name.startswith("encoder.") for name in weights):
         model.keep_decoders()
@@ -92,24 +96,37 @@ def load_second_stage(
     weights, description = load_weights(path)
     if description["kind"] not in models:
         raise UserError(f"{path} is a {description['kind']}, none of {', '.join(models)}; name a run of {script}")
-    parts = {}
-    for part, described in (("prior", description), ("first_stage", description["first_stage"])):
-        parts[part] = in_words_of_today(part_of(weights, f"{part}."), described)
-    weights, description = parts["prior"]
-    description |= {"first_stage": parts["first_stage"][1], "path": str(path)}
-    prior = fill_model(_untrained(description, models, path), weights, path).eval().requires_grad_(False)
-    prior.description = description
-    weights, described = parts["first_stage"]
-    first_stage = build_first_stage(described, weights, path, decoder)
-    first_stage.slices_per_brain = max(first_stage.slices_per_brain, prior.slices_per_brain)
+    with _understood(path):
+        parts = {}
+        for part, described in (("prior", description), ("first_stage", description["first_stage"])):
+            parts[part] = in_words_of_today(part_of(weights, f"{part}."), described)
+        weights, description = parts["prior"]
+        description |= {"first_stage": parts["first_stage"][1], "path": str(path)}
+        prior = fill_model(_untrained(description, models, weights), weights, path).eval().requires_grad_(False)
+        prior.description = description
+        weights, described = parts["first_stage"]
+        first_stage = build_first_stage(described, weights, path, decoder)
+        first_stage.slices_per_brain = max(first_stage.slices_per_brain, prior.slices_per_brain)
     return prior.to(device), first_stage.to(device)
 
 
-def _untrained(description: dict, models: dict[str, type], path: Path) -> nn.Module:
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a description that says something else than ours is a UserError."""
     try:
-        return models[description["kind"]](**description["model_kwargs"])
-    except (TypeError, ValueError):
+        yield
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError):
         raise UserError(f"{path} has settings that this version does not know; train it anew") from None
+
+
+def _untrained(description: dict, models: dict[str, type], weights: dict[str, Tensor]) -> nn.Module:
+    """The model that a description speaks of. Raises ValueError where it is far larger than its weights."""
+    model, kwargs = models[description["kind"]], description["model_kwargs"]
+    with torch.device("meta"):  # where a model takes no memory, whatever its size
+        numbers = sum(tensor.numel() for tensor in model(**kwargs).state_dict().values())
+    if numbers > 10 * sum(tensor.numel() for tensor in weights.values()):  # encoders may have been left out
+        raise ValueError(f"a model of {numbers} numbers")
+    return model(**kwargs)
 
 
 def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[dict[str, Tensor], dict]:

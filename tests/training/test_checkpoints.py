@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import time
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+import dataset
 import util
 from training import checkpoints
 from util import UserError
@@ -46,7 +48,9 @@ def test_load_checkpoint_refuses_damaged_files_and_those_of_others(tmp_path):
             checkpoints.load_checkpoint(path, "x.py")
     checkpoints.save_checkpoint(path, {"script": "x.py", "x": torch.randn(100)})
     whole = path.read_bytes()
-    for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", b"hello\n", bytes(1000)):
+    one_bit = bytearray(whole)
+    one_bit[whole.index(torch.load(path)["x"].numpy().tobytes()) + 7] ^= 1
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", b"hello\n", bytes(1000), one_bit):
         path.write_bytes(content)
         with pytest.raises(UserError, match="last.pt"):
             checkpoints.load_checkpoint(path, "x.py")
@@ -70,12 +74,58 @@ def test_load_weights_refuses_what_is_not_ours(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:20], b"", b"hello", bytes(100)):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="no readable safetensors"):
+        with pytest.raises(UserError, match="model.safetensors is no whole safetensors file; copy it again"):
             checkpoints.load_weights(path)
-    for metadata in ({"format": "pt"}, None, {"project": "stable-diffusion-on-oasis"}):
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.load_weights(path)
+    for metadata in ({"format": "pt"}, None, {"project": checkpoints.PROJECT}, {"description": "[]"}):
         path.write_bytes(safetensors.torch.save({"w": torch.zeros(1)}, metadata))
         with pytest.raises(UserError, match="model.safetensors"):
             checkpoints.load_weights(path)
+
+
+def test_the_same_weights_make_the_same_file(tmp_path):
+    """Twenty times: several entries of metadata would stand in any order."""
+    files = [tmp_path / f"{i}.safetensors" for i in range(20)]
+    for file in files:
+        checkpoints.save_weights(file, {"w": torch.arange(5.0)}, {"kind": "vae", "model_kwargs": {}, "step": 1})
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_cached_makes_again_what_is_missing_or_damaged(capsys):
+    """A cut file and one flipped bit alike; else what is kept is read."""
+    made = []
+
+    def make() -> dict:
+        made.append(1)
+        return {"x": torch.arange(4).half()}
+
+    for count in (1, 1):
+        assert torch.equal(checkpoints.cached("numbers", make)["x"], torch.arange(4).half()) and len(made) == count
+    (path,) = dataset.CACHE.glob("*.safetensors")
+    whole = path.read_bytes()
+    for count, damaged in enumerate((whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""), 2):
+        path.write_bytes(damaged)
+        assert torch.equal(checkpoints.cached("numbers", make)["x"], torch.arange(4).half()) and len(made) == count
+        assert "damaged" in capsys.readouterr().out and path.read_bytes() == whole
+
+
+def test_the_cache_stays_within_its_size_but_keeps_what_is_of_today(monkeypatch, capsys):
+    """Of four files of 1 kB the one used longest ago goes, though it was made last."""
+    for name in "abcd":
+        checkpoints.cached(name, lambda: {"x": torch.zeros(250)})
+    for name, days in (("a", 2), ("b", 4), ("c", 3), ("d", 0)):
+        os.utime(dataset.CACHE / f"{name}.safetensors", (time.time() - days * 86_400,) * 2)
+    size = sum(path.stat().st_size for path in dataset.CACHE.glob("*.safetensors"))
+    monkeypatch.setattr(dataset, "CACHE_GB", 0.8 * size / 1e9)
+    dataset.tidy_cache()
+    assert {path.stem for path in dataset.CACHE.glob("*.safetensors")} == {"a", "c", "d"}
+    monkeypatch.setattr(dataset, "CACHE_GB", 0)
+    checkpoints.cached("a", dict)  # used again
+    dataset.tidy_cache()
+    assert {path.stem for path in dataset.CACHE.glob("*.safetensors")} == {"a", "d"}
+    assert "cache: data/cache, 0.0 GB" in capsys.readouterr().out
 
 
 def test_digest_tells_weights_apart_by_their_names_and_numbers():
