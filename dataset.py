@@ -210,17 +210,17 @@ class Slices:
         return int(self.z.max()) + 1
 
     def batch(
-        self, index: Tensor, device: torch.device | str = "cpu", augment: torch.Generator | None = None
+        self, index: Tensor, device: torch.device | str = "cpu", moves: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x float32 [B, 1, S, S] in [-1, 1], z int64 [B] and case int64 [B] of the slices at index [B], on `device`.
 
-        With a generator (on the CPU) every slice is turned, scaled and shifted a little. It is never mirrored, since
+        With moves [B, 4], see `move`, every slice is turned, scaled and shifted a little. It is never mirrored, since
         left and right differ in real brains.
         """
         index = index.to(self.images.device)
         x = to_float(self.images[index].to(device, non_blocking=True))[:, None]
-        if augment is not None:
-            x = move(x, random_moves(len(x), augment))
+        if moves is not None:
+            x = move(x, moves)
         return x, self.z[index.cpu()].to(device), self.case[index.cpu()].to(device)
 
     def describe(self) -> dict:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+import util
 from module import Embedding
 
 
@@ -57,11 +58,10 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """||d reconstruction / d w|| / (||d adversarial / d w|| + 1e-4), clipped to [0, limit] (Esser et al. 2021, eq. 7).
 
     Makes the two losses pull equally hard at the decoder's last layer w. The published clip of 10^4 lets one unlucky
-    step ruin the reconstruction.
+    step ruin the reconstruction. The gradients are those of all of torchrun's processes together.
     """
     scale = 1024  # of both losses, a power of two: the gradient of one pixel alone may be 0 in float16
-    ours, theirs = (
-        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float().norm() / scale
-        for loss in (reconstruction, adversarial)
-    )
+    gradients = (torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float()
+                 for loss in (reconstruction, adversarial))  # fmt: skip
+    ours, theirs = (util.mean_of_processes(gradient).norm() / scale for gradient in gradients)
     return (ours / (theirs + 1e-4)).clamp(0, limit).detach()

@@ -559,7 +559,7 @@ def train(args: argparse.Namespace) -> None:
                     print(f"worse than guessing, which takes {first_stage.fixed_bits:.0f} bits per image: if that "
                           "stays so, choose another --name and a lower --learning-rate")  # fmt: skip
                 # torchrun's processes all stop together
-                improved = patience.improves(util.mean_of_processes(scores["bits"]))
+                improved = patience.improves(float(util.mean_of_processes(torch.tensor(scores["bits"]))))
                 slices = decode_brain(first_stage, sample_brain(run.ema, args.seed))
                 title = f"sampled after {run.done} steps: seed {args.seed}, one noise for all z"
                 scores = {f"validate/{name}": value for name, value in scores.items()}

@@ -260,7 +260,7 @@ def train_codec(args: argparse.Namespace, data: dict[str, Slices]) -> Autoencode
     run = Run(args, model, data=data, steps=phase_steps(args)["codec"], phase="codec",
               begin=lambda: fit_to_data(model, train))  # fmt: skip
     for step in run.steps():
-        x, z, _ = train.batch(run.index(len(train)), run.device, run.generator())
+        x, z, _ = train.batch(run.index(len(train)), run.device, run.moves())
         with run.autocast():
             x_hat, losses = run.forward(x, z)
         losses["reconstruction"] = reconstruction_loss(x_hat, model.crop(x))
@@ -300,7 +300,7 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
               built_on=digest_of(codec.state_dict()), keep=keep)  # fmt: skip
     faithful = validate(codec.to(run.device), held_out, run)["validate/ssim"]
     for step in run.steps():
-        x, z, _ = train.batch(run.index(len(train)), run.device, run.generator())
+        x, z, _ = train.batch(run.index(len(train)), run.device, run.moves())
         real = model.crop(x)
         with run.autocast():
             fake, _ = run.forward(x, z)  # the latent is frozen: its own losses are of no use
@@ -325,7 +325,7 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
         }
         # both pull equally hard at the last layer; averaged, since one step's ratio is noise
         pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
-        pull = balance.add(util.mean_of_processes(pull))
+        pull = balance.add(float(pull))
         say = critic_say(step, run.total)
         weights = {"generator": args.gan_weight * pull * say, "feature_matching": FEATURE_WEIGHT * say}
         if run.update(losses, weights):

@@ -359,25 +359,24 @@ def any_process(flag: bool) -> bool:
     return bool(total > 0)
 
 
+def mean_of_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over torchrun's processes."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replaces every gradient by its mean over torchrun's processes, so that all take the same step."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of hundreds
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    means = mean_of_processes(flat).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
-
-
-def mean_of_processes(value: Tensor | float) -> float:
-    """The mean of a scalar over torchrun's processes."""
-    if not dist.is_initialized():
-        return float(value)
-    total = torch.as_tensor(value).detach().cpu().clone()
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

@@ -206,7 +206,11 @@ def test_augmentation_is_a_pure_function_and_keeps_the_outside_exactly_black(pha
     """One grey level of background costs .06 of SSIM. The scaled box with its margin holds what moved."""
     data, index = load_slices(phantom_folder, "validate", 64), torch.tensor([3, 0, 1])
     before, torch_state = data.images.clone(), torch.get_rng_state()
-    first, again, other = (data.batch(index, augment=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+
+    def moves(seed: int) -> torch.Tensor:
+        return random_moves(3, torch.Generator().manual_seed(seed))
+
+    first, again, other = (data.batch(index, moves=moves(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch_state, torch.get_rng_state()) and torch.equal(before, data.images)
     top, left, height, width = 10, 6, 44, 52  # every head at 64 px

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import util
-from dataset import Slices
+from dataset import Slices, random_moves
 from logger import Logger
 from training.checkpoints import fill_model, load_checkpoint, save_checkpoint
 from training.memory import in_words, step_bytes
@@ -247,6 +247,12 @@ class Run:
         """A generator on the CPU for this step, such as for augmentation."""
         seed = util.mix_seed(self.args.seed, self.before + self.step, self.rank, 1)
         return torch.Generator().manual_seed(seed)
+
+    def moves(self) -> Tensor:
+        """float32 [batch_size, 4]: how the slices of `index` are moved; the same for any number of processes."""
+        B, seed = self.args.batch_size, util.mix_seed(self.args.seed, self.before + self.step, 0, 1)
+        moves = random_moves(B * self.world, torch.Generator().manual_seed(seed))
+        return moves[self.rank * B :][:B]
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run; losses belong outside."""

@@ -207,11 +207,12 @@ def check_same_data(name: str, data: dict[str, dict]) -> None:
         return
     try:
         recorded = json.loads(path.read_text())["data"]
-        other = [recorded[split]["folder"] for split in data if recorded[split]["digest"] != data[split]["digest"]]
+        other = [split for split in data if recorded[split]["digest"] != data[split]["digest"]]
+        folder = recorded[other[0]]["folder"] if other else ""
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{path} does not say which slices the run has; choose another --name") from None
     if other:
-        known = f"run {name} was trained on other slices, those of {other[0]}"
+        known = f"run {name} was trained on other {other[0]} slices, those of {folder}"
         raise UserError(f"{known}; give them with --data, or choose another --name")
 
 

@@ -324,7 +324,8 @@ def in_one_of_two(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     noted = {"exact": note_steps(Exact, "--batch-size", 2)}
     noted["halves"] = note_steps(Overflowing if rank else Exact, "--precision", "fp16", "--name", "halves")[1::2]
-    noted["mean"], noted["any"] = util.mean_of_processes(float(rank)), util.any_process(rank == 1)
+    noted["mean"] = util.mean_of_processes(torch.tensor([float(rank), 1.0])).tolist()
+    noted["any"] = util.any_process(rank == 1)
     torch.save(noted, f"{folder}/noted{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -340,7 +341,7 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch(tmp_path):
     first, second = (torch.load(tmp_path / f"noted{rank}.pt") for rank in range(2))
     for ours, other, one in zip(first["exact"], second["exact"], note_steps(Exact, "--name", "one"), strict=True):
         assert torch.equal(ours, other) and torch.allclose(ours, one, rtol=1e-5, atol=1e-6)
-    assert first["mean"] == second["mean"] == 0.5 and first["any"] and second["any"]
+    assert first["mean"] == second["mean"] == [0.5, 1] and first["any"] and second["any"]
     assert len(read_log(Path("log/line"))) == 4
     a, b = first["halves"], second["halves"]
     assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(a, b, strict=True))

@@ -159,7 +159,7 @@ def test_a_trained_run_is_sampled_and_a_file_too():
     util.write_file(Path("model_ckpt/toy/model.safetensors"), b"")
     assert draws_from() == Path("model_ckpt/toy/model.safetensors")
     assert draws_from("--name", "pretrained/released.safetensors") == Path("pretrained/released.safetensors")
-    settings = {"script": "toy.py", "settings": {"steps": 6, "first_stage": "vqvae", "seed": 0}}
+    settings = {"script": "toy.py", "settings": {"preset": "demo", "steps": 6, "first_stage": "vqvae", "seed": 0}}
     util.write_file(Path("log/toy/run.json"), json.dumps(settings).encode())
     assert draws_from("--seed", 7, "--colour", "blue", "--steps", 9) == Path("model_ckpt/toy/model.safetensors")
     with pytest.raises(UserError, match="--first-stage other contradicts"):
