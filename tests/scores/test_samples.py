@@ -230,7 +230,7 @@ def test_real_brains_are_measured_once(real, scorer, tmp_path, monkeypatch):
         found = samples.measure_real(real[1], real[1].whole_cases(), scorer, None, digest)
         assert torch.equal(found["noise"], torch.arange(6))
     assert measured == ["validate"] * 3 == 3 * [measured[0]]
-    assert len(list(Path("data/cache").glob("validate_measures_64_*"))) == 3
+    assert len(list(Path("data/cache").glob("validate_measures_64px_*"))) == 3
 
 
 def test_every_byte_of_the_code_that_measures_counts(tmp_path):
