@@ -250,11 +250,19 @@ def _complain(message: str) -> int:
 
 
 def start_processes() -> tuple[int, int]:
-    """Joins torchrun's processes if it started us. Returns (rank, world size), which is (0, 1) otherwise."""
+    """Joins torchrun's processes if it started us. Returns (rank, world size), which is (0, 1) otherwise.
+
+    Raises UserError where only a part of torchrun's environment is there.
+    """
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except (ValueError, RuntimeError) as error:
+            words = " ".join(str(error).split())[:100]
+            raise UserError(f"$RANK is set, but torchrun's other processes are not to be found ({words}); unset RANK, "
+                            "or start with torchrun") from None  # fmt: skip
         if dist.get_rank():
             sys.stdout = io.StringIO()  # one process speaks
     return dist.get_rank(), dist.get_world_size()

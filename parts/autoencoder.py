@@ -8,7 +8,6 @@ the best linear block codec ends.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +203,7 @@ class Autoencoder(nn.Module):
         self.frozen = True
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Autoencoder":
         return super().train(mode and not self.frozen)
 
     def use_decoder(self, name: str) -> None:

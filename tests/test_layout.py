@@ -99,3 +99,16 @@ def test_every_script_has_help(file, monkeypatch, capsys, tmp_path):
 def test_scripts_start_from_any_folder(run_script, script):
     done = run_script(script, "--help")
     assert done.returncode == 0 and "--help" in done.stdout, done.stderr
+
+
+LATER = {"typing": {"Self", "Never", "assert_never", "override", "reveal_type"}, "enum": {"StrEnum"},
+         "itertools": {"batched"}, "datetime": {"UTC"}, "asyncio": {"TaskGroup"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_is_imported_that_python_3_10_does_not_have(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not LATER.get(node.module, set()) & {name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            assert not {"tomllib"} & {name.name for name in node.names}

@@ -191,6 +191,18 @@ def test_command_turns_what_a_user_can_mend_into_one_line(capsys):
         util.command(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize("known", [{"RANK": "0"}, {"RANK": "x"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "2"}])
+def test_half_of_torchruns_environment_is_one_line(monkeypatch, known):
+    """Left over in a shell, or set by a cluster."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(util.UserError, match="RANK is set.*unset RANK, or start with torchrun") as refusal:
+        util.start_processes()
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_folder_belongs_to_one_process_as_long_as_that_runs(tmp_path):
     """The second is told whose it is; when the first is killed, nothing is left in the way."""
     folder, wait = tmp_path / "run", "import sys, time, util; from pathlib import Path; util.own(Path(sys.argv[1])); "
