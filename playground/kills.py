@@ -36,7 +36,7 @@ from training import run
 from util import UserError
 
 FIRST_BYTES = 40  # of a file that gets written when a write is cut off
-UNEQUAL = re.compile(rb'"(seconds|processor_seconds|images_per_second|started)": [^,}]*')  # from run to run
+UNEQUAL = re.compile(rb'"(seconds|processor_seconds|images_per_second|started|commit)": [^,}]*')  # from start to start
 
 
 def events(folder: Path, act: Callable) -> None:
