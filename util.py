@@ -107,7 +107,8 @@ def fraction(text: str) -> float:
 
 def command(main: Callable[[], None]) -> None:
     """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has something else
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
     try:
         main()
     except UserError as error:
@@ -233,11 +234,14 @@ def disown(*folders: Path) -> None:
     for folder in [folder.resolve() for folder in folders] or list(_owned):
         if folder not in _owned:
             continue
+        if nothing := not holds_anything(folder):
+            _empty(folder)  # while it is ours
         (folder / OWNER).unlink(missing_ok=True)
         # the lock's file stays, since another process may be opening it; but not in a folder of nothing else
         _owned.pop(folder).release()
-        if not holds_anything(folder):
-            shutil.rmtree(folder)
+        if nothing:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _complain(message: str) -> int:

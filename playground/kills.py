@@ -155,7 +155,7 @@ def flags() -> argparse.ArgumentParser:
     parser = util.plain_parser(__doc__)
     parser.add_argument("--random", type=util.positive_int, metavar="N", help="so many kills at random moments")
     parser.add_argument("folder", type=Path, help="where runs are made; it is emptied")
-    parser.add_argument("script", help="a trainer, such as prestage_train.py")
+    parser.add_argument("script", choices=("prestage_train.py", "stable_diffusion.py", "pixelCNN.py"), help="a trainer")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; the run should take seconds")
     return parser
 
