@@ -1,12 +1,13 @@
 # make demo    a fresh clone to pictures of new heads, within 10 minutes on 2 CPU cores; no data, no GPU
 # make test    a fresh clone to green tests
+# make report  report.pdf of report.md
 # make clean   removes what the demo made
 
 PYTHON ?= python3
 VENV := .venv
 RUN := ../$(VENV)/bin/python -u ..
 
-.PHONY: demo test clean
+.PHONY: demo test report clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
+
+report: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r playground/requirements-report.txt
+	$(VENV)/bin/python playground/report_pdf.py
 
 clean:
 	rm -rf demo

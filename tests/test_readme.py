@@ -49,6 +49,30 @@ def test_files_that_a_page_links_to_exist(page):
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_places_that_a_page_links_to_exist(page):
+    at = ROOT / page
+    links = [link for link in re.findall(r"\]\(([^)\s]*)#([^)\s]+)\)", at.read_text()) if "://" not in link[0]]
+    missing = [link for link in links if link[1] not in anchors(at.parent / link[0] if link[0] else at)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_no_sentence_of_a_page_is_longer_than_40_words(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for mark, word in ((r"`[^`]*`", "C"), (r"\$\$.*?\$\$", ""), (r"\$[^$]*\$", "M"), (r"\]\([^)]*\)", "]")):
+        text = re.sub(mark, word, text)
+    lines = [line for line in text.partition("## References")[0].splitlines() if not line.startswith(("|", ">"))]
+    sentences = [found for line in lines for found in re.split(r"(?<=[.!?:])[*)]*\s+(?=[A-Z*(\[0-9])", line)]
+    assert [sentence for sentence in sentences if len(sentence.split()) > 40] == []
+
+
 def test_the_table_of_files_is_complete():
     table = README[README.index("## The files") :]
     named = set(re.findall(r"`(\w+(?:/|\.py))`", table[: table.index("\n## ", 5)]))

@@ -1,0 +1,147 @@
+"""How long, and in how much memory, does preset `base` train on which GPU?
+
+    python playground/gpu_hours.py
+
+Nothing is run: the operations and the memory of a training step are counted with tensors that have shapes but no
+numbers. A card is taken to reach a sixteenth of the speed in half precision on its label, which is what small batches
+of convolutions often reach. Memory is that of a step, as the trainers print it, without PyTorch's own half a GB.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import pixelCNN
+import prestage_train
+import stable_diffusion
+import util
+from model_diffusion import LatentDiffusion
+from model_discriminator import PatchDiscriminator
+from model_VAE import VQVAE
+from pixelCNN import PixelCNN
+from training.memory import in_words, step_bytes
+from training.presets import PRESETS
+
+CARDS = {"T4": 65e12, "RTX 3090": 71e12, "A100": 312e12, "H100": 990e12}  # operations a second, half precision, label
+REACHED = 1 / 16
+BOX, LATENT, CODES = (32, 16, 192, 224), (8, 24, 28), 1024  # of 256 px, at 8x8 pixels a code
+
+
+class Work(NamedTuple):
+    """Of a trainer at preset base: operations of the whole training, and the bytes of a step at a batch size."""
+
+    operations: float
+    bytes: Callable[[int], int]
+
+
+def count(step: Callable[[], object]) -> int:
+    """Operations of a function, with all it does inside."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def half() -> torch.autocast:
+    """Half precision where autocast would use it on a GPU."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def first_stage() -> Work:
+    """The three phases together; the memory is that of sharpening, with the discriminator."""
+    args = prestage_train.flags().presets["base"]
+    steps = prestage_train.phase_steps(argparse.Namespace(**args, start_from=None))
+    sizes = {name: args[name] for name in ("image_size", "patch", "widths", "blocks", "codebook_size")}
+    sizes |= {"box": BOX, "latent_channels": LATENT[0], "perceptual": True, "grain": True}
+
+    def models() -> tuple[VQVAE, PatchDiscriminator]:
+        return VQVAE(**sizes).eval(), PatchDiscriminator(channels=prestage_train.DISCRIMINATOR_CHANNELS)
+
+    def slices(B: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(B, 1, args["image_size"], args["image_size"]), torch.zeros(B, dtype=torch.long)
+
+    with FakeTensorMode():
+        (model, critic), (x, z), work = models(), slices(1), {}
+        box = model.crop(x)
+        for phase in steps:
+            model.train_only("codec" if phase == "codec" else "perceptual")
+            work[phase] = count(lambda: model(x, z)[0].sum().backward())
+        work["sharpen"] += 3 * count(lambda: critic(box, z)[0].sum().backward())  # both updates, and real features
+
+    def memory(B: int) -> int:
+        (model, critic), (x, z) = models(), slices(B)
+        model.train_only("codec")
+        return step_bytes(model, (x, z), {}, half) + 2 * step_bytes(critic, (model.crop(x), z), {}, half)
+
+    return Work(args["batch_size"] * sum(steps[phase] * work[phase] for phase in steps), memory)
+
+
+def diffusion() -> Work:
+    args = stable_diffusion.flags().presets["base"]
+    S, modes = args["slices"], stable_diffusion.MODES
+
+    def model() -> LatentDiffusion:
+        return LatentDiffusion(latent_shape=LATENT, widths=args["widths"], blocks=stable_diffusion.BLOCKS, slices=S,
+                               modes=modes, moved=True)  # fmt: skip
+
+    def windows(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.zeros(n * S, *LATENT), torch.arange(S).repeat(n), torch.zeros(n, modes)
+
+    with FakeTensorMode():
+        network, (x, z, known) = model(), windows(1)
+        work = count(lambda: network(x, z, projections=known).sum().backward())
+
+    def memory(B: int) -> int:
+        x, z, known = windows(B // S)
+        return step_bytes(model(), (x, z), {"projections": known}, half)
+
+    return Work(args["steps"] * args["batch_size"] // S * work, memory)
+
+
+def prior_of_codes() -> Work:
+    args = pixelCNN.flags().presets["base"]
+
+    def model() -> PixelCNN:
+        return PixelCNN(codebook_size=CODES, grid=LATENT[1:], channels=args["channels"], layers=args["layers"])
+
+    def codes(B: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(B, *LATENT[1:], dtype=torch.long), torch.zeros(B, dtype=torch.long)
+
+    with FakeTensorMode():
+        network, (idx, z) = model(), codes(1)
+        work = count(lambda: network.bits(idx, z).sum().backward())
+    return Work(args["steps"] * args["batch_size"] * work, lambda B: step_bytes(model(), codes(B), {}, half))
+
+
+TRAINERS = {"prestage_train.py": first_stage, "stable_diffusion.py": diffusion, "pixelCNN.py": prior_of_codes}
+
+
+def table() -> str:
+    """In Markdown, a row a trainer: batch size, memory of a step, and hours of each card."""
+    rows = [f"| trainer | batch | memory | {' | '.join(CARDS)} |", "|---" * (3 + len(CARDS)) + "|"]
+    for script, count_work in TRAINERS.items():
+        work, B = count_work(), PRESETS[script]["base"]["batch_size"]
+        hours = [f"{work.operations / (label * REACHED) / 3600:.1f} h" for label in CARDS.values()]
+        rows.append(f"| `{script}` | {B} | {in_words(work.bytes(B))} | {' | '.join(hours)} |")
+    return "\n".join(rows)
+
+
+def flags() -> argparse.ArgumentParser:
+    """This script's command line."""
+    return util.plain_parser(__doc__)
+
+
+def main() -> None:
+    flags().parse_args()
+    print(table())
+
+
+if __name__ == "__main__":
+    util.command(main)
