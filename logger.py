@@ -1,6 +1,7 @@
 """Scalars and pictures of a run on disk, and their curves.
 
-    python logger.py log_dir [more dirs]          # draws log_dir/curves.png; several runs share the axes
+    python logger.py log/vqvae                    # draws log/vqvae/curves.png
+    python logger.py log                          # all runs in it: a block of panels for each script, with all its runs
 
 A run's log is a folder: run.json says what was run, metrics.jsonl holds one JSON object per line with step (optimiser
 steps done), seconds (of training, over all starts), images_per_second and any scalars, named group/quantity.
@@ -11,6 +12,7 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -20,20 +22,64 @@ import util
 from pictures import sheets
 from util import UserError
 
-UNITS = {
-    "learning_rate": "learning rate",
-    "images_per_second": "images / s",
-    "train/kl": "train KL, bits per image",
-    "train/bits": "train bits per image",
-    "validate/bits": "validate bits per image",
-    "validate/best_bits": "validate bits per image, best so far",
-    "validate/ssim": "validate SSIM",
-    "validate/brain_ssim": "validate brain SSIM",
-    "validate/psnr": "validate PSNR, dB",
-    "validate/perplexity": "validate codebook perplexity",
-    "validate/usage": "validate share of codes in use",
-    "weight/kl": "weight of the KL in bits per image",
-}
+CLOCKS = ("step", "seconds", "processor_seconds")  # of every line, and no scalars
+PHASES = {"train/kl": "codec", "train/codebook": "codec", "train/generator": "sharpen", "train/grain": "grain"}
+ABSURD = 1e30  # numbers from here on are damage, and axes cannot hold them
+MOST = 9  # panels of a picture, unless all are asked for
+STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
+
+
+class Panel(NamedTuple):
+    """Axes of the picture: a title, the unit of the vertical axis, and {scalar: what its curve shows}."""
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+
+
+# {script: (what it trains, its panels)}, what matters most first: quality on held-out slices, losses, weights
+SCRIPTS = {
+    "prestage_train.py": ("First stage", [
+        Panel("Likeness of held-out slices", "SSIM, 1 if equal",
+              {"validate/ssim": "whole slice", "validate/brain_ssim": "brain alone"}),
+        Panel("Codes in use, held-out slices", "perplexity, codes", {"validate/perplexity": ""}),
+        Panel("Reconstruction loss", "|error| + (1 - SSIM) / 2", {"train/reconstruction": ""}),
+        Panel("Distance of latents to their codes", "squared distance / 4", {"train/codebook": ""}),
+        Panel("Information in the latent (KL)", "bits per slice", {"train/kl": ""}),
+        Panel("Generator's loss", "minus the critic's score", {"train/generator": ""}),
+        Panel("Critic's features, real - decoded", "mean |difference|", {"train/feature_matching": ""}),
+        Panel("Grain: fit of texture strength", "nats per coefficient",
+              {"train/grain": "training", "validate/grain": "held-out"}),
+        Panel("Weights of the critic's losses", "weight",
+              {"weight/generator": "generator", "weight/feature_matching": "features"}),
+        Panel("Weight of the KL", "weight of a bit per slice", {"weight/kl": ""}),
+    ]),
+    "stable_diffusion.py": ("Diffusion", [
+        Panel("Denoising loss", "weighted squared error", {"train/loss": "training", "validate/loss": "held-out"}),
+        Panel("Likeness of neighbouring slices", "SSIM, 1 if equal",
+              {"sample/adjacent_ssim": "a new brain", "real/adjacent_ssim": "real brains"}),
+    ]),
+    "pixelCNN.py": ("PixelCNN", [
+        Panel("Price of a held-out slice", "bits per slice",
+              {"validate/bits": "report", "validate/best_bits": "best, if lower"}),
+        Panel("Training loss", "nats per code", {"train/loss": ""}),
+        Panel("Price of each level of codes", "bits per slice",
+              {"validate/bottom_bits": "bottom, fine", "validate/top_bits": "top, coarse"}),
+    ]),
+    "evaluate.py": ("Scorer", [
+        Panel("Loss of tissues", "nats per pixel", {"train/tissue": ""}),
+        Panel("Loss of areas", "|error|, tenths of the slice", {"train/areas": ""}),
+        Panel("Loss of the height z", "nats per slice", {"train/z": ""}),
+    ]),
+}  # fmt: skip
+REST = [  # of all scripts, after these
+    Panel("Learning rate", "per step", {"learning_rate": ""}),
+    Panel("Speed of training", "slices per second", {"images_per_second": ""}),
+    Panel("Error of held-out slices", "PSNR, dB", {"validate/psnr": ""}),
+    Panel("Codes used at least once", "share of the codebook", {"validate/usage": ""}),
+]
+RATES = ("weight/", "learning_rate", "images_per_second")  # drawn from 0 on
+NOISY = ("train/", "images_per_second")  # means over a few batches, and so smoothed
 
 
 class Logger:
@@ -49,7 +95,7 @@ class Logger:
     def __init__(self, name: str, run: dict, *, step: int, every: int, quiet: bool = False):
         self.folder, self.pictures = Path("log") / name, Path(f"{name}_vis")
         self.every, self.quiet = every, quiet
-        self.images, self.sums, self.counts = 0, {}, Counter()
+        self.images, self.elapsed, self.sums, self.counts = 0, 0.0, {}, Counter()
         if quiet:
             return
         kept = [line for line in read_log(self.folder) if line["step"] <= step] if step else []
@@ -70,6 +116,7 @@ class Logger:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] += 1
         self.images += images
+        self._tick()  # a checkpoint may follow, whose pause would forget this step
         if step % self.every == 0:
             self.flush(step)
 
@@ -80,7 +127,7 @@ class Logger:
         self._tick()
         means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         self._write(step, images_per_second=round(self.images / max(self.elapsed, 1e-9), 2), **means)
-        self.images, self.sums, self.counts = 0, {}, Counter()
+        self.images, self.elapsed, self.sums, self.counts = 0, 0.0, {}, Counter()
 
     def report(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a line of its own, such as a validation, and prints it. Its time does not count as training."""
@@ -112,8 +159,9 @@ class Logger:
         self.began, self.processor_began = time.monotonic(), time.process_time()
 
     def _tick(self) -> None:
-        self.elapsed = time.monotonic() - self.began
-        self.seconds += self.elapsed
+        elapsed = time.monotonic() - self.began
+        self.elapsed += elapsed  # since the last line
+        self.seconds += elapsed
         self.processor_seconds += time.process_time() - self.processor_began  # of all threads of this process
         self.pause()
 
@@ -155,42 +203,170 @@ def smooth(values: list[float], weight: float) -> list[float]:
     return out
 
 
-def draw_curves(runs: dict[str, list[dict]], x: str = "step", weight: float = 0.6):
-    """A matplotlib figure with one panel per scalar: raw lines faint, smoothed lines strong, one colour per run."""
-    import matplotlib.pyplot as plt
+class Curves(NamedTuple):
+    """A run to draw: its name, what run.json says of it ({} if nothing), and the lines of its log, at least one."""
 
-    scalars = list(dict.fromkeys(key for lines in runs.values() for line in lines for key in line))
-    scalars = sorted(s for s in scalars if s not in ("step", "seconds"))
-    columns = min(4, len(scalars))
-    rows = math.ceil(len(scalars) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 2.7 * rows + 0.6), squeeze=False, layout="constrained"
-    )
-    for axis, scalar in zip(axes.flat, scalars):
-        for colour, (name, lines) in enumerate(runs.items()):
-            points = [(line[x], line[scalar]) for line in lines if scalar in line and math.isfinite(line[scalar])]
+    name: str
+    record: dict
+    lines: list[dict]
+
+    @property
+    def script(self) -> str:
+        """Which script trained it; "" if unknown."""
+        script = self.record.get("script")
+        return script if isinstance(script, str) else ""
+
+    def points(self, scalar: str, x: str = "step") -> list[tuple[float, float]]:
+        """(x, value) wherever both are finite and not absurd."""
+        points = [(line[x], line[scalar]) for line in self.lines if scalar in line]
+        return [point for point in points if all(abs(number) < ABSURD for number in point)]
+
+    def phases(self, x: str) -> list[tuple[str, float]]:
+        """(name, x at which it begins) of each phase, told by the losses that only this phase has."""
+        phases, before = [], 0
+        for line in self.lines:
+            for name in {PHASES[scalar] for scalar in PHASES.keys() & line.keys()}:
+                if not phases or phases[-1][0] != name:
+                    phases.append((name, before))
+            before = line[x]
+        return phases
+
+    def describe(self) -> str:
+        """The run in a line: name, data, steps and time."""
+        step, seconds = (self.lines[-1][clock] for clock in ("step", "seconds"))
+        time_taken = util.duration(seconds) if abs(seconds) < ABSURD else f"{seconds} s"
+        try:
+            data = self.record["data"]["train"]
+            slices = f"{data['slices']:,} slices of {data['cases']:,} brains at {data['image_size']} px"
+            data = f"{Path(data['folder']).name}, {slices}; "
+        except (LookupError, TypeError, ValueError):
+            data = ""
+        return f"run {self.name[-60:]}: {data}{step:,} steps in {time_taken}"
+
+
+def read_record(folder: Path) -> dict:
+    """run.json, or {} where it is missing or damaged: the curves are worth drawing without it."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        record = None
+    return record if isinstance(record, dict) else {}
+
+
+def choose_panels(runs: list[Curves], most: int | None) -> list[Panel]:
+    """The panels of runs of one script, best first, at most so many; none for scalars with a single point."""
+    known = [*SCRIPTS.get(runs[0].script, ("", []))[1], *REST]
+    named = {scalar for panel in known for scalar in panel.curves}
+    others = {scalar for run in runs for line in run.lines for scalar in line} - named - set(CLOCKS)
+    others = [Panel(scalar.replace("/", ": ").replace("_", " "), "value", {scalar: ""}) for scalar in sorted(others)]
+    panels = []
+    for title, unit, curves in known + others:
+        counts = {scalar: max(len(run.points(scalar)) for run in runs) for scalar in curves}
+        if max(counts.values()) > 1:
+            panels.append(Panel(title, unit, {scalar: name for scalar, name in curves.items() if counts[scalar]}))
+    return panels[:most]
+
+
+def look_of(n: int) -> tuple[str, str]:
+    """Colour and marker of run n of a block; two runs are far apart in grey too."""
+    n = 2 * n % len(sheets.COLOURS)
+    return sheets.COLOURS[n], sheets.MARKERS[n]
+
+
+def draw_panel(axis, panel: Panel, runs: list[Curves], x: str, weight: float) -> None:
+    """A colour per run, a style per scalar; means over few batches faint, with their moving average; phases marked."""
+    drawn = []
+    for (scalar, _), style in zip(panel.curves.items(), STYLES.values()):
+        for n, run in enumerate(runs):
+            points = run.points(scalar, x)
             if not points:
                 continue
             at, values = zip(*points)
-            few = len(values) < 12 or scalar.startswith(("weight/", "learning_rate"))
-            axis.plot(at, values, color=f"C{colour}", alpha=1 if few else 0.25, marker="." if len(values) < 40 else "")
-            if not few:
-                axis.plot(at, smooth(values, weight), color=f"C{colour}")
-        values = [line[scalar] for lines in runs.values() for line in lines if scalar in line]
-        if not scalar.startswith("weight/") and min(values) > 0 and max(values) > 20 * min(values):
-            axis.set_yscale("log")
-        label = UNITS.get(scalar, scalar.replace("/", ": ").replace("_", " "))
-        axis.set(title=label, xlabel="optimiser steps" if x == "step" else "seconds of training")
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(scalars) :]:
-        axis.axis("off")
-    handles = [plt.Line2D([], [], color=f"C{colour}", label=name) for colour, name in enumerate(runs)]
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=len(runs),
-        title=f"faint: every report; strong: moving average, weight {weight}",
+            colour, marker = look_of(n)
+            noisy = scalar.startswith(NOISY) and len(values) >= 12
+            look = {"color": colour, "linestyle": style}
+            marked = len(values) < 40 and not noisy and not scalar.startswith(RATES)
+            axis.plot(at, values, alpha=0.3 if noisy else 1, linewidth=1 if noisy else 1.7, markersize=4,
+                      marker=marker if marked else "", **look)  # fmt: skip
+            if noisy:
+                axis.plot(at, smooth(values, weight), linewidth=1.7, **look)
+            drawn += values
+    axis.margins(x=0.02)
+    axis.locator_params(axis="x", nbins=5)
+    if all(scalar.startswith(RATES) for scalar in panel.curves):
+        axis.set_ylim(bottom=min(0, *drawn))
+    elif min(drawn) > 0 and max(drawn) > 5 * min(drawn):
+        axis.set_yscale("log", subs=(2, 5))
+        axis.yaxis.set_minor_formatter("{x:,.6g}")
+    axis.xaxis.set_major_formatter("{x:,.6g}")
+    axis.yaxis.set_major_formatter("{x:,.6g}")
+    rows = mark_phases(axis, runs, x)
+    names = [f"{style}: {name}" if len(panel.curves) > 1 else name
+             for style, name in zip(STYLES, panel.curves.values()) if name]  # fmt: skip
+    axis.set_title(
+        "\n".join([panel.title, *filter(None, ["; ".join(names)])]), loc="left", pad=5 + 12 * rows, fontsize=10.5
     )
+    axis.set(xlabel="optimiser steps" if x == "step" else "seconds of training", ylabel=panel.unit)
+    axis.grid(alpha=0.3)
+
+
+def mark_phases(axis, runs: list[Curves], x: str) -> int:
+    """Dotted lines where phases begin, their names above the axes: a row for all runs that have the same. The rows."""
+    first, last = axis.dataLim.intervalx
+    rows = []
+    for n, run in enumerate(runs):
+        phases = run.phases(x)
+        if len(phases) < 2 or phases in rows:
+            continue
+        colour = look_of(n)[0]
+        for (name, begin), end in zip(phases, [begin for _, begin in phases[1:]] + [math.inf]):
+            if begin < last and end > first:
+                if begin > first:
+                    axis.axvline(begin, color=colour, linestyle=":", linewidth=1)
+                axis.annotate(name, (max(begin, first), 1), xycoords=axis.get_xaxis_transform(), color=colour,
+                              xytext=(1, 3 + 12 * len(rows)), textcoords="offset points", fontsize=8.2)  # fmt: skip
+        rows.append(phases)
+    return len(rows)
+
+
+def draw_curves(runs: list[Curves], x: str = "step", weight: float = 0.6, most: int | None = MOST):
+    """A matplotlib figure with a block of panels for each script, at most so many together; a colour per run.
+
+    Args:
+        x: "step" or "seconds", the horizontal axis.
+        weight: of the moving average.
+    Raises UserError where no scalar has two points.
+    """
+    import matplotlib.pyplot as plt
+
+    blocks = {}
+    for run in runs:
+        blocks.setdefault(run.script, []).append(run)
+    order = [*SCRIPTS, *sorted(blocks.keys() - SCRIPTS.keys())]
+    blocks = {script: blocks[script] for script in order if script in blocks and choose_panels(blocks[script], 1)}
+    if not blocks:
+        raise UserError(f"{runs[0].name} has a single report, and a curve needs two; train longer")
+    share = max(1, most // len(blocks)) if most else None
+    panels = [choose_panels(block, share) for block in blocks.values()]
+    widest = max(map(len, panels))
+    columns = 2 if widest == 4 else min(3, widest)
+    rows = [math.ceil(len(part) / columns) for part in panels]
+    heights = [2.6 * n + 0.5 + 0.22 * len(block) for n, block in zip(rows, blocks.values())]
+    figure = plt.figure(figsize=(10.5, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (script, block), part, shown, n in zip(blocks.items(), parts, panels, rows):
+        axes = part.subplots(n, columns, squeeze=False).ravel()
+        for axis, panel in zip(axes, shown):
+            draw_panel(axis, panel, block, x, weight)
+        for axis in axes[len(shown) :]:
+            axis.axis("off")
+        keys = [plt.Line2D([], [], color=colour, marker=marker, label=run.describe().replace("$", "\\$"))
+                for run, (colour, marker) in zip(block, map(look_of, range(len(block))))]  # fmt: skip
+        note = f"faint: each line of the log; strong: their moving average, weight {weight}"
+        keys += [plt.Line2D([], [], color="black", alpha=0.3, label=note)]
+        title = f"{SCRIPTS[script][0]} ({script})" if script in SCRIPTS else script or "Runs without a run.json"
+        part.legend(handles=keys, loc="outside upper left", title=title,
+                    alignment="left", frameon=False, title_fontproperties={"weight": "bold", "size": 12})  # fmt: skip
     return figure
 
 
@@ -209,6 +385,7 @@ def main() -> None:
     parser.add_argument(
         "--smooth", type=util.fraction, default=0.6, help="weight of the moving average (default: %(default)s)"
     )
+    parser.add_argument("--all", action="store_true", help=f"every scalar; else the {MOST} panels that matter most")
     parser.add_argument("--out", type=Path, help="PNG to write; default: curves.png in the first folder")
     args = parser.parse_args()
     if args.smooth == 1:
@@ -217,16 +394,21 @@ def main() -> None:
     for folder in args.log_dirs:
         inner = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         folders += inner if inner and not (folder / "metrics.jsonl").exists() else [folder]
-    runs = {str(folder): read_log(folder) for folder in folders}
-    for name in [name for name, lines in runs.items() if not lines]:
-        print(f"{name}/metrics.jsonl is empty: no report was written yet")
-        del runs[name]
+    runs = [Curves(str(folder), read_record(folder), read_log(folder)) for folder in folders]
+    for run in runs:
+        if not run.lines:
+            print(f"{run.name}/metrics.jsonl is empty: no report was written yet")
+    runs = [run for run in runs if run.lines]
     if not runs:
         raise UserError(f"nothing to draw in {', '.join(map(str, args.log_dirs))}; train longer")
     out = args.out or args.log_dirs[0] / "curves.png"
-    sheets.save_picture(out, draw_curves(runs, args.x, args.smooth))
-    for name, lines in runs.items():
-        print(f"{name}: {lines[-1]['step']} steps in {lines[-1]['seconds']:.0f} s")
+    sheets.save_picture(out, draw_curves(runs, args.x, args.smooth, None if args.all else MOST))
+    for run in runs:
+        print(run.describe())
+        once = Counter(scalar for line in run.lines for scalar in line)
+        once = [f"{name} {line[name]:.4g}" for line in run.lines for name in line if once[name] == 1]
+        if once and len(run.lines) > 1:
+            print(f"  reported once, so no curves: {', '.join(once)}")
     print(f"curves: {out}")
 
     import matplotlib

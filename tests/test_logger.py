@@ -11,7 +11,7 @@ from PIL import Image
 
 import logger
 import util
-from logger import Logger, draw_curves, read_log, smooth
+from logger import MOST, SCRIPTS, Curves, Logger, draw_curves, read_log, smooth
 
 
 @pytest.fixture
@@ -61,6 +61,18 @@ def test_only_training_counts_as_time(clock, capsys):
     assert {line["images_per_second"] for line in trained} == {10}
     assert lines()[-1]["seconds"] == 4 and lines()[-1]["processor_seconds"] == 8
     assert "step 3" in capsys.readouterr().out
+
+
+def test_a_checkpoint_between_two_lines_costs_no_time(clock):
+    """What was trained before the pause of a checkpoint is counted, the checkpoint is not."""
+    log = Logger("run", {}, step=0, every=4)
+    for step in (1, 2, 3, 4):
+        clock["now"] += 1
+        log.add(step, {"loss": 0.0}, images=10)
+        if step == 3:
+            clock["now"] += 100
+            log.pause()
+    assert [(line["seconds"], line["images_per_second"]) for line in lines()] == [(4, 10)]
 
 
 def test_resuming_drops_what_was_logged_after_the_checkpoint(clock):
@@ -142,16 +154,84 @@ def test_smoothing_has_no_start_up_bias():
     assert smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
 
 
-def test_curves_show_every_scalar_of_every_run_at_its_value():
-    runs = {
-        "a": [{"step": s, "seconds": 10.0 * s, "loss": float(s)} for s in (1, 2, 3)],
-        "b": [{"step": 1, "seconds": 5, "loss": math.nan, "validate/ssim": 0.5}, {"step": 4, "seconds": 9, "loss": 7}],
-    }
-    figure = draw_curves(runs, x="seconds")
-    loss, ssim = (axis for axis in figure.axes if axis.get_title() in ("loss", "validate SSIM"))
-    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, 1], [20, 2], [30, 3]], [[9, 7]]]
-    assert [line.get_xydata().tolist() for line in ssim.lines] == [[[5, 0.5]]]
-    assert loss.get_xlabel() == "seconds of training"
+def panels(figure) -> dict:
+    """{first line of its title: axes} of all panels in which something is drawn."""
+    return {axis.get_title(loc="left").splitlines()[0]: axis for axis in figure.axes if axis.lines}
+
+
+def test_curves_show_scalars_of_all_runs_at_their_values():
+    """What is not finite is left out, and so is a scalar with a single point."""
+    a = [{"step": s, "seconds": 10.0 * s, "loss": float(s), "validate/ssim": 0.1} for s in (1, 2, 3)]
+    b = [{"step": 1, "seconds": 5, "loss": math.nan, "once": 0.5}, {"step": 4, "seconds": 9, "loss": 7}]
+    shown = panels(draw_curves([Curves("a", {}, a), Curves("b", {}, b)], x="seconds"))
+    assert shown.keys() == {"loss", "validate: ssim"}
+    assert [line.get_xydata().tolist() for line in shown["loss"].lines] == [[[10, 1], [20, 2], [30, 3]], [[9, 7]]]
+    assert shown["loss"].get_xlabel() == "seconds of training"
+    with pytest.raises(util.UserError, match="a has a single report"):
+        draw_curves([Curves("a", {}, a[:1]), Curves("b", {}, b[:1])])
+
+
+def phased(*counts: int) -> Curves:
+    """A first stage with so many lines, a step each, in each of its three phases, and a report at the end of each."""
+    log, step = [], 0
+    for names, report, count in zip((["codebook", "reconstruction"], ["reconstruction", "generator"], ["grain"]),
+                                    ("ssim", "ssim", "grain"), counts, strict=True):  # fmt: skip
+        for _ in range(count):
+            step += 1
+            clocks = {"step": step, "seconds": 2.0 * step}
+            log.append(clocks | {f"train/{name}": 1 / step for name in names} | {"learning_rate": 1e-3})
+        log.append(clocks | {f"validate/{report}": 0.5})
+    return Curves("log/first", {"script": "prestage_train.py"}, log)
+
+
+def test_phases_are_marked_where_their_losses_begin():
+    """In every panel the names of just the phases that it shows, and a line where one begins inside."""
+    run = phased(20, 10, 5)
+    for x, unit in (("step", 1), ("seconds", 2)):
+        assert run.phases(x) == [("codec", 0), ("sharpen", 20 * unit), ("grain", 30 * unit)]
+        shown = panels(draw_curves([run], x=x))
+        said = {title: [text.get_text() for text in axis.texts] for title, axis in shown.items()}
+        assert said["Learning rate"] == ["codec", "sharpen", "grain"]
+        assert said["Reconstruction loss"] == ["codec", "sharpen"] and said["Generator's loss"] == ["sharpen"]
+        marks = [line.get_xdata()[0] for line in shown["Learning rate"].lines if line.get_linestyle() == ":"]
+        assert marks == [20 * unit, 30 * unit]
+    other = Curves("log/other", {}, [line for line in run.lines if "train/codebook" in line])
+    assert not any(axis.texts for axis in panels(draw_curves([other])).values())  # one phase needs no name
+
+
+def test_runs_of_a_script_share_a_block_and_few_panels_are_drawn_unless_all_are_asked_for():
+    """Blocks come in the order of the stages, and all together have at most MOST panels; what matters most is first."""
+    one, two = phased(20, 10, 5), phased(15, 15, 5)
+    names = [f"train/x{n}" for n in range(20)]
+    many = [{"step": s, "seconds": s} | dict.fromkeys(names, 1.0) | {"validate/bits": 1 / s} for s in (1, 2, 3)]
+    runs = [Curves("log/z", {"script": "pixelCNN.py"}, many), one, two]
+    figure = draw_curves(runs)
+    assert len(figure.subfigs) == 2 and len(panels(figure)) <= MOST
+    first, second = (list(panels(part)) for part in figure.subfigs)
+    assert "Reconstruction loss" in first and second[0] == SCRIPTS["pixelCNN.py"][1][0].title
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert len(labels) == 3 and all("log/first" in label for label in labels[:2])
+    assert len(panels(draw_curves(runs[:1], most=None))) == 21
+    assert len(panels(draw_curves(runs[:1]))) == MOST
+
+
+def test_a_block_says_what_was_run_and_a_damaged_record_is_in_nobodys_way(run_main, tmp_path):
+    """Data and time come from run.json and the log, a folder only by its name; a dollar is no formula."""
+    record = {"script": "pixelCNN.py", "data": {"train": {"folder": "/home/me/heads", "slices": 8544, "cases": 267}}}
+    record["data"]["train"]["image_size"] = 256
+    run = Curves("log/$a$", record, [{"step": s, "seconds": 720.0, "loss": 1.0} for s in (1, 12_000)])
+    words = run.describe()
+    assert all(word in words for word in ("log/$a$", "heads", "8,544", "267", "256 px", "12,000 steps", "12 min"))
+    assert "/home" not in words
+    text = "".join(json.dumps(line) + "\n" for line in run.lines).encode()
+    damaged = [{"script": ["x"]}, {"data": 5}, {"data": {"train": {}}}, [1], {"script": "pixelCNN.py", "data": None}]
+    for number, content in enumerate([*(json.dumps(thing).encode() for thing in damaged), b"{", b"\xff", None]):
+        folder = tmp_path / f"log/$run{number}"
+        util.write_file(folder / "metrics.jsonl", text)
+        if content is not None:
+            util.write_file(folder / "run.json", content)
+    status, out, _ = run_main(logger, "log")
+    assert status == 0 and "$run7: 12,000 steps" in out
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"step": 1, "sec'])
@@ -173,7 +253,8 @@ def test_two_runs_are_drawn_into_one_png(run_main, tmp_path):
     assert status == 0 and "log/a: 29 steps" in out and "log/b: 29 steps" in out
     with Image.open(tmp_path / "log/a/curves.png") as picture:
         colours = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
-    assert (0x1F, 0x77, 0xB4) in colours and (0xFF, 0x7F, 0x0E) in colours  # a line of each run
+    drawn = [tuple(bytes.fromhex(logger.look_of(n)[0][1:])) for n in (0, 1)]
+    assert set(drawn) <= colours  # a line of each run
     status, _, _ = run_main(logger, "log", "--out", "new/all.png")
     assert status == 0 and (tmp_path / "new/all.png").is_file()
     util.write_file(tmp_path / "log/c/metrics.jsonl", b"")

@@ -1,9 +1,13 @@
-"""Laws of sheets.py: every pixel is where it should be."""
+"""Laws of sheets.py: every pixel is where it should be, and every letter is large enough on a page."""
 
+from itertools import combinations
+
+import matplotlib.colors
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from heads.phantom import phantom_case
 from pictures import sheets
 
 
@@ -14,6 +18,59 @@ def test_sheet_shows_every_pixel_as_it_is():
         wanted = picture.repeat(2, 0).repeat(2, 1)
         windows = np.lib.stride_tricks.sliding_window_view(page if page.ndim == 2 else page[..., 0], wanted.shape)
         assert (windows == wanted).all((2, 3)).sum() == 1
+
+
+@pytest.mark.parametrize("columns, side", [(1, 64), (6, 128), (8, 256), (24, 256)])
+def test_letters_are_large_enough_on_a_page_and_words_are_never_cut(columns, side, monkeypatch):
+    """At least 9 pixels where the sheet is shrunk to PAGE; long texts go on in the next line, within their place."""
+    sizes, load = [], ImageFont.load_default
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: sizes.append(size) or load(size))
+    row, words = np.zeros((columns, side, side), np.uint8), "a caption of many words " * 3
+    names, captions = ["a long name"] * 2, [words] * 2 * columns
+    page = sheets.sheet([row, row], title="a title " * 40, row_names=names, captions=captions)
+    assert min(sizes) >= 15 and min(sizes) * min(1, sheets.PAGE / page.width) >= 9
+    lines = sheets.lines_of(words, load(min(sizes)), side)
+    assert " ".join(lines).split() == words.split()
+    assert all(load(min(sizes)).getlength(line) <= side or " " not in line for line in lines)
+    margins = np.asarray(page)[:, [0, 1, -2, -1]]
+    assert (margins == 255).all()
+
+
+def test_colours_are_told_apart_in_a_grey_print():
+    """Their lightness L* (CIE 1976) differs by 10 or more, and from that of white paper by 20."""
+
+    def lightness(colour: str) -> float:
+        value = np.array(matplotlib.colors.to_rgb(colour))
+        linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+        return 116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16
+
+    found = [lightness(colour) for colour in sheets.COLOURS]
+    assert all(abs(a - b) >= 10 for a, b in combinations(found, 2)) and max(found) <= 80
+    assert len(sheets.COLOURS) == len(set(sheets.MARKERS))
+
+
+def test_heads_are_cut_to_their_box_and_nothing_else_is():
+    """Also where the background is grey, as in differences, and in colour; a mark outside the box keeps all."""
+    head = phantom_case(0, 1)[0][::4]
+    assert sheets.head_box([head]) == (slice(32, 224), slice(16, 240))
+    assert sheets.head_box([head[:, ::4, ::4]]) == (slice(8, 56), slice(0, 64))
+    grey = (128 + head // 4).astype(np.uint8)
+    coloured = np.stack([head, grey, head], -1)
+    cut = sheets.heads([head, grey, coloured])
+    for row, shown in zip((head, grey, coloured), cut, strict=True):
+        assert np.array_equal(shown, row[:, 32:224, 16:240])
+    other = head.copy()
+    other[3, 5, 100] = 1
+    assert sheets.head_box([head, other]) == (slice(0, 256), slice(0, 256))
+
+
+def test_even_positions_have_as_much_change_between_them():
+    change = np.random.default_rng(0).random(20) ** 8
+    at = sheets.even_positions(change, 30)
+    so_far = np.interp(at, np.arange(21), [0, *change.cumsum()])
+    assert at[0] == 0 and at[-1] == 20 and np.allclose(np.diff(so_far), change.sum() / 29)
+    for still in (np.zeros(3), np.zeros(0)):
+        assert len(sheets.even_positions(still, 5)) == 5
 
 
 @pytest.mark.parametrize("slices", [5, 20, 32, 48])
