@@ -8,8 +8,8 @@ are predicted digit by digit.
 
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
-brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, the grid
-filling row by row, and samples.json, what they come from.
+brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, a
+slice that appears code by code, and samples.json, what they come from.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from pictures import sheets
 from pictures.volume import Samples, samples_folder
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
-from training.settings import Flags, describe_samples, open_run, weights_to_sample
+from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
 from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
 WATCHED_SLICES = 256  # of validation, at every report
-SHOWN = (0.12, 0.38, 0.62, 0.88)  # heights of the slices in process.gif, as shares of the brain's
+FRAMES, NO_CODE = 24, 64  # of process.gif, and the grey where no code is drawn yet
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -389,31 +389,25 @@ def sample_brain(
 
 
 @torch.no_grad()
-def decode_brain(
-    first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0, shown: list[int] | None = None
-) -> np.ndarray:
-    """uint8 [Z, S, S] of the codes of a brain in the order of z, or only of the slices shown, with grain if there is
-    any: that of (seed, brain)."""
+def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0) -> np.ndarray:
+    """uint8 [Z, S, S] of the codes of a brain in the order of z, with grain if there is any: that of (seed, brain)."""
     Z, device = len(grids_of(idx)[0]), grids_of(idx)[0].device
-    z = torch.arange(Z, device=device) if shown is None else torch.tensor(shown, device=device)
-    latent, generator = first_stage.dequantise(pick(idx, z)), util.brain_generator(seed, brain, "grain")
-    return to_uint8(first_stage.decode_with_grain(latent, z, generator, Z))[:, 0].cpu().numpy()
+    latent, generator = first_stage.dequantise(idx), util.brain_generator(seed, brain, "grain")
+    x = first_stage.decode_with_grain(latent, torch.arange(Z, device=device), generator)
+    return to_uint8(x)[:, 0].cpu().numpy()
 
 
-def filling_frames(
-    first_stage: VQVAE | VQVAE2, idx: Codes, seed: int, brain: int, shown: list[int]
-) -> list[np.ndarray]:
-    """Pictures uint8 [S, 4 S] of some slices after each row of codes, those of the top grid before the bottom's.
+def filling(picture: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A decoded picture uint8 [H, W] that appears code by code: uint8 [FRAMES, H, W], and how many codes are in each.
 
-    Where codes are missing stands the code of the grid's corner, which is black.
+    Every code of the grid (h, w) uncovers its block of H / h by W / w pixels. From each picture to the next as much
+    changes.
     """
-    partial = each_grid(lambda grid: grid[:, :1, :1].expand_as(grid).clone(), idx)
-    frames = [np.hstack(decode_brain(first_stage, partial, seed, brain, shown))]
-    for filled, grid in zip(grids_of(partial), grids_of(idx), strict=True):
-        for r in range(grid.shape[1]):
-            filled[:, r] = grid[:, r]
-            frames.append(np.hstack(decode_brain(first_stage, partial, seed, brain, shown)))
-    return frames
+    h, w = grid
+    order = np.arange(h * w).reshape(grid).repeat(len(picture) // h, 0).repeat(picture.shape[1] // w, 1)
+    change = np.bincount(order.flatten(), np.abs(picture.astype(float) - NO_CODE).flatten())
+    drawn = sheets.even_positions(change, FRAMES).round().astype(int)
+    return np.where(order < drawn[:, None, None], picture, np.uint8(NO_CODE)), drawn
 
 
 def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
@@ -434,9 +428,12 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
         slices = decode_brain(first_stage, idx, args.seed, i)
         samples.add(i, slices, f"brain {i}", f"seed {args.seed}, PixelCNN, {how}, one noise for all z")
         if i == 0:
-            shown = [int(height * len(slices)) for height in SHOWN]
-            sheets.save_gif(out / "process.gif", filling_frames(first_stage, idx, args.seed, i, shown), seconds=4)
-            print(f"codes filling row by row, slices z = {shown}: {out}/process.gif")
+            z, (*_, (h, w)) = len(slices) // 2, (grid.shape[1:] for grid in grids_of(idx))
+            pictures, drawn = filling(first_stage.crop(slices[z]), (h, w))
+            frames = sheets.frames(pictures, f"slice z = {z} of brain 0, code by code; grey: no code yet",
+                                   [f"{n} of {h * w} codes" for n in drawn])  # fmt: skip
+            sheets.save_gif(out / "process.gif", frames, seconds=4)
+            print(f"codes filling the grid, slice z = {z}: {out}/process.gif")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -591,4 +588,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    util.command(main)
+    util.command(main, LESS_MEMORY)

@@ -9,7 +9,7 @@ other.
 
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
 NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG slices
-(pictures/volume.py), process.gif, the way from noise to brain, and samples.json, what they come from.
+(pictures/volume.py), process.gif, one slice on its way from noise, and samples.json, what they come from.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pictures.volume import Samples, samples_folder
 from scores.metrics import adjacent_ssim
 from training.checkpoints import RELEASED, cached, load_weights, run_weights
 from training.run import Run
-from training.settings import Flags, describe_samples, open_run, weights_to_sample
+from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
 from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
 from util import UserError
 
@@ -53,7 +53,7 @@ ALONE = 0.6  # of the steps, in which slices are seen one by one before windows 
 MODES = 24  # of the Gaussian prior, or a quarter of the brains where these are few
 CALIBRATION_BRAINS = 64  # drawn after training at most, or a quarter of the whole training brains;
 CALIBRATION_LEAST = 8  # with fewer of these nothing says what power heads have
-SHOWN = (0.12, 0.38, 0.62, 0.88)  # heights of the slices in process.gif, as shares of the brain's
+FRAMES = 24  # of process.gif
 
 
 def flags() -> Flags:
@@ -175,10 +175,15 @@ def decode_brain(
     return to_uint8(x)[:, 0].cpu().numpy()
 
 
+def steps_kept(steps: int) -> range:
+    """After which of so many steps draw_brains keeps the latents: at most 31, evenly spaced, the last is `steps`."""
+    return range(steps, 0, -max(1, steps // 16))[::-1]
+
+
 def draw_brains(
     model: LatentDiffusion, first_stage: Autoencoder, sampling: Sampling, brains: range = range(1)
 ) -> Iterator[tuple[np.ndarray, dict[str, float], list[Tensor]]]:
-    """(slices uint8 [Z, S, S], person, way) of each new brain; the way is some sixteen latents from noise to brain.
+    """(slices uint8 [Z, S, S], person, way) of each new brain; the way is its latents after steps_kept.
 
     model and first_stage are those of load_second_stage. One brain at a time: memory stays small.
     Raises UserError for people whom the model never saw.
@@ -190,7 +195,31 @@ def draw_brains(
         if not torch.isfinite(way[-1]).all():
             raise UserError(f"the latents of brain {i} are not finite, so it is not written; leave --guidance and "
                             "--precision out, or sample other weights")  # fmt: skip
-        yield decode_brain(first_stage, way[-1], sampling.seed, i), person, way[:: -max(1, len(way) // 16)][::-1]
+        kept = [way[step - 1] for step in steps_kept(len(way))]
+        yield decode_brain(first_stage, way[-1], sampling.seed, i), person, kept
+
+
+@torch.no_grad()
+def from_noise(
+    first_stage: Autoencoder, way: list[Tensor], z: int, seed: int, brain: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One slice of a brain on its way from noise: pictures uint8 [FRAMES, H, W] of the coded box, and their places.
+
+    From each picture to the next as much changes. So a place, 0 .. len(way) - 1, may lie between two latents of the
+    way; the picture is then of a latent interpolated between them.
+    """
+    latents = torch.stack([latent[z] for latent in way])
+
+    def decode(latents: Tensor) -> np.ndarray:
+        at, grain = torch.full((len(latents),), z), util.brain_generator(seed, brain, "grain")
+        x = first_stage.decode_with_grain(latents, at.to(latents.device), grain, len(way[0]))
+        return to_uint8(first_stage.crop(x))[:, 0].cpu().numpy()
+
+    change = np.abs(np.diff(decode(latents).astype(float), axis=0)).mean((1, 2))
+    places = sheets.even_positions(change, FRAMES)
+    before = torch.from_numpy(places).long()
+    after, share = (before + 1).clamp(max=len(way) - 1), torch.from_numpy(places - before.numpy()).to(latents)
+    return decode(latents[before].lerp(latents[after], share[:, None, None, None])), places
 
 
 def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
@@ -209,10 +238,13 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     for i, (slices, person, way) in enumerate(draw_brains(model, first_stage, sampling, range(args.brains))):
         samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person))
         if i == 0:
-            shown = [int(height * len(slices)) for height in SHOWN]
-            frames = [np.hstack(decode_brain(first_stage, latent, args.seed, i, shown)) for latent in way]
+            z, steps = len(slices) // 2, model.T if args.sampler == "ddpm" else args.sample_steps
+            pictures, places = from_noise(first_stage, way, z, args.seed, i)
+            at = np.interp(places, np.arange(len(way)), steps_kept(steps))
+            frames = sheets.frames(pictures, f"slice z = {z} of brain 0, from noise; between steps interpolated",
+                                   [f"after step {step:.1f} of {steps}" for step in at])  # fmt: skip
             sheets.save_gif(out / "process.gif", frames, seconds=4)
-            print(f"from noise to brain, slices z = {shown}: {out}/process.gif")
+            print(f"from noise to brain, slice z = {z}: {out}/process.gif")
 
 
 # ---------------------------------------------------------------------------------------------------- data of training
@@ -343,13 +375,13 @@ def validate(model: LatentDiffusion, latents: Tensor, z: Tensor, people: Tensor,
 def check_slices(args: argparse.Namespace, train: Slices, held_out: Slices) -> None:
     """Raises UserError unless batches are made of whole windows, and brains are alike."""
     if args.slices > train.slices_per_brain:
-        raise UserError(f"--slices {args.slices}: a brain has {train.slices_per_brain}")
+        raise UserError(f"--slices {args.slices}: a brain has {train.slices_per_brain}; choose at most so many")
     if args.slices > 1 and held_out.slices_per_brain != train.slices_per_brain:
         raise UserError(f"--slices {args.slices}: brains have {train.slices_per_brain} slices in train, but "
                         f"{held_out.slices_per_brain} in validate; use --slices 1")  # fmt: skip
     if args.batch_size % args.slices:
         raise UserError(
-            f"--batch-size {args.batch_size} is no multiple of --slices {args.slices}; it counts slices, not windows"
+            f"--batch-size {args.batch_size} is no multiple of --slices {args.slices}; it counts slices, so choose one"
         )
 
 
@@ -480,7 +512,7 @@ def main() -> None:
     args, typed = declared.parse()
     args.name = args.name or LatentDiffusion.kind
     if args.sample_steps > 1000:
-        raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process")
+        raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process; choose fewer")
     util.start_processes()
     released = RELEASED / "stable_diffusion.safetensors"
     weights = weights_to_sample(declared, args, typed, released) if args.sample else None
@@ -492,4 +524,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    util.command(main)
+    util.command(main, LESS_MEMORY)

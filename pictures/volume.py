@@ -22,7 +22,7 @@ import nibabel
 import numpy as np
 
 import util
-from heads.layout import content_box, write_slices
+from heads.layout import write_slices
 from pictures import sheets
 from util import UserError
 
@@ -57,12 +57,6 @@ def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
     return image
 
 
-def head_box(slices: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns of slices uint8 [N, S, S] that pictures show: those of layout.content_box."""
-    top, left, height, width = content_box(slices.any(0))
-    return slice(top, top + height), slice(left, left + width)
-
-
 def cut(slices: np.ndarray, axis: str, mm: float) -> np.ndarray:
     """The plane of slices uint8 [N, S, S] in which a coordinate is `mm`, as a picture in rows and columns.
 
@@ -84,33 +78,38 @@ def reslices(slices: np.ndarray, title: str):
     Dashed lines show where the other cuts lie: blue for sagittal, orange for coronal, green for axial cuts.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     pixel = FIELD / slices.shape[1]
-    x_range, y_range = ((part.start * pixel - FIELD / 2, part.stop * pixel - FIELD / 2) for part in head_box(slices))
+    x_range, y_range = (
+        (part.start * pixel - FIELD / 2, part.stop * pixel - FIELD / 2) for part in sheets.head_box([slices])
+    )
     shown = {"x": x_range, "y": y_range, "z": (-0.5, len(slices) - 0.5)}
     whole = {**dict.fromkeys("xy", (-FIELD / 2, FIELD / 2)), "z": shown["z"]}
     long, wide, high = (shown[axis][1] - shown[axis][0] for axis in "yxz")
     names = {"x": "x, mm (left to right)", "y": "y, mm (posterior to anterior)", "z": "z, mm"}
+    outline = withStroke(linewidth=2, foreground="black")
     colors = {"x": "C0", "y": "C1", "z": "C2"}
     cuts = [("z", min(AXIAL, len(slices) - 1)), *(("x", mm) for mm in SAGITTAL), *(("y", mm) for mm in CORONAL)]
 
     # inches: the axial slice on the left, the other cuts one below the other on the right
-    scale, low, gap = 6.2 / long, 0.65, 0.68
+    left_edge, wide_panel, low, gap = 0.7, 4.25, 0.6, 0.72
+    right_edge, scale = 2 * left_edge + wide_panel, wide_panel / long
     column = (len(cuts) - 1) * (high * scale + gap) - gap
     tall = max(column, wide * scale)
-    size = (7.75 + 6.2 + 0.2, low + tall + 0.9)
+    size = (right_edge + wide_panel + 0.15, low + tall + 0.95)
     figure = Figure(figsize=size)
     note = "dashed: where the other cuts lie; the top of an axial slice is the person's left"
-    figure.suptitle(f"{title}\n{note}", fontsize=12)
+    figure.suptitle(f"{title}\n{note}", fontsize=11)
     for n, (axis, mm) in enumerate(cuts):
         across, up = {"x": "yz", "y": "xz", "z": "yx"}[axis]
         ends = {"x": "PAIS", "y": "LRIS", "z": "PARL"}[axis]  # left, right, bottom, top of the panel
         turn = -1 if axis == "z" else 1  # row 0 is the top of a slice, and the bottom of the other cuts
         width, height = (scale * (shown[name][1] - shown[name][0]) for name in (across, up))
         if axis == "z":
-            left, bottom = 0.75, low + (tall - height) / 2
+            left, bottom = left_edge, low + (tall - height) / 2
         else:
-            left, bottom = 7.75, low + (tall + column) / 2 + gap - n * (height + gap)
+            left, bottom = right_edge, low + (tall + column) / 2 + gap - n * (height + gap)
         panel = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
         origin, extent = "upper" if axis == "z" else "lower", (*whole[across], *whole[up][::turn])
         picture = cut(slices, axis, mm)
@@ -121,7 +120,7 @@ def reslices(slices: np.ndarray, title: str):
         kind = {"x": "sagittal", "y": "coronal", "z": "axial"}[axis]
         panel.set_title(f"{kind}, {axis} = {mm} mm", color=colors[axis], fontsize=11, pad=3)
         for end, x, y in zip(ends, (0.02, 0.98, 0.5, 0.5), (0.5, 0.5, 0.02, 0.98), strict=True):
-            panel.text(x, y, end, color="yellow", transform=panel.transAxes, fontweight="bold",
+            panel.text(x, y, end, color="yellow", transform=panel.transAxes, fontweight="bold", path_effects=[outline],
                        ha={0.02: "left", 0.98: "right"}.get(x, "center"),
                        va={0.02: "bottom", 0.98: "top"}.get(y, "center"))  # fmt: skip
         for other, at in cuts:
@@ -134,23 +133,12 @@ def reslices(slices: np.ndarray, title: str):
 def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     """2 N - 1 frames, uint8 [H, W], of slices uint8 [N, S, S]: from the lowest to the highest, and down again.
 
-    Each says its z. They have 64 grey levels, which halves the GIF.
+    Each says its z.
     """
-    rows, columns = head_box(slices)
-    coarse = (slices[:, rows, columns] >> 2) * np.uint16(255) // 63
     order = [*range(len(slices)), *range(len(slices) - 2, -1, -1)]
-    zoom = max(1, FIELD // slices.shape[1])
-    return [
-        np.asarray(
-            sheets.sheet(
-                [coarse[z : z + 1].astype(np.uint8)],
-                title=f"{name}: z = {z} mm",
-                captions=["anterior right, left up"],
-                zoom=zoom,
-            )
-        )
-        for z in order
-    ]
+    (shown,) = sheets.heads([slices])
+    title, captions = f"{name}\nanterior right, left up", [f"z = {z} mm" for z in order]
+    return sheets.frames(shown[order], title, captions, width=FIELD)
 
 
 def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
@@ -188,7 +176,7 @@ def read_record(folder: Path) -> dict[str, dict]:
         if not all(isinstance(person, dict) for person in [record["made_by"], *record["brains"].values()]):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is no record of samples; remove it, or choose another folder") from None
+        raise UserError(f"{file} is no record of samples; move it elsewhere, or give another folder") from None
     return record
 
 
@@ -222,7 +210,7 @@ class Samples:
         if not takes(out, made_by):
             what = "brains of other weights or settings" if self.file.is_file() else "files that are no samples of ours"
             raise UserError(f"{out} holds {what}; choose another --out")
-        util.own(out)
+        util.own(out, "another --out")
         self.record = {"made_by": made_by, "brains": read_record(out)["brains"]}
         self.record |= {"commit": util.commit_of_code(), "versions": util.versions()}
         self._write()

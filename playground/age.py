@@ -2,9 +2,9 @@
 
     python playground/age.py --run diffusion            # a run trained on people of known age, or a weights file
 
-Left: one head, the same noise, only the requested age differs; three of its slices, anterior right. Right: the area of
-cerebrospinal fluid, mean over the slices, against age, of real validation brains and of as many sampled heads, each
-with the age, sex and CDR of one of those people and a noise of its own. Both are measured by the network of
+Above: one head, the same noise, only the requested age differs; three of its slices, anterior right. Below: the area of
+cerebrospinal fluid (CSF), mean over the slices, against age, of real validation brains and of as many sampled heads,
+each with the age, sex and CDR of one of those people and a noise of its own. Both are measured by the network of
 scores/scorer.py, which knows no age. Printed: Pearson's correlation of either, with 95 % intervals by bootstrap over
 heads. With --heads-to DIR, evaluate.py --samples DIR then scores heads of the very people that they are compared with.
 """
@@ -42,7 +42,7 @@ def flags() -> argparse.ArgumentParser:
     add("--heads", type=util.positive_int, default=35, help="to sample at most (default: %(default)s)")
     add("--seed", type=util.seed, default=0, help="of the noise (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--heads-to", type=Path, metavar="DIR", help="write the sampled heads of the right-hand plot there as slices")
+    add("--heads-to", type=Path, metavar="DIR", help="write the sampled heads of the lower plot there as slices")
     add("--out", type=Path, default=Path("playground_vis/age.png"), help="picture (default: %(default)s)")
     return parser
 
@@ -57,25 +57,27 @@ def correlation(age: np.ndarray, area: np.ndarray, resamples: int = 2000, seed: 
 
 def draw(one_head: dict[int, tuple[np.ndarray, float]], age: np.ndarray, areas: dict[str, np.ndarray], title: str):
     """The picture, of {age: (slices, area)} of one head, and the areas [N] of heads of these ages [N]."""
-    figure = plt.figure(figsize=(15, 4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
-    for row, height in zip(left.subplots(len(HEIGHTS), len(one_head), squeeze=False), HEIGHTS, strict=True):
-        for cell, (years, (slices, area)) in zip(row, one_head.items(), strict=True):
+    figure = plt.figure(figsize=(10.5, 8.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    heads = dict(zip(one_head, sheets.heads([slices for slices, _ in one_head.values()])))
+    for row, height in zip(above.subplots(len(HEIGHTS), len(heads), squeeze=False), HEIGHTS, strict=True):
+        for cell, (years, slices) in zip(row, heads.items(), strict=True):
             cell.imshow(slices[int(height * len(slices))], "gray", vmin=0, vmax=255)
             cell.set(xticks=[], yticks=[])
             if height == HEIGHTS[0]:
-                cell.set_title(f"{years} years\nCSF {area:.0f} mm$^2$", fontsize=9)
+                cell.set_title(f"{years} years\nCSF {one_head[years][1]:,.0f} mm²", fontsize=9.5)
         row[0].set_ylabel(f"z = {int(height * len(slices))}")
-    left.suptitle(title)
-    axis, line = right.subplots(), np.array([age.min(), age.max()])
-    for (name, area), colour in zip(areas.items(), ("black", "C3"), strict=True):
+    above.suptitle(title)
+    axis, line = below.subplots(), np.array([age.min(), age.max()])
+    for (name, area), colour, marker in zip(areas.items(), sheets.COLOURS[::3], "o^", strict=True):
         r, (low, high) = correlation(age, area)
         print(f"{name:8s} correlation of CSF area with age {r:.3f} [{low:.3f}, {high:.3f}] over {len(age)} heads, "
               f"CSF {area.mean():.0f} mm^2, sd {area.std():.0f}")  # fmt: skip
-        axis.scatter(age, area, color=colour, s=16, label=f"{name}: r = {r:.2f} [{low:.2f}, {high:.2f}]")
+        axis.scatter(age, area, color=colour, marker=marker, s=22, label=f"{name}: r = {r:.2f} [{low:.2f}, {high:.2f}]")
         axis.plot(line, np.polyval(np.polyfit(age, area, 1), line), color=colour)
-    axis.set(xlabel="age, years", ylabel="CSF per slice, mm$^2$", title=f"{len(age)} people of validate")
-    axis.legend()
+    title = f"{len(age)} people of validate, and as many sampled heads of their ages; r is the correlation with age"
+    axis.set(xlabel="age, years", ylabel="CSF per slice, mm²", title=title)
+    axis.legend(loc="upper left")
     axis.grid(alpha=0.3)
     return figure
 

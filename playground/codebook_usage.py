@@ -73,11 +73,12 @@ def main() -> None:
         positions["brain positions"] = codes[brain_positions(data.masks, model)]
     by_use = torch.bincount(codes.flatten(), minlength=K).argsort(descending=True, stable=True)
 
-    figure, (axis, patches) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    for name, idx in positions.items():
+    figure, (axis, patches) = plt.subplots(1, 2, figsize=(10.5, 5.2), layout="constrained")
+    for (name, idx), colour in zip(positions.items(), sheets.COLOURS[::3]):
         score = code_usage(idx.numpy(), K)
         share = torch.bincount(idx, minlength=K).sort(descending=True).values / len(idx)
-        axis.step(range(K), share.where(share > 0, torch.nan), label=f"{name}: perplexity {score['perplexity']:.0f}")
+        label = f"{name}: perplexity {score['perplexity']:.0f}"
+        axis.step(range(K), share.where(share > 0, torch.nan), color=colour, label=label)
         print(f"{name:15s}  {len(idx)} codes  usage {score['usage']:.3f}  perplexity {score['perplexity']:.1f}")
     axis.axhline(1 / K, color="grey", linestyle="--", linewidth=1, label=f"all {K} equally often")
     axis.set(yscale="log", xlabel="rank of the code, each curve by its own use", ylabel="share of positions")

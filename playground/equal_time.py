@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,21 +250,24 @@ def draw(folder: Path) -> None:
     arms = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not arms:
         raise util.UserError(f"no arm was run into {folder}; run one with --arm ours")
-    rows, (figure, axis) = [], plt.subplots(figsize=(9, 5.5), layout="constrained")
+    rows, (figure, axis) = [], plt.subplots(figsize=(10, 5.5), layout="constrained")
+    looks = {line: product(("full", "none"), zip(sheets.COLOURS, sheets.MARKERS)) for line in ("-", "--")}
     for name, arm in sorted(arms.items(), key=lambda item: -item[1]["points"][-1]["ssim"]):
         points, last, reached = arm["points"], arm["points"][-1], seconds_to(arm["points"], 0.9)
         rows.append([name, f"{arm['parameters'] / 1e6:.1f} M", f"{arm['seconds_per_step']:.2f}"])
         rows[-1] += [f"{last['seconds']:.0f}", f"{last['ssim']:.4f}", f"{last.get('brain_ssim', math.nan):.4f}"]
         rows[-1] += ["not reached" if reached is None else f"{reached:.0f}"]
         curve = [point["seconds"] for point in points], [point["ssim"] for point in points]
-        style = "-" if name.startswith("ours") else "--"
-        axis.plot(*curve, style, marker=".", label=f"{name} ({last['ssim']:.3f})")
+        line = "-" if name.startswith("ours") else "--"
+        filled, (colour, marker) = next(looks[line])
+        style = {"color": colour, "marker": marker, "fillstyle": filled, "markersize": 5}
+        axis.plot(*curve, line, **style, label=f"{name} ({last['ssim']:.3f})")
     header = ["arm", "parameters", "s per step", "seconds", "SSIM", "brain SSIM", "seconds to SSIM .90"]
     print(markdown_table(header, rows))
     axis.axhline(0.9, color="grey", linewidth=0.8)
-    axis.set(xlabel="training seconds", ylabel=f"validation SSIM, {WATCHED} slices", ylim=(0.5, 1))
+    axis.set(xlabel="training seconds", ylabel=f"validation SSIM, {WATCHED} slices; below .5 is cut", ylim=(0.5, 1))
     axis.set(title=f"one code or vector per 8x8 pixels, equal training time on {arm['device']}")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", title="arm (SSIM at the end)", fontsize=9)
     axis.grid(alpha=0.3)
     sheets.save_picture(folder / "equal_time.png", figure)
     print(f"picture: {folder / 'equal_time.png'}")

@@ -52,18 +52,19 @@ def main() -> None:
     inputs = {"pixels": (x, lambda noised: noised)}
     if first_stage:
         inputs["latent"] = first_stage.encode(x, z), lambda noised: first_stage.decode(noised, z.expand(len(TIMES)))
-    rows, captions = {}, []
+    rows, captions, box = {}, [], sheets.head_box([data.images[chosen].numpy()])
     for what, (clean, show) in inputs.items():
         for schedule in SCHEDULES:
             alpha, sigma = (level[TIMES].view(-1, 1, 1, 1) for level in noise_levels(schedule, 1000))
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(args.seed))
-            rows[f"{what}, {schedule}"] = to_uint8(show(alpha * clean + sigma * noise))[:, 0].numpy()
+            noised = to_uint8(show(alpha * clean + sigma * noise))[:, 0, box[0], box[1]]
+            rows[f"{what}, {schedule}"] = noised.numpy()
             snr = 20 * (alpha / sigma).log10().flatten()
-            captions += [f"t {t}, alpha {a:.3f}, SNR {s:+.1f} dB" for t, a, s in zip(TIMES, alpha.flatten(), snr)]
+            captions += [f"t = {t}: {s:+.0f} dB" for t, s in zip(TIMES, snr)]
     page = sheets.sheet(
         list(rows.values()),
         title=f"forward process, case {int(case)}, z = {int(z)}: x_t = alpha x_0 + sigma noise, T = 1000; "
-        "grey -1..1, clipped; anterior right",
+        "dB: SNR, alpha^2 / sigma^2; grey -1..1, clipped; anterior right",
         row_names=list(rows),
         captions=captions,
         zoom=max(1, 192 // x.shape[-1]),

@@ -36,7 +36,8 @@ from scores.metrics import ACTIVE, mean_scores, slice_scores
 from scores.page import markdown_table
 from training.stages import load_first_stage
 
-SCHEDULES = {"constant": "C0", "monotonic": "C1", "cyclical": "C3"}  # and the colour of each
+SCHEDULES = {name: {"label": name, "color": colour, "linestyle": line} for name, colour, line in zip(
+             ("constant", "monotonic", "cyclical"), sheets.COLOURS[::2], ("-", "--", "-."))}  # fmt: skip
 SMALL = ["--model", "vae", "--preset", "demo", "--gan-weight", 0, "--patch", 4, "--widths", 32]
 
 
@@ -98,18 +99,18 @@ def curve(lines: list[dict], scalar: str) -> tuple[list, list]:
 
 def draw(variances: dict[str, Tensor], heads, title: str):
     """The picture: four panels of curves, and under them the sheet `heads`."""
-    figure = plt.figure(figsize=(14, 11), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2))
-    panels = above.subplots(1, 4)
-    for schedule, colour in SCHEDULES.items():
-        lines, style = read_log(Path("log") / f"kl-{schedule}"), {"color": colour, "label": schedule}
+    figure = plt.figure(figsize=(10.5, 11), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    panels = above.subplots(2, 2).flatten()
+    for schedule, style in SCHEDULES.items():
+        lines = read_log(Path("log") / f"kl-{schedule}")
         for axis, scalar in zip(panels, ("weight/kl", "validate/ssim", "train/kl")):
             axis.plot(*curve(lines, scalar), **style)
         panels[3].plot(variances[schedule].flatten().sort(descending=True).values.clamp(min=1e-6), **style)
     for axis, name in zip(panels, ("weight of the KL in bits", "SSIM on validate", "training KL, bits per slice")):
         axis.set(title=name, xlabel="step")
     panels[3].set(title="variance of the posterior mean", yscale="log", xlabel="numbers of the latent, in order")
-    panels[0].legend()
+    panels[1].legend()
     axis = below.subplots()
     axis.imshow(np.asarray(heads), cmap="gray", vmin=0, vmax=255)
     axis.axis("off")
@@ -138,7 +139,7 @@ def main() -> None:
     print(markdown_table(["schedule", "SSIM", "KL, bits", "objective", *in_use], rows))
     heads["real"] = data.images[case].cpu().numpy()
     page = sheets.sheet(
-        list(heads.values()),
+        sheets.heads(list(heads.values())),
         title="drawn from the prior: one latent from N(0, 1), the same for all three",
         row_names=list(heads),
         captions=[f"z = {z}" for _ in heads for z in shown],

@@ -28,6 +28,9 @@ from stable_diffusion import MODELS, Sampling, draw_brains
 from training.stages import load_second_stage
 from util import UserError
 
+WORDS = {"matched": "matched: correlated along z as latents are", "shared": "shared: one noise for all slices",
+         "own": "own: a noise for each slice", "real": "real"}  # fmt: skip
+
 
 def flags() -> argparse.ArgumentParser:
     """This script's command line."""
@@ -75,12 +78,12 @@ def main() -> None:
         scores = adjacent_ssim(group)
         mean, sd = scores.mean(), scores.mean(1).std(correction=0)
         print(f"{name:8s} SSIM of neighbours {mean:.4f}, sd {sd:.4f} over {len(group)} brains")
-        captions += [f"z = {z}, SSIM to z = {z - 1}: {scores[0, z - 1]:.3f}" for z in shown]
+        captions += [f"z = {z}: {scores[0, z - 1]:.3f}" for z in shown]
     page = sheets.sheet(
-        [group[0][shown].numpy() for group in groups.values()],
-        title=f"neighbouring slices after {model.description['step']:,} training steps, seed {args.seed}, "
-        f"{sampling.words()}; anterior right",
-        row_names=list(groups),
+        sheets.heads([group[0][shown].numpy() for group in groups.values()]),
+        title=f"neighbouring slices, and the SSIM of each to the slice below; {model.description['step']:,} training "
+        f"steps, seed {args.seed}, {sampling.words()}; anterior right",
+        row_names=[WORDS[name] for name in groups],
         captions=captions,
         zoom=max(1, 192 // first_stage.image_size),
     )

@@ -2,9 +2,10 @@
 
     python playground/overview.py --first-stage vqvae --prior diffusion
 
-Top: a validation slice, the box that is coded, the map of its codes (one colour per code), the reconstruction, and the
-difference x5. Bottom: the middle slice of a new brain on its way from noise, decoded after some of the sampler's steps;
-SNR is that of the noised latent x_t which the step started from.
+Top: a validation slice and the box that is coded (dashed); the grid of its codes, each coloured by the first three
+numbers that it stands for; the reconstruction; and the difference x5. Bottom: the middle slice of a new brain on its
+way from noise, decoded after some of the sampler's steps; dB are the signal-to-noise ratio of the noised latent which
+the step began with.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from stable_diffusion import MODELS, Sampling, decode_brain, sample_latents
 from training.stages import load_first_stage, load_second_stage
 from util import UserError
 
-STEPS = (1, 10, 12, 14, 20)  # of the sampler's 20, after which the latent is decoded
+STEPS = (1, 11, 13, 20)  # of the sampler's 20, after which the latent is decoded
 
 
 def flags() -> argparse.ArgumentParser:
@@ -49,15 +50,14 @@ def stage_one(model: VQVAE, data: Slices) -> dict[str, Tensor]:
     x, z, case = data.batch((data.z - data.slices_per_brain // 2).abs().argmin().view(1))
     idx = model.encode_indices(x, z)
     real, fake = (to_uint8(p)[0, 0].int() for p in (x, model.decode_indices(idx, z)))
-    colours = torch.rand(model.codebook_size, 3, generator=torch.Generator().manual_seed(1))
-    colours[idx.flatten().mode().values] = 0  # a code of black
-    h, w = idx.shape[1:]
+    (C, h, w), latent = model.latent_shape, model.dequantise(idx)[0]
     return {
-        f"slice x, case {int(case)}, z = {int(z)}": real,
-        "the coded box": to_uint8(model.crop(x))[0, 0],
-        f"codes: {h}x{w}, K = {model.codebook_size}, {model.fixed_bits:,.0f} bits": colours[idx[0]],
-        "reconstruction": fake,
-        "difference x5, grey is none": (128 + 5 * (fake - real)).clamp(0, 255),
+        f"slice x, case {int(case)}, z = {int(z)}\ndashed: the coded box": real,
+        f"its {h} x {w} codes of {model.codebook_size:,},\n{model.fixed_bits:,.0f} bits": (
+            0.5 + latent[torch.arange(3) % C].movedim(0, -1) / 5  # the latent has an sd of 1
+        ).clamp(0, 1),
+        "reconstruction x_hat\nfrom the codes": model.crop(fake),
+        "5 (x_hat - x),\ngrey is none": model.crop((128 + 5 * (fake - real)).clamp(0, 255)),
     }
 
 
@@ -67,9 +67,10 @@ def stage_two(prior: LatentDiffusion, decoder: Autoencoder, seed: int) -> dict[s
     way = list(sample_latents(prior, sampling, range(1), [person]))
     alpha, sigma = prior.alpha, prior.sigma
     snr = 20 * (alpha / sigma).log10()[sampling_times(alpha, sigma, sampling.steps)]
+    shown = [prior.slices_per_brain // 2]
     return {
-        f"step {n} of {sampling.steps}, from SNR {snr[n - 1]:+.0f} dB": torch.from_numpy(
-            decode_brain(decoder, way[n - 1], seed)[prior.slices_per_brain // 2]
+        f"after step {n} of {sampling.steps},\nwhich began at {snr[n - 1]:+.0f} dB": torch.from_numpy(
+            decoder.crop(decode_brain(decoder, way[n - 1], seed, shown=shown))[0]
         )
         for n in STEPS
     }
@@ -83,13 +84,15 @@ def main() -> None:
     prior, decoder = load_second_stage(args.prior, MODELS)
     data = load_slices(find_data(args.data), "validate", first_stage.image_size)
     rows = {"stage one": stage_one(first_stage, data), "stage two, decoded": stage_two(prior, decoder, args.seed)}
-    figure, axes = plt.subplots(2, 5, figsize=(15, 6.6), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(10.5, 5.6), layout="constrained")
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=12)
+        row[0].set_ylabel(name)
         for axis, (title, picture) in zip(row, pictures.items(), strict=True):
             axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title(title, fontsize=11)
+            axis.set_title(title, fontsize=10)
             axis.set(xticks=[], yticks=[])
+    top, left, height, width = first_stage.box
+    axes[0, 0].add_patch(plt.Rectangle((left, top), width, height, fill=False, edgecolor="white", linestyle="--"))
     sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 

@@ -3,8 +3,8 @@
     python playground/power_spectrum.py --first-stage vqvae        # trained with --gan-weight above 0
 
 Both decoders read the same latents of the first validation brains; a perceptual decoder with grain is shown without and
-with it. Left: power of their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is
-too much texture; the legend gives the price, SSIM over the slices and over the brain. Right: the middle of real slices
+with it. Above: power of their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is
+too much texture; the legend gives the price, SSIM over the slices and over the brain. Below: a piece of real slices
 and of the reconstructions, enlarged. Anterior is right.
 """
 
@@ -60,31 +60,37 @@ def main() -> None:
             pictures.append(to_uint8(x_hat)[:, 0].cpu())
     decoded = {name: torch.cat(pictures) for name, pictures in decoded.items()}
 
-    figure = plt.figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
-    axis, power = left.subplots(), radial_spectrum(real).mean(0)
+    figure = plt.figure(figsize=(10.5, 9.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    axis, power = above.subplots(), radial_spectrum(real).mean(0)
     frequency = (torch.arange(RINGS) + 0.5) / (2 * RINGS)
-    for (name, pictures), colour in zip(decoded.items(), ("C0", "C3", "C2")):
+    for (name, pictures), colour, marker in zip(decoded.items(), sheets.COLOURS[::2], sheets.MARKERS[::2]):
         scores = mean_scores([slice_scores(pictures, real, masks)])
-        brain = f", brain {scores['brain_ssim']:.4f}" if "brain_ssim" in scores else ""
+        brain = f", brain SSIM {scores['brain_ssim']:.4f}" if "brain_ssim" in scores else ""
         ratio = radial_spectrum(pictures).mean(0) / power
-        axis.plot(frequency, ratio, color=colour, marker=".", label=f"{name}: SSIM {scores['ssim']:.4f}{brain}")
+        label = f"{name}:\nSSIM {scores['ssim']:.4f}{brain}"
+        axis.plot(frequency, ratio, color=colour, marker=marker, markersize=5, label=label)
         print(f"{name:22s}  SSIM {scores['ssim']:.4f}{brain}  power ratio by frequency " +
               " ".join(f"{r:.3f}" for r in ratio.tolist()))  # fmt: skip
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(xlabel="spatial frequency, cycles per pixel", ylabel="power, reconstructed / real", ylim=(0, None))
     axis.set(title=f"{len(index)} validation slices; 1 is real, less is blur")
-    left.legend(loc="outside lower center")  # nowhere in the axes is room beside the curves
+    above.legend(loc="outside right upper")  # nowhere in the axes is room beside the curves
     axis.grid(alpha=0.3)
 
-    rows, Z, side = {"real": real, **decoded}, data.slices_per_brain, model.image_size
-    shown, middle = range(Z // 5, 4 * Z // 5, Z // 5), slice(3 * side // 8, 5 * side // 8)
-    for row, (name, pictures) in zip(right.subplots(len(rows), len(shown)), rows.items(), strict=True):
-        for cell, z in zip(row, shown, strict=True):
-            cell.imshow(pictures[z, middle, middle].numpy(), cmap="gray", vmin=0, vmax=255)
-            cell.set(xticks=[], yticks=[], title=f"z = {z}" if name == "real" else "")
-        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
-    right.suptitle(f"the middle {side // 4} x {side // 4} pixels, grey 0..255", fontsize=10)
+    Z, side = data.slices_per_brain, model.image_size
+    piece = slice(side // 4, side // 2)  # cortex, rear left
+    columns = {
+        name: pictures[[Z // 3, 2 * Z // 3], piece, piece].numpy()
+        for name, pictures in {"real": real, **decoded}.items()
+    }
+    brightest = int(columns["real"].max())
+    for column, (name, pictures) in zip(below.subplots(2, len(columns)).T, columns.items(), strict=True):
+        for cell, picture, z in zip(column, pictures, (Z // 3, 2 * Z // 3), strict=True):
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=brightest)
+            cell.set(xticks=[], yticks=[], ylabel=f"z = {z}" if name == "real" else "")
+        column[0].set_title(name)
+    below.suptitle(f"{side // 4} x {side // 4} pixels with cortex; white is grey level {brightest}")
     sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
 

@@ -62,7 +62,7 @@ def main() -> None:
     Z = len(z)
     shown = list(range(Z))[Z // 12 :: max(1, Z // 6)]
     page = sheets.sheet(
-        [slices[shown] for slices in rows.values()],
+        sheets.heads([slices[shown] for slices in rows.values()]),
         title=f"real, reconstructed and new slices; seed {args.seed}; grey 0..255, anterior is right",
         row_names=list(rows),
         captions=[f"z = {n}" for _ in rows for n in shown],

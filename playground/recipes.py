@@ -6,9 +6,9 @@ A recipe is a noise schedule, the weight of the squared error at each of its lev
 (model_diffusion.py). Every step costs the same, so equal steps are equal time. The networks are those of --preset demo
 that see slices one by one.
 
-Losses of different recipes cannot be compared. The denoised latent can: the left panel shows the squared error of x_0
+Losses of different recipes cannot be compared. The denoised latent can: the upper panel shows the squared error of x_0
 on validation slices at equal noise, over that of the best recipe there, from little noise (texture) to nearly nothing
-else (size and age of the head). The right panel and the table show scores of brains drawn by the default sampler, over
+else (size and age of the head). The lower panel and the table show scores of brains drawn by the default sampler, over
 those of as many held-out heads.
 """
 
@@ -79,19 +79,23 @@ def denoising_error(model: LatentDiffusion, latents: Tensor, z: Tensor) -> list[
 
 def draw(errors: dict[str, list[float]], scores: dict[str, dict], title: str):
     """The picture: error of x_0 against noise, and distances over those of real heads."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.5), layout="constrained", width_ratios=(1, 1.8))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(10.5, 9), layout="constrained")
     best, width = torch.tensor(list(errors.values())).amin(0), 0.8 / len(errors)
     for n, recipe in enumerate(errors):
-        left.plot(NOISE, torch.tensor(errors[recipe]) / best, marker=".", color=f"C{n}", label=recipe)
+        colour, style = sheets.COLOURS[n], {"marker": sheets.MARKERS[n], "markersize": 5, "label": recipe}
+        upper.plot(NOISE, torch.tensor(errors[recipe]) / best, color=colour, **style)
         ratios = [scores[recipe]["samples"][name] / scores[recipe]["real"][name] for name in DISTANCES]
-        right.bar(torch.arange(len(ratios)) + (n - (len(errors) - 1) / 2) * width, ratios, width, color=f"C{n}")
-    left.set(xlabel="noise, ln(sigma / alpha)", ylabel="squared error of $x_0$ over the best recipe's")
-    left.set(title="Denoising, validation slices", ylim=(0.98, 1.5))
-    left.legend(title="recipe")
-    right.set_xticks(range(len(DISTANCES)), [textwrap.fill(words, 12) for words in DISTANCES.values()], fontsize=7)
-    right.set(title="Drawn brains: lower is better", ylabel="samples / real heads", yscale="log", ylim=(0.5, 20))
-    right.axhline(1, color="black", linewidth=1)
-    for axis in (left, right):
+        lower.bar(torch.arange(len(ratios)) + (n - (len(errors) - 1) / 2) * width, ratios, width, color=colour)
+    upper.set(xlabel="noise, ln(sigma / alpha)", ylabel="squared error of $x_0$ over the best recipe's")
+    upper.set(title="Denoising, validation slices", ylim=(0.98, 1.5))
+    handles, names = upper.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), title="recipes; bars in this order")
+    lower.set_xticks(range(len(DISTANCES)), [textwrap.fill(words, 13, break_on_hyphens=False)
+                     for words in DISTANCES.values()], fontsize=9)  # fmt: skip
+    lower.set(title="Drawn brains: lower is better", ylabel="samples / real heads", yscale="log", ylim=(0.5, 20))
+    lower.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    lower.axhline(1, color="black", linewidth=1)
+    for axis in (upper, lower):
         axis.grid(alpha=0.3, axis="y")
     figure.suptitle(f"{title}; values outside a frame are worse than it shows")
     return figure

@@ -86,7 +86,7 @@ def main() -> None:
     Z = model.slices_per_brain
     shown = list(range(Z))[Z // 12 :: max(1, Z // 6)]
     page = sheets.sheet(
-        [slices[shown] for slices in first.values()],
+        sheets.heads([slices[shown] for slices in first.values()]),
         title=f"a brain by each sampler, {model.description['step']:,} training steps, seed {args.seed}; "
         "anterior right",
         row_names=list(first),

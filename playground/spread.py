@@ -77,18 +77,25 @@ def guesses(model: LatentDiffusion, brains: Tensor, people: Tensor, t: int) -> d
 
 def draw(moves: dict[str, list[list[float]]], spread: list[float], title: str):
     """The picture: slopes at each of RATIOS and in each of GROUPS, and the spread of samples in each of GROUPS."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for g, name in enumerate(NAMES):
-        left.plot(RATIOS, [row[g] for row in moves["network"]], color=f"C{g}", label=f"component {name}")
-        left.plot(RATIOS, [row[g] for row in moves["prior"]], color=f"C{g}", linestyle="--")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 5), layout="constrained")
+    for g, (name, colour, marker) in enumerate(zip(NAMES, sheets.COLOURS, sheets.MARKERS, strict=True)):
+        style = {"color": colour, "marker": marker, "markersize": 5}
+        left.plot(RATIOS, [row[g] for row in moves["network"]], label=f"component {name}", **style)
+        left.plot(RATIOS, [row[g] for row in moves["prior"]], linestyle="--", fillstyle="none", **style)
     left.set(xscale="log", xlabel="sigma / alpha, from noise to latent", title="guesses; dashed: Gaussian prior alone")
     left.set(ylabel="move of the guess over that of the truth")
+    left.set_ylim(top=1.6)  # room for the legend
     left.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
     left.minorticks_off()
     left.invert_xaxis()
-    left.legend(fontsize=8)
-    right.bar(NAMES, spread, color=[f"C{g}" for g in range(len(GROUPS))])
-    right.set(xlabel="component of whole brains", ylabel="sd of samples over sd of people", title="sampled brains")
+    left.legend(loc="upper left", ncols=2, fontsize=9)
+    right.bar_label(right.bar(NAMES, spread, color=sheets.COLOURS), fmt="%.2f")
+    right.set(
+        xlabel="component of whole brains",
+        ylabel="sd of samples over sd of people",
+        title="sampled brains",
+        ylim=(0, max(1.1, *spread) + 0.1),
+    )
     for axis in (left, right):
         axis.axhline(1, color="grey", linewidth=0.8)
     figure.suptitle(title)

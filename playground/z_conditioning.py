@@ -103,15 +103,15 @@ def main() -> None:
     rows, captions = {"real": real[shown]}, [f"z = {n}" for n in z[shown]]
     for name, pictures in decoded.items():
         rows[name] = pictures[shown]
-        captions += [f"decoded with z = {n}" for n in told[name][shown]]
+        captions += [f"told z = {n}" for n in told[name][shown]]
     for name in list(told)[1:]:
         change = rows[name].int() - rows["right z"].int()
         rows[f"{name}, change x5"] = (128 + 5 * change).clamp(0, 255).to(torch.uint8)
-        captions += [f"mean |change| {part.abs().float().mean():.2f} of 255" for part in change]
+        captions += [f"mean {part.abs().float().mean():.2f}" for part in change]
     page = sheets.sheet(
-        [pictures.numpy() for pictures in rows.values()],
+        sheets.heads([pictures.numpy() for pictures in rows.values()]),
         title=f"{Path(args.first_stage).stem}, validate case {int(data.case[index[0]])}: decoded with right and wrong "
-        "z; change against the right z, mid-grey is none; anterior right",
+        "z; change against the right z, mid-grey is none, and its mean size in grey levels; anterior right",
         row_names=list(rows),
         captions=captions,
         zoom=max(1, 192 // model.image_size),

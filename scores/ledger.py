@@ -325,42 +325,43 @@ def draw_ledger(rows: list[dict], result: dict, split: str):
     """Three panels: quality against bits, the codecs without a network among them; SSIM by z; power by frequency."""
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure = plt.figure(figsize=(10.5, 9), layout="constrained")
     figure.suptitle(f"{rows[0]['codec']} on {split}")
-    _draw_prices(left, rows, result)
-    _draw_curves(middle, result)
-    right.plot(result["spectrum"]["frequency"], result["spectrum"]["power_ratio"], marker=".")
+    (above, left, right) = figure.subplot_mosaic([["prices", "prices"], ["curves", "power"]]).values()
+    _draw_prices(above, rows, result)
+    _draw_curves(left, result)
+    right.plot(result["spectrum"]["frequency"], result["spectrum"]["power_ratio"], marker=".", color=sheets.COLOURS[0])
     right.axhline(1, color="grey", linestyle="--", linewidth=1)
     right.set(
         xlabel="spatial frequency, cycles per pixel",
         ylabel="power, reconstructed / real",
-        title="power kept (1: as sharp and as noisy as the real)",
+        title="power kept; 1: as sharp and noisy as real",
         ylim=(0, None),
     )
-    for axis in (left, middle, right):
+    for axis in (above, left, right):
         axis.grid(alpha=0.3)
     return figure
 
 
 def _draw_prices(axis, rows: list[dict], result: dict) -> None:
-    """Score against bits: the first row at each of its prices (stars, only the first one filled), codecs at theirs."""
+    """Score against bits: the first row at each of its prices (a star at the first), codecs at theirs."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     score, ours = "brain_ssim" if "brain_ssim" in result else "ssim", rows[0]
     prices = {"at fixed length": ours.get("bits"), "by the KL": result.get("kl_bits")}
     prices |= {"by zero-order entropy": result.get("entropy_bits"), "under the PixelCNN": result.get("prior_bits")}
-    star = {"marker": "*", "markersize": 11, "color": "C3"}
-    points = [(bits, ours, f"{ours['codec']}, bits {how}", star) for how, bits in prices.items() if bits]
+    stars = ({"marker": marker, "markersize": 9, "color": sheets.COLOURS[2]} for marker in "*^vD")
+    points = [(bits, ours, f"{ours['codec']},\nbits {how}", next(stars)) for how, bits in prices.items() if bits]
     for row in rows[1:]:
         if "bits" in row:
             marker = "o" if "k-means" in row["codec"] else "s"
-            points.append((row["bits"], row, row["codec"], {"marker": marker, "color": "C0"}))
+            points.append((row["bits"], row, row["codec"], {"marker": marker, "color": sheets.COLOURS[0]}))
         else:
-            label = f"{row['codec']}, {row['numbers']:,} real numbers"
+            label = f"{row['codec']},\n{row['numbers']:,} real numbers"
             axis.axhline(row[score], color="grey", linestyle="--", linewidth=1, label=label)
-    for n, (bits, row, label, style) in enumerate(points):
+    for bits, row, label, style in points:
         low, high = row.get(f"{score}_interval") or (row[score], row[score])
-        style = style | {"fillstyle": "none" if row is ours and n else "full", "linestyle": "none"}
+        style = style | {"linestyle": "none"}
         axis.errorbar(bits, row[score], [[row[score] - low], [high - row[score]]], capsize=3, label=label, **style)
     axis.set(
         xlim=(0, 1.15 * max(bits for bits, *_ in points)),
@@ -370,17 +371,18 @@ def _draw_prices(axis, rows: list[dict], result: dict) -> None:
     )
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the panel, where it hides no point
 
 
 def _draw_curves(axis, result: dict) -> None:
     """SSIM and brain SSIM by slice index, with bands where there are intervals."""
-    for name in ("ssim", "brain_ssim"):
+    for name, colour, marker in zip(("ssim", "brain_ssim"), sheets.COLOURS[::3], "o^", strict=True):
         if f"{name}_per_z" in result:
             curve, interval = result[f"{name}_per_z"], result[f"{name}_per_z_interval"]
-            axis.plot(list(curve), list(curve.values()), marker=".", label=COLUMNS[name])
+            style = {"color": colour, "marker": marker, "markersize": 4, "label": COLUMNS[name]}
+            axis.plot(list(curve), list(curve.values()), **style)
             known = {z: ends for z, ends in interval.items() if ends}
             if known:
-                axis.fill_between(list(known), *zip(*known.values()), alpha=0.25)
+                axis.fill_between(list(known), *zip(*known.values()), color=colour, alpha=0.25, linewidth=0)
     axis.set(xlabel="slice index z (0 is the lowest)", ylabel="similarity", title="by slice; band: 95 % over brains")
     axis.legend()

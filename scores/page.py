@@ -16,7 +16,8 @@ from scores.metrics import RINGS, decibel, with_interval
 from scores.samples import GROUPS, SAMPLE_SCORES, score_samples, whole_brains
 from scores.scorer import TISSUES, Scorer
 
-COLOURS = {"real": "C0", "samples": "C3", "through": "C1"}
+COLOURS = dict(zip(("real", "through", "samples"), sheets.COLOURS[::2]))
+SIGNS = {"real": "o", "through": "^", "samples": "D"}
 LABELS = {"real": "held-out people", "samples": "samples", "through": "these people through stage one"}
 FARTHEST = 50  # half widths of what is allowed; what is beyond stands at the edge
 MIDDLE = torch.tensor([0.025, 0.975], dtype=torch.float64)  # ends of the middle 95 %
@@ -70,14 +71,14 @@ def write_page(
 
 
 def verdict(value: float, allowed: dict | None) -> str:
-    """"inside" the range of real people, "above" or "below" it; "-" where the range is not known."""
+    """ "inside" the range of real people, "above" or "below" it; "-" where the range is not known."""
     if not allowed or "low" not in allowed or math.isnan(value):
         return "-"
     return "above" if value > allowed["high"] else "below" if value < allowed["low"] else "inside"
 
 
 def copy_verdict(samples: dict, real: dict, name: str) -> str:
-    """"above" if the whole interval of a share of copies is above that of held-out people, else "inside"."""
+    """ "above" if the whole interval of a share of copies is above that of held-out people, else "inside"."""
     return "above" if samples[f"{name}_interval"][0] > real[f"{name}_interval"][1] else "inside"
 
 
@@ -198,9 +199,10 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
     _draw_distances(near, result, measures)
     for axis in axes.values():
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    near.legend(fontsize=8, loc="upper left")
-    tissues.legend(fontsize=8, loc="lower center", ncols=3)
+        axis.legend(fontsize=9)
+    near.legend(fontsize=9, loc="upper left")
+    tissues.set_ylim(top=1.45 * tissues.get_ylim()[1])  # room for the legend
+    tissues.legend(fontsize=9, loc="upper center", ncols=2)
     return figure
 
 
@@ -222,11 +224,13 @@ def draw_scores(result: dict, title: str):
         if part in result:
             rows = [row for row, name in enumerate(names) if name in result[part]]
             at = [place(names[row], result[part][names[row]]) for row in rows]
-            axis.plot(at, rows, "o", color=COLOURS[part], label=LABELS[part], markersize=5)
+            full = "full" if part == "samples" else "none"  # so that none hides another
+            axis.plot(at, rows, SIGNS[part], color=COLOURS[part], label=LABELS[part], markersize=7, fillstyle=full)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axis.set_xscale("symlog", linthresh=1, linscale=0.7)
     axis.set(xlim=(-1.3 * FARTHEST, 1.3 * FARTHEST), ylim=(-1, len(names)))
-    axis.set(xlabel="in half widths of that band, from the middle of real people", title=title)
+    axis.set(xlabel=f"in half widths of the band, from the middle of real people;\nbeyond {FARTHEST} at the edge")
+    figure.suptitle(title)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(names)), [SAMPLE_SCORES[name].title for name in names], fontsize=9)
@@ -305,9 +309,9 @@ def draw_nearest(pairs: list[dict], brains: Tensor, numbers: list[int], train: S
     title = "the samples nearest to a training slice, by distance over that to the next five brains "
     title += f"(0: a copy, 1: a new brain); limit {limit:.2f}, {below} of those shown are below"
     return sheets.sheet(
-        [np.stack(row) for row in rows],
+        sheets.heads([np.stack(row) for row in rows]),
         title=title,
-        row_names=["sample", "nearest", "difference"],
+        row_names=["sample", "nearest", "difference / 2"],
         captions=[caption for row in captions for caption in row],
         zoom=max(1, 192 // brains.shape[-1]),
     )
