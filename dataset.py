@@ -78,21 +78,22 @@ def locate_data(flag: str | None) -> tuple[Path, str]:
     return PHANTOM, "the built-in phantom"
 
 
-def find_data(flag: str | None) -> Path:
+def find_data(flag: str | None, naming: str = "--data FOLDER") -> Path:
     """The data folder of locate_data. Prints its name, and writes the phantom if it is needed and not there yet.
 
+    `naming` is how the script's command line names the folder.
     Raises UserError where it is not divided into splits: any split of a folder of bare slices would be the same slices.
     """
     folder, source = locate_data(flag)
     print(f"data: {folder} ({source})")
     if folder == PHANTOM:
-        print("for real brains put OASIS at data/keras_png_slices_data, or use --data FOLDER or $OASIS_DATA")
+        print(f"for real brains put OASIS at data/keras_png_slices_data, or use {naming} or $OASIS_DATA")
         with util.alone(folder.parent):  # two processes that start at once draw it once
-            if not folder.is_dir():
+            if not folder.exists():
                 write_phantom(folder, PHANTOM_CASES)
     elif folder.is_dir() and not has_splits(folder):
-        if has_splits(folder.parent):
-            raise UserError(f"{folder} is one split ({source}); give the folder above it, {folder.parent}")
+        if has_splits(above := folder.resolve().parent):
+            raise UserError(f"{folder} is one split ({source}); give the folder above it, {above}")
         raise UserError(f"{folder} has no folder keras_png_slices_train ({source}); give the one that has")
     return folder
 
@@ -109,7 +110,11 @@ def people_table(folder: Path) -> Path | None:
 
 
 def has_masks(folder: Path, split: str) -> bool:
-    """Whether the split has tissue masks. Prints a line if it has none, since brain scores then are left out."""
+    """Whether the split has tissue masks. Prints a line if it has none, since brain scores then are left out.
+
+    Raises UserError where there are no slices.
+    """
+    list_slices(folder, split)  # without slices nothing is to be said of masks
     try:
         return bool(list_slices(folder, split, "seg"))
     except UserError:
@@ -169,7 +174,7 @@ def write_subset(folder: Path, count: int, out: Path) -> None:
         raise UserError(f"{folder} has no folder keras_png_slices_train; give the one that has")
     cases = sorted({case for case, _, _ in list_slices(folder, "train")})
     if count > len(cases):
-        raise UserError(f"--take {count}: {folder} has {len(cases)} training brains")
+        raise UserError(f"--take {count}: {folder} has {len(cases)} training brains; take at most so many")
     files = [table for table in (people_table(folder), folder / "PHANTOM.txt") if table and table.is_file()]
     pairs = [(file, Path(file.name)) for file in files]
     for split, kind in itertools.product(SPLITS, ("case", "seg")):
@@ -257,7 +262,7 @@ class Slices:
         if len(self) != n * len(self.case.unique()) or not torch.equal(self.z, torch.arange(len(self)) % n):
             raise UserError(
                 f"{flag} needs all {n} slices of every brain in {self.split}; "
-                f"python dataset.py {self.folder} lists what is missing"
+                f"python dataset.py {self.folder} lists what is missing; --slices 1 goes without"
             )
 
     def content_box(self) -> tuple[int, int, int, int]:
@@ -293,7 +298,7 @@ def load_slices(
     if int(z.max()) >= MOST_SLICES:
         raise UserError(
             f"slices of {split} in {folder} are numbered up to {int(z.max())}, above {MOST_SLICES - 1}; "
-            "rename or remove such files"
+            "rename such files, or move them elsewhere"
         )
     print(f"{split}: {len(files)} slices of {len(case.unique())} brains at {image_size} px, digest {digest}")
     return Slices(images, z, case, labels, folder, split, digest)
@@ -319,16 +324,16 @@ def _cached(
                 return _mapped(path, shape)
             except (ValueError, EOFError):
                 print(f"{path} is damaged: decoding {split} again")
+        _refuse_swapped(files, kind)
         digest, resize = hashlib.blake2b(digest_size=8), _area_resize if kind == "case" else _centre_resize
-        with util.whole(path) as making:
-            with open(making, "wb") as file:  # a full disk is an error here, in a memory map it would be a crash
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for _, _, slice_ in util.progress(files, f"decoding {split}", unit="slices"):
-                    pixels = resize(read_slice(slice_), image_size, slice_).tobytes()
-                    digest.update(pixels)
-                    file.write(pixels)
-                file.write(digest.hexdigest().encode())
-            _refuse_swapped(np.load(making, mmap_mode="r"), kind, folder)
+        # a full disk is an error here, in a memory map it would be a crash
+        with util.whole(path) as making, open(making, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for _, _, slice_ in util.progress(files, f"decoding {split}", unit="slices"):
+                pixels = resize(read_slice(slice_), image_size, slice_).tobytes()
+                digest.update(pixels)
+                file.write(pixels)
+            file.write(digest.hexdigest().encode())
         tidy_cache()
         return _mapped(path, shape)
 
@@ -359,8 +364,8 @@ def _factor(image: np.ndarray, size: int, path: Path) -> int:
     height, width = image.shape
     if height != width or height % size:
         raise UserError(
-            f"{path} is {width}x{height}; a square of {size} or a multiple is expected: "
-            "choose another --image-size or mend the file"
+            f"{path} is {width}x{height}; a square of {size} or a multiple is expected: mend the file, give other "
+            "slices with --data, or train a first stage of another --image-size"
         )
     return height // size
 
@@ -379,16 +384,20 @@ def _centre_resize(mask: np.ndarray, size: int, path: Path) -> np.ndarray:
     return mask[k // 2 :: k, k // 2 :: k]
 
 
-def _refuse_swapped(pixels: np.ndarray, kind: str, folder: Path) -> None:
+def _refuse_swapped(files: list[tuple[int, int, Path]], kind: str) -> None:
     """Raises UserError where masks stand for images, or images for masks; about 16 of the pictures decide."""
-    labelled = np.isin(pixels[:: max(1, len(pixels) // 16)], MASK_VALUES).all()
-    if kind == "case" and labelled and pixels.any():
+    # as they are on disk: reduced masks have other values too
+    pictures = [read_slice(path) for _, _, path in files[:: max(1, len(files) // 16)]]
+    labelled, folder = all(np.isin(picture, MASK_VALUES).all() for picture in pictures), files[0][2].parent
+    if kind == "case" and labelled and any(picture.any() for picture in pictures):
         raise UserError(
             f"the images in {folder} hold only 0, 85, 170 and 255: these are the masks (keras_png_slices_seg_*)"
             " under the images' names; put the images there"
         )
     if kind == "seg" and not labelled:
-        raise UserError(f"the masks in {folder} hold more than 0, 85, 170 and 255; are they the images?")
+        raise UserError(
+            f"the masks in {folder} hold more than 0, 85, 170 and 255; put masks there, or move the folder elsewhere"
+        )
 
 
 def random_moves(count: int, generator: torch.Generator) -> Tensor:
@@ -578,7 +587,7 @@ def contact_sheet(folder: Path) -> Image.Image:
         raise UserError("there is no slice to show")
     captions = [f"z = {z}" for _ in rows for z in wanted]
     return sheets.sheet(
-        rows,
+        sheets.heads(rows),
         title=f"{folder.name}: brains down, slice index z across; anterior is right, grey 0..255",
         row_names=names,
         captions=captions,
@@ -620,7 +629,7 @@ def main() -> None:
         if not 2 <= args.slices <= MOST_SLICES:
             raise UserError(f"--slices {args.slices}: a phantom's brain has 2 to {MOST_SLICES} slices")
         write_phantom(args.folder, dict(zip(SPLITS, args.cases)), args.seed, slices=args.slices)
-    folder = layout.release_folder(args.folder) if args.folder else find_data(None)
+    folder = layout.release_folder(args.folder) if args.folder else find_data(None, "FOLDER")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds keras_png_slices_train")
     if args.take or args.into:

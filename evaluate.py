@@ -17,6 +17,7 @@ Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain 
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from scores.page import sample_table, write_page
 from scores.samples import load_samples
 from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
 from scores.scorer import RELEASED as RELEASED_SCORER
-from training.checkpoints import RELEASED, file_digest, load_weights, run_weights
+from training.checkpoints import RELEASED, file_digest, find_weights, load_weights, run_weights
 from training.stages import allow_brains, latent_digest, load_first_stage, load_second_stage
 from util import UserError
 
@@ -83,11 +84,13 @@ def find_prior(run: str | None, model: Autoencoder, device: torch.device) -> Pix
         own, released = run_weights("pixelcnn"), RELEASED / "pixelcnn.safetensors"
         there = [path for path in (own, released) if path.is_file()]
         run = next((path for path in there if fits(load_weights(path)[1])), None)
+    command = f"python pixelCNN.py --first-stage {model.description['path']}"
     if run is None:
-        command = f"python pixelCNN.py --first-stage {model.description['path']}"
-        print(f"bits under a prior: left out; train one with: {command}{' --name NEW' if own.is_file() else ''}")
+        if own.is_file():
+            command += " --name NEW, and give --prior NEW"
+        print(f"bits under a prior: left out; train one with: {command}")
         return None
-    prior, _ = load_second_stage(run, PRIORS, device)
+    prior, _ = load_second_stage(find_weights(run, f"{command} --name {run}"), PRIORS, device)
     if not fits(prior.description):
         raise UserError(f"--prior {run} was trained on another first stage; name one trained on this, or leave it out")
     return prior
@@ -124,8 +127,12 @@ def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Ten
     prior, decoder = load_second_stage(path, {LatentDiffusion.kind: LatentDiffusion, **PRIORS}, device)
     encoder = decoder
     if decoder.encoder is None:
-        loaded = ((file, *load_weights(file)) for file in files)
-        digests = {latent_digest(weights): file for file, weights, known in loaded if known["kind"] in FIRST_STAGES}
+        digests = {}
+        for file in files:
+            with contextlib.suppress(UserError):  # a damaged file of another run is in nobody's way
+                weights, known = load_weights(file)
+                if known["kind"] in FIRST_STAGES:
+                    digests[latent_digest(weights)] = file
         digest = prior.description["first_stage"]["digest"]
         if digest not in digests:
             print(f"the encoder of {path} is not here: no heads that only went through its first stage")
@@ -145,13 +152,13 @@ def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Ten
     return through
 
 
-def ages_of_samples(record: dict, numbers: list[int]) -> Tensor | None:
-    """float32 [n]: the age of each sampled person, NaN where it is not known; None where no age is."""
+def ages_of_samples(folder: Path, record: dict, numbers: list[int]) -> Tensor | None:
+    """float32 [n]: the age of each person of a folder of samples, NaN where it is not known; None where no age is."""
     people = [record["brains"].get(str(number), {}) for number in numbers]
     try:
         ages = torch.tensor([float(person.get("age", "nan")) for person in people])
     except (TypeError, ValueError):
-        raise UserError(f"{RECORD} has an age that is no number; mend it, or remove the file") from None
+        raise UserError(f"{folder / RECORD} has an age that is no number; mend it, or move it elsewhere") from None
     return None if ages.isnan().all() else ages
 
 
@@ -175,7 +182,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     record = read_record(samples)
     through = first_stage_of(record, util.pick_device(args.device))
     report = write_page(brains, numbers, samples, splits, scorer, description, out,
-                        ages=ages_of_samples(record, numbers), through=through)  # fmt: skip
+                        ages=ages_of_samples(samples, record, numbers), through=through)  # fmt: skip
     print(sample_table(report))
     print(f"page: {out}/samples_{args.split}.md, and .json and .png beside it; {time.monotonic() - began:.0f} s")
 
@@ -191,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    util.command(main)
+    util.command(main, "close other programs, or take --device cpu")

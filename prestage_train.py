@@ -34,7 +34,7 @@ from scores.metrics import COUNTABLE, code_usage, mean_scores, slice_scores
 from training.checkpoints import digest_of, save_weights
 from training.optimizer import new_optimizers
 from training.run import Average, Run
-from training.settings import Flags, open_run
+from training.settings import LESS_MEMORY, Flags, open_run
 from training.stages import load_first_stage
 from util import UserError
 
@@ -154,7 +154,7 @@ def draw_reconstructions(model: Autoencoder, data: Slices, step: int):
     real, fake = to_uint8(x)[:, 0].cpu().int(), to_uint8(model.reconstruct(x, z))[:, 0].cpu().int()
     difference = (128 + 5 * (fake - real)).clamp(0, 255)
     return sheets.sheet(
-        [part.to(torch.uint8).numpy() for part in (real, fake, difference)],
+        sheets.heads([part.to(torch.uint8).numpy() for part in (real, fake, difference)]),
         title=f"{data.split} slices after {step} steps; difference x5, grey is none",
         captions=[f"case {c}, z = {i}" for c, i in zip(case.tolist(), z.tolist())] + [""] * 12,
         row_names=["real", "reconstructed", "difference x5"],
@@ -205,6 +205,8 @@ def build(args: argparse.Namespace, box: tuple[int, int, int, int]) -> tuple[Aut
         kwargs |= {"latent_channels": len(args.levels), "levels": tuple(args.levels)}
     elif args.model != "vae":
         kwargs |= {"codebook_size": args.codebook_size}
+    if min(box[2:]) < 11:
+        raise UserError(f"--image-size {args.image_size}: SSIM needs 11 pixels a side; choose a larger one")
     try:
         return MODELS[args.model](**kwargs), kwargs
     except ValueError as error:
@@ -217,7 +219,7 @@ def fit_to_data(model: Autoencoder, data: Slices) -> None:
     try:
         model.fit(x, z)
     except ValueError as error:
-        raise UserError(f"--codebook-size is too large for {len(x)} slices: {error}; choose less") from None
+        raise UserError(f"{error}, from {len(x)} slices; choose a smaller --codebook-size, or other --data") from None
 
 
 @torch.no_grad()
@@ -386,4 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    util.command(main)
+    util.command(main, LESS_MEMORY)

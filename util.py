@@ -39,8 +39,7 @@ class UserError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        print(f"error: {message} ({self.prog} --help lists the flags)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_complain(f"{message} ({self.prog} --help lists the flags)"))
 
 
 def plain_parser(description: str) -> argparse.ArgumentParser:
@@ -105,16 +104,24 @@ def fraction(text: str) -> float:
     return value
 
 
-def command(main: Callable[[], None]) -> None:
-    """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130."""
+def command(main: Callable[[], None], less_memory: str = "close other programs") -> None:
+    """Runs a script's main(). What a user can mend ends in one line and exit status 2; Ctrl-C in status 130.
+
+    less_memory: what this script advises where memory is too small.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has something else
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
     try:
         main()
     except UserError as error:
         sys.exit(_complain(str(error)))
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(_complain("out of memory; choose a smaller --batch-size or --preset, or --device cpu"))
+    except (RuntimeError, MemoryError) as error:
+        # on a CPU PyTorch raises a plain RuntimeError
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        sys.exit(_complain(f"out of memory; {less_memory}"))
+    except BrokenPipeError:
+        sys.exit(_complain("nothing reads this output any more; run the same command again without that pipe"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space and run the same command again" if full else "check that path and its permissions"
@@ -136,7 +143,7 @@ def run_script(script: str, flags: list) -> None:
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise UserError(f"{script} failed, see above; change what it says, or remove the run it was to train")
+        raise UserError(f"{script} failed, see above; mend what it says and run this again")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -160,7 +167,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield making
         os.replace(making, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where it is
+            error.filename = str(path)
         making.unlink(missing_ok=True)
         raise
 
@@ -169,7 +178,7 @@ def whole(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """As whole, but for a folder, which is this process's own meanwhile. Raises UserError if `path` is there."""
     if path.exists():
-        raise UserError(f"{path} exists already; remove it, or name a new folder")
+        raise UserError(f"{path} exists already; name a new folder")
     making = path.with_name(f".{path.name}{MAKING}")
     making.mkdir(parents=True, exist_ok=True)
     own(making)
@@ -204,8 +213,10 @@ def alone(folder: Path) -> Iterator[None]:
 _owned: dict[Path, filelock.FileLock] = {}  # what this process has, until it ends
 
 
-def own(folder: Path) -> None:
+def own(folder: Path, other: str = "another name") -> None:
     """Makes a folder this process's own until it ends. Raises UserError, which names the owner, if another one has it.
+
+    `other` says what the user can choose instead.
 
     The lock is the operating system's: it goes with its process, however that ends, so no stale one is left behind.
     Of torchrun's processes only the first owns.
@@ -219,7 +230,7 @@ def own(folder: Path) -> None:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         who = owner.read_text() if owner.is_file() else "another process"
-        raise UserError(f"{folder} belongs to {who}, which still runs; wait for it, or choose another name") from None
+        raise UserError(f"{folder} belongs to {who}, which still runs; wait for it, or choose {other}") from None
     _owned[folder] = lock
     owner.write_text(f"process {os.getpid()} on {platform.node()}")
 

@@ -40,9 +40,10 @@ def read_png(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # whatever a decoder may find in a file: it is one file that cannot be read
         if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)
             raise
         words = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} cannot be read as PNG ({words}); copy it again from the release") from None
+        raise UserError(f"{path} cannot be read as PNG ({words}); copy it again, or make it again") from None
 
 
 class Layout(NamedTuple):

@@ -110,15 +110,13 @@ def person_of(typed: dict[str, str | float | None], description: dict) -> dict[s
     """
     asked = {name: CONDITIONS[name].read(str(text)) for name, text in typed.items() if text is not None}
     for name, value in asked.items():
-        seen = description.get("people", {}).get(name)
+        flag, seen = f"--{name} {CONDITIONS[name].write(value)}", description.get("people", {}).get(name)
         if not seen:
-            raise UserError(
-                f"--{name} {typed[name]}: the model was trained without; train one on data with {PEOPLE_TABLE}"
-            )
+            raise UserError(f"{flag}: the model was trained without; train another on data with {PEOPLE_TABLE}")
         few = CONDITIONS[name].values is not None
         if not (value in seen if few else seen[0] <= value <= seen[-1]):
             words = ", ".join(map(CONDITIONS[name].write, seen)) if few else f"{seen[0]:g} to {seen[-1]:g}"
-            raise UserError(f"--{name} {typed[name]}: the model was trained on {name} {words}")
+            raise UserError(f"{flag}: the model was trained on {name} {words}; choose among these")
     return asked
 
 

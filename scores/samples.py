@@ -40,8 +40,8 @@ from scores.metrics import (
     thumbnails,
     wasserstein,
 )
-from scores.scorer import COMMAND, TISSUES, Scorer, read_slices
-from training.checkpoints import cached
+from scores.scorer import TISSUES, Scorer, how_to_train, read_slices
+from training.checkpoints import cached, is_path
 from util import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -509,11 +509,15 @@ def load_samples(run: str, limit: int | None = None) -> tuple[Tensor, list[int],
     `limit` are taken. Raises UserError where fewer than two are left, or pictures differ in size.
     """
     folder = Path(run) if Path(run).is_dir() else Path(f"{run}_vis") / "samples"
+    if not folder.is_dir() and is_path(run):
+        raise UserError(f"--samples {run}: there is no such folder; mend the path, or give a run's name")
     if not folder.is_dir():
         raise UserError(
             f"--samples {run}: neither a folder nor a run with {folder}; "
-            f"draw some with: python stable_diffusion.py --name {Path(run).name} --sample --brains 35"
+            f"draw some with: python stable_diffusion.py --name {run} --sample --brains 35, or so with pixelCNN.py"
         )
+    if limit == 1:
+        raise UserError("--limit-brains 1: take more, since scores need two brains, and trust needs dozens")
     files: dict[int, dict[int, Path]] = {}
     for number, z, path in list_slices(folder, "samples"):
         files.setdefault(number, {})[z] = path
@@ -523,11 +527,11 @@ def load_samples(run: str, limit: int | None = None) -> tuple[Tensor, list[int],
         print(f"{len(files) - len(whole)} of {len(files)} brains have not all {Z} slices and are left out")
     numbers = list(whole)[:limit]
     if len(numbers) < 2:
-        raise UserError(f"{folder} has {len(numbers)} whole brains; scores of samples need two, and trust needs dozens")
+        raise UserError(f"{folder} has {len(numbers)} whole brains; draw more: scores need two, and trust needs dozens")
     pictures = [[read_slice(whole[number][z]) for z in range(Z)] for number in numbers]
     shapes = {picture.shape for brain in pictures for picture in brain}
     if len(shapes) > 1 or len(set(*shapes)) > 1:
-        raise UserError(f"{folder} has pictures of {sorted(shapes)} pixels; squares of one size are expected")
+        raise UserError(f"{folder} has pictures of {sorted(shapes)} pixels; give a folder of squares of one size")
     return torch.from_numpy(np.array(pictures)), numbers, folder
 
 
@@ -542,7 +546,7 @@ def check_slices(Z: int, splits: tuple[Slices, ...], scorer: Scorer) -> None:
     if scorer.slices_per_brain != Z:
         raise UserError(
             f"the scorer was trained on brains of {scorer.slices_per_brain} slices, these have {Z}; "
-            f"train one on your data with: {COMMAND}"
+            f"train one on your data with: {how_to_train()}"
         )
 
 

@@ -24,6 +24,7 @@ from module import Downsample, Upsample, norm
 from pictures import sheets
 from training import checkpoints
 from training.run import Run
+from training.settings import recorded_settings
 from util import UserError
 
 COMMAND = "python evaluate.py --train-scorer"
@@ -107,6 +108,11 @@ class Scorer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def how_to_train() -> str:
+    """The command that trains a scorer on one's own data, under another name if there is a run scorer already."""
+    return COMMAND + (" --scorer NEW, and give --scorer NEW" if checkpoints.run_weights(NAME).is_file() else "")
+
+
 def find_scorer(run: str | None = None) -> tuple[Scorer, dict]:
     """(scorer in evaluation mode, its description with "path" and "digest") of a run or file.
 
@@ -114,10 +120,10 @@ def find_scorer(run: str | None = None) -> tuple[Scorer, dict]:
     there or is something else.
     """
     own = checkpoints.run_weights(NAME)
-    path = checkpoints.find_weights(run, COMMAND) if run else own if own.is_file() else RELEASED
+    path = checkpoints.find_weights(run, f"{COMMAND} --scorer {run}") if run else own if own.is_file() else RELEASED
     weights, description = checkpoints.load_weights(path)
     if description.get("kind") != "scorer":
-        raise UserError(f"{path} is no scorer but a {description.get('kind')}; train one with: {COMMAND}")
+        raise UserError(f"{path} is no scorer but a {description.get('kind')}; train one with: {how_to_train()}")
     scorer = checkpoints.fill_model(Scorer(**description["model_kwargs"]), weights, path).eval().requires_grad_(False)
     return scorer, description | {"path": str(path), "digest": checkpoints.digest_of(weights)}
 
@@ -172,13 +178,17 @@ def train_scorer(
         name: of the run: model_ckpt/NAME/model.safetensors, log/NAME, and a picture in NAME_vis.
         steps, batch_size, learning_rate, seed: of the run, which records them.
         model_kwargs: of Scorer; what the data decide, slices and box, need not be given.
-    Returns the description in the file of weights, with its "accuracy" on validate. Raises UserError without masks.
+    Returns the description in the file of weights, with its "accuracy" on validate. Raises UserError without masks, and
+    where NAME is something else or is trained by another process.
     """
+    script, naming = COMMAND.split()[1], "--scorer"
+    recorded_settings(script, name, naming)
+    util.own(Path("model_ckpt") / name, f"another {naming}")
     data = {split: load_slices(folder, split, SIZE, masks=True) for split in ("train", "validate")}
     train = data["train"]
     settings = {"name": name, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"seed": seed, "precision": precision}
-    args = argparse.Namespace(**settings, recorded=list(settings), script=COMMAND.split()[1])
+    args = argparse.Namespace(**settings, recorded=list(settings), script=script, naming=naming)
     args.device, args.compile, args.minutes = device, False, None  # of this start, not of the run
     fixed = {"slices_per_brain": train.slices_per_brain, "box": train.content_box()}
     model_kwargs = {"channels": (16, 32, 64), "features": 64} | fixed | (model_kwargs or {})
@@ -289,7 +299,7 @@ def draw_tissues(scorer: Scorer, data: Slices):
     rows = [data.images[chosen][..., None].expand(-1, -1, -1, 3), colours[labels], colours[logits.argmax(1)]]
     captions = [f"z = {n}, read as {n_hat:.1f}" for n, n_hat in zip(z.tolist(), expected_z(whole).tolist())]
     return sheets.sheet(
-        [row.numpy() for row in rows],
+        sheets.heads([row.numpy() for row in rows]),
         title=f"{data.split} case {int(data.case[0])}; CSF blue, grey matter grey, white matter white; anterior right",
         row_names=["slice", "mask", "read"],
         captions=captions + [""] * 2 * len(chosen),

@@ -153,7 +153,7 @@ def test_pictures_of_another_size_are_reduced_by_an_integer_factor(tmp_path):
         assert np.array_equal(data.images, (2 * sums + k * k) // (2 * k * k))  # rounded half up
         assert data.content_box() == (0, 0, size, size)
     for size in (64, 256):
-        with pytest.raises(UserError, match="240x240.*choose another --image-size"):
+        with pytest.raises(UserError, match="240x240.*another --image-size"):
             load_slices(tmp_path / "mine", "train", size)
 
 
@@ -424,6 +424,19 @@ def test_a_faulty_folder_is_refused_in_one_line(noise_folder, tmp_path, fault):
             load_slices(noise_folder, split, 64)
     assert finding in str(refusal.value) and "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("data/cache/.*.making"))
+
+
+@pytest.mark.parametrize("size", [64, 32])  # reduced masks have other values too
+def test_masks_in_place_of_images_are_refused_at_every_size(noise_folder, size):
+    plant(noise_folder, "swapped")
+    with pytest.raises(UserError, match="keras_png_slices_train hold only 0, 85, 170 and 255"):
+        load_slices(noise_folder, "train", size)
+
+
+def test_without_slices_nothing_is_said_of_masks(tmp_path, capsys):
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        dataset.has_masks(tmp_path / "nowhere", "validate")
+    assert "masks" not in capsys.readouterr().out
 
 
 def test_the_table_of_people_is_read_with_its_gaps(people_folder):

@@ -1,6 +1,7 @@
 """Laws of evaluate.py: what the command prints and writes for a first stage, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,8 +134,8 @@ def test_held_out_heads_go_through_the_first_stage_of_the_samples(run_of, valida
 
 def test_ages_of_samples_are_those_of_their_record():
     record = {"brains": {"0": {"age": "64", "sex": "F"}, "2": {}}}
-    ages = evaluate.ages_of_samples(record, [0, 2, 5])
+    ages = evaluate.ages_of_samples(Path("mine"), record, [0, 2, 5])
     assert ages[0] == 64 and ages[1:].isnan().all()
-    assert evaluate.ages_of_samples({"brains": {}}, [0]) is None
-    with pytest.raises(UserError, match="an age that is no number"):
-        evaluate.ages_of_samples({"brains": {"0": {"age": "old"}}}, [0])
+    assert evaluate.ages_of_samples(Path("mine"), {"brains": {}}, [0]) is None
+    with pytest.raises(UserError, match="mine/samples.json has an age that is no number"):
+        evaluate.ages_of_samples(Path("mine"), {"brains": {"0": {"age": "old"}}}, [0])

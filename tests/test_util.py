@@ -75,8 +75,9 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch, fai
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as error:
         util.write_file(path, b"new and longer")
+    assert error.value.filename == str(path)  # the system itself does not say which file finds no room
     assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["weights"]
 
 
@@ -187,8 +188,27 @@ def test_command_turns_what_a_user_can_mend_into_one_line(capsys):
     line = capsys.readouterr().err
     assert "last.pt" in line and len(line.splitlines()) == 1
     assert ends(KeyboardInterrupt()) == 130
+    assert ends(BrokenPipeError(errno.EPIPE, "Broken pipe")) == 2 and "pipe" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # a bug is not hidden
         util.command(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        util.command(lambda: torch.ones(2) @ torch.ones(3), "buy more")
+
+
+def test_too_little_memory_is_one_line_with_advice_of_the_script(capsys):
+    """Also on a CPU, where PyTorch raises a RuntimeError like any other."""
+    for ask in (lambda: torch.empty(2**55), lambda: np.empty(2**55)):
+        with pytest.raises(SystemExit):
+            util.command(ask, "choose less")
+        assert capsys.readouterr().err == "error: out of memory; choose less\n"
+
+
+def test_an_error_of_a_flag_is_one_line(capsys):
+    parser = util.plain_parser("")
+    parser.add_argument("--steps", type=util.positive_int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steps", "1\n2"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("known", [{"RANK": "0"}, {"RANK": "x"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "2"}])
@@ -209,8 +229,8 @@ def test_a_folder_belongs_to_one_process_as_long_as_that_runs(tmp_path):
     command = [sys.executable, "-c", wait + "print('mine', flush=True); time.sleep(60)", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(util.__file__).parent) as first:
         assert first.stdout.readline() == "mine\n"
-        with pytest.raises(util.UserError, match=f"belongs to process {first.pid} on .*wait for it"):
-            util.own(folder)
+        with pytest.raises(util.UserError, match=f"belongs to process {first.pid} on .*wait for it, .*another --out"):
+            util.own(folder, "another --out")
         first.kill()
     util.own(folder)
     util.own(folder)  # it is ours already

@@ -44,10 +44,10 @@ def load_checkpoint(path: Path, script: str) -> dict:
         raise UserError(f"{path} does not exist; train the run first, or name another") from None
     except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError,
             TypeError, NotImplementedError) as error:  # fmt: skip
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it or choose another "
-                        "--name") from None  # fmt: skip
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}); move it elsewhere, or give "
+                        "the run another name") from None  # fmt: skip
     if not isinstance(state, dict) or state.get("script") != script:
-        raise UserError(f"{path} is no checkpoint of {script}; delete it or choose another --name")
+        raise UserError(f"{path} is no checkpoint of {script}; give the run another name")
     return state
 
 
@@ -141,10 +141,15 @@ def run_weights(name: str) -> Path:
     return Path("model_ckpt") / name / "model.safetensors"
 
 
+def is_path(run: str | Path) -> bool:
+    """Whether this looks like the path of a file or folder, and not like the name of a run."""
+    return Path(run).name != str(run) or str(run).endswith(".safetensors")
+
+
 def find_weights(run: str | Path, train_with: str) -> Path:
     """The weights meant by a file, a run's folder or a run's name (model_ckpt/NAME/model.safetensors).
 
-    Raises UserError, advising the command `train_with`, when there are none.
+    Raises UserError, for the name of a run advising the command `train_with`, when there are none.
     """
     path = Path(run)
     if path.is_file():
@@ -152,9 +157,10 @@ def find_weights(run: str | Path, train_with: str) -> Path:
     for weights in (path / "model.safetensors", run_weights(run)):
         if weights.is_file():
             return weights
+    if is_path(run):
+        raise UserError(f"there are no weights at {run}: no such file or folder; mend the path, or give a run's name")
     raise UserError(
-        f"there are no weights at {run}: no such file, and no model_ckpt/{path.name}/model.safetensors; "
-        f"train them with: {train_with}"
+        f"there are no weights at {run}: no such file, and no {run_weights(run)}; train them with: {train_with}"
     )
 
 

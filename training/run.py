@@ -36,7 +36,7 @@ from logger import Logger
 from training.checkpoints import fill_model, load_checkpoint, save_checkpoint
 from training.memory import in_words, step_bytes
 from training.optimizer import new_optimizers
-from training.settings import check_same_data, describe_run
+from training.settings import check_same_data, describe_run, has_saved
 from util import UserError
 
 REPORTS = 10  # of a phase, each with validation, pictures and a checkpoint
@@ -51,16 +51,13 @@ def learning_rate_factor(step: int, steps: int, warm_up: int = 100, final: float
     return ramp * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
-def check_finite(losses: dict[str, Tensor], step: int) -> None:
+def check_finite(losses: dict[str, Tensor], step: int, advice: str) -> None:
     """Raises UserError naming the first term, of scalars on one device, that is NaN or infinite."""
     if torch.isfinite(torch.stack([value.detach().float() for value in losses.values()])).all():
         return
     for name, value in losses.items():
         if not torch.isfinite(value):
-            raise UserError(
-                f"{name} became {value.item()} at step {step}; run the same command with another --name and a lower "
-                "--learning-rate, or --precision fp32"
-            )
+            raise UserError(f"{name} became {value.item()} at step {step}; run the same command with {advice}")
 
 
 @torch.no_grad()
@@ -134,13 +131,15 @@ class Run:
         self.rank, self.world = util.start_processes()
         self.device = util.pick_device(args.device)
         self.built_on, self.decay, self.done, self.step = built_on, decay, 0, 0
+        self.naming = getattr(args, "naming", "--name")  # the script's flag for the name of a run
         self.checkpoint = Path("model_ckpt") / args.name / f"{phase}.pt"
         self.weights = self.checkpoint.with_name("model.safetensors")
         self.data = {split: slices.describe() for split, slices in data.items()}
         for a, b in itertools.combinations(data, 2):
             if self.data[a]["digest"] == self.data[b]["digest"]:
-                raise UserError(f"{a} and {b} are the same slices; python dataset.py FOLDER lists what they share")
-        check_same_data(args.name, self.data)
+                folder = self.data[a]["folder"]
+                raise UserError(f"{a} and {b} are the same slices; python dataset.py {folder} lists what they share")
+        check_same_data(args.name, self.data, self.naming)
         state = load_checkpoint(self.checkpoint, args.script) if self.checkpoint.exists() else None
         if state and state.get("built_on") != built_on:
             print(f"{self.checkpoint} was made from other weights: the phase {phase} starts anew")
@@ -197,7 +196,8 @@ class Run:
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError):
-            raise UserError(f"{self.checkpoint} is of another version of this project; choose another --name") from None
+            of = "of another version of this project"
+            raise UserError(f"{self.checkpoint} is {of}; choose another {self.naming}") from None
 
     # ---- the loop
 
@@ -262,8 +262,9 @@ class Run:
         """The model's forward pass, compiled if that is wanted. The first one says how much memory a step takes."""
         if self.peak is None:
             self.peak = step_bytes(self.model, args, kwargs, self.autocast)
-            free = f" of {in_words(util.device_memory(self.device))}"
-            print(f"memory: about {in_words(self.peak)}{free} for a step; --batch-size lowers it", flush=True)
+            words = f"memory: about {in_words(self.peak)} of {in_words(util.device_memory(self.device))} for a step"
+            free = self.naming == "--name" and not has_saved(self.args.name)  # to choose the batch
+            print(f"{words}; --batch-size lowers it" if free else words, flush=True)
         try:
             return self._network(*args, **kwargs)
         except Exception as error:
@@ -283,7 +284,12 @@ class Run:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(moving, 1.0)
         # with a scaler an infinite gradient is nothing bad: the step is left out, and the scale halved
-        check_finite(losses if self.scaler.is_enabled() else losses | {"gradient": norm}, self.before + self.step)
+        advice = f"another {self.naming}"
+        if self.naming == "--name":
+            reduced = util.autocast_dtype(self.device, self.args.precision) != torch.float32
+            advice += f" and a lower --learning-rate{', or --precision fp32' if reduced else ''}"
+        losses = losses if self.scaler.is_enabled() else losses | {"gradient": norm}
+        check_finite(losses, self.before + self.step, advice)
         for optimizer in optimizers:
             self.scaler.step(optimizer)
 

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import util
-from training.checkpoints import file_digest, run_weights
+from training.checkpoints import file_digest, is_path, run_weights
 from training.presets import MEANINGS, PRESETS
 from util import UserError
+
+# what a trainer advises where memory is too small
+LESS_MEMORY = "close other programs, take --device cpu, or another --name with a smaller --batch-size or --preset"
 
 
 class Flags:
@@ -119,38 +122,51 @@ def has_saved(name: str) -> bool:
     return any((*folder.glob("*.pt"), *folder.glob("*.safetensors")))
 
 
-def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
-    """The recorded settings of run `name`, None if there is no such run or it has saved nothing yet.
+def recorded_settings(script: str, name: str, naming: str = "--name") -> dict | None:
+    """The settings that `script` recorded of its run `name`, None if there is no such run.
 
-    Raises UserError when log/NAME belongs to something else or a typed setting contradicts the run.
+    Raises UserError where log/NAME or model_ckpt/NAME belong to something else. `naming` is the script's flag for NAME.
     """
     if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"--name {name} is no plain name; it becomes part of model_ckpt/NAME, log/NAME and NAME_vis")
+        raise UserError(f"{naming} {name} is no name for model_ckpt/NAME, log/NAME and NAME_vis; choose a plain one")
     log = Path("log") / name
     if not (log / "run.json").is_file():
         for folder in (log, Path("model_ckpt") / name):
             if folder.exists() and util.holds_anything(folder):
                 raise UserError(
                     f"{folder} is not empty and no run of ours (log/{name}/run.json is missing); "
-                    "choose another --name or remove the folder"
+                    f"choose another {naming}, or move that folder elsewhere"
                 )
         return None
     try:
         recorded = json.loads((log / "run.json").read_text())
         settings, owner = dict(recorded["settings"]), recorded["script"]
-        flags.presets.get(settings["preset"])
+        if script in PRESETS:
+            hash(settings["preset"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{log}/run.json is no description of a run; choose another --name or remove {log}") from None
-    if owner != flags.script:
-        raise UserError(f"{log} is a run of {owner}; choose another --name")
-    if not has_saved(name):
+        raise UserError(f"{log}/run.json is no description of a run; restore it, or choose another {naming}") from None
+    if owner != script:
+        raise UserError(f"{log} is a run of {owner}; choose another {naming}")
+    if (original := settings.get("name", name)) != name:
+        raise UserError(f"{log} is the log of run {original}; give it back that name, or choose another {naming}")
+    return settings
+
+
+def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
+    """The recorded settings of run `name`, None if there is no such run or it has saved nothing yet.
+
+    Raises UserError as recorded_settings, and where a typed setting contradicts the run.
+    """
+    settings, log = recorded_settings(flags.script, name), Path("log") / name
+    if settings is None or not has_saved(name):
         return None  # it failed before its first checkpoint, perhaps because of its settings
     for flag, value in typed.items():
         value = list(value) if isinstance(value, tuple) else value
         if flag not in flags.one_start | flags.changeable and flag in settings and settings[flag] != value:
             raise UserError(
-                f"--{flag.replace('_', '-')} {value} contradicts the run in {log}, which has "
-                f"{settings[flag]}; leave the flag out, or choose another --name"
+                f"--{flag.replace('_', '-')} {_words(value)} contradicts the run in {log}, which has "
+                f"{'none' if settings[flag] is None else _words(settings[flag])}; "
+                "leave the flag out, or choose another --name"
             )
     return settings
 
@@ -166,7 +182,7 @@ def open_run(
     Raises UserError as read_run, and where another process trains the run.
     """
     recorded = read_run(flags, args.name, typed)
-    util.own(Path("model_ckpt") / args.name)
+    util.own(Path("model_ckpt") / args.name, "another --name")
     if recorded is None:
         recorded = {"preset": args.preset or default_preset(args)}
     elif unknown := recorded.keys() - vars(args).keys():
@@ -200,8 +216,11 @@ def describe_run(args: argparse.Namespace, data: dict, **more) -> dict:
     }
 
 
-def check_same_data(name: str, data: dict[str, dict]) -> None:
-    """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}."""
+def check_same_data(name: str, data: dict[str, dict], naming: str = "--name") -> None:
+    """Raises UserError when run NAME was started on other slices than `data`, {split: Slices.describe()}.
+
+    `naming` is the script's flag for the name of a run.
+    """
     path = Path("log") / name / "run.json"
     if not (path.is_file() and has_saved(name)):
         return
@@ -210,10 +229,12 @@ def check_same_data(name: str, data: dict[str, dict]) -> None:
         other = [split for split in data if recorded[split]["digest"] != data[split]["digest"]]
         folder = recorded[other[0]]["folder"] if other else ""
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} does not say which slices the run has; choose another --name") from None
+        raise UserError(f"{path} does not say which slices the run has; choose another {naming}") from None
     if other:
-        known = f"run {name} was trained on other {other[0]} slices, those of {folder}"
-        raise UserError(f"{known}; give them with --data, or choose another --name")
+        known = f"run {name} was trained on other {other[0]} slices, those of {folder}; give them with --data"
+        if folder == data[other[0]]["folder"]:
+            known = f"the {other[0]} slices in {folder} have changed since run {name} began; restore them"
+        raise UserError(f"{known}, or choose another {naming}")
 
 
 # ----------------------------------------------------------------------------------------------- sampling from a run
@@ -229,7 +250,7 @@ def weights_to_sample(flags: Flags, args: argparse.Namespace, typed: dict, relea
     settings = {flag: value for flag, value in typed.items() if flag not in flags.one_start | flags.sampling}
     if Path(args.name).is_file():
         return Path(args.name)
-    if args.name.endswith(".safetensors"):
+    if is_path(args.name):
         raise UserError(f"--name {args.name}: there is no such file here; mend the path, or give the name of a run")
     if run_weights(args.name).is_file():
         if (Path("log") / args.name / "run.json").is_file():  # weights alone are enough to sample

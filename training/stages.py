@@ -67,7 +67,8 @@ def build_first_stage(
     try:
         model.use_decoder(decoder or ("perceptual" if model.perceptual is not None else "fidelity"))
     except ValueError as error:
-        raise UserError(f"--decoder {decoder}: {error}; train one with --gan-weight above 0 ({path})") from None
+        command = f"python prestage_train.py --start-from {path} --name NEW"
+        raise UserError(f"--decoder {decoder}: {error}; train one with: {command}") from None
     model.slices_per_brain = description.get("data", {}).get("slices_per_brain", MOST_SLICES)
     model.freeze()
     return model.to(memory_format=torch.channels_last)  # convolutions run twice as fast

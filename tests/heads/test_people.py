@@ -65,7 +65,7 @@ def test_people_are_drawn_as_often_as_they_are_in_training():
 
 def test_people_whom_the_model_never_saw_are_refused():
     assert heads.people.person_of({"age": 22.0, "sex": "M", "cdr": "0.5"}, SEEN) == {"age": 22, "sex": 1, "cdr": 0.5}
-    for typed, words in (({"age": 80.0}, "--age 80.0.*age 22 to 75"), ({"cdr": "2"}, "--cdr 2.*cdr 0.5")):
+    for typed, words in (({"age": 80.0}, "--age 80: .*age 22 to 75; choose among"), ({"cdr": "2"}, "--cdr 2.*cdr 0.5")):
         with pytest.raises(UserError, match=words):
             heads.people.person_of(typed, SEEN)
     with pytest.raises(UserError, match="--sex F.*without"):

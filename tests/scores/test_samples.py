@@ -307,7 +307,9 @@ def test_the_command_scores_samples_of_a_run_and_writes_a_page(run_main, drawn):
 
 def test_what_cannot_be_scored_is_one_line_and_status_2(refused, drawn):
     flags = ("--data", "oasis", "--scorer", "net.safetensors", "--device", "cpu")
-    refused(evaluate, "--samples", "nobody", *flags, names=["--sample --brains"])
+    refused(evaluate, "--samples", "nobody", *flags, names=["--name nobody --sample --brains"])
+    refused(evaluate, "--samples", "nobody/samples", *flags, names=["mend the path"])
+    refused(evaluate, "--samples", "mine", "--limit-brains", 1, *flags, names=["--limit-brains 1"])
     refused(evaluate, "--samples", "mine", "--split", "train", *flags, names=["held-out"])
     names = [f"of 32 slices, these have {Z}", "--train-scorer"]
     refused(evaluate, "--samples", "mine", "--data", "oasis", "--device", "cpu", names=names)  # the released scorer

@@ -134,8 +134,17 @@ def test_the_released_scorer_is_small_and_good(monkeypatch):
 
 
 def test_what_is_no_scorer_is_refused():
-    with pytest.raises(util.UserError, match="--train-scorer"):
+    with pytest.raises(util.UserError, match="--train-scorer --scorer nobody"):
         find_scorer("nobody")
     checkpoints.save_weights(Path("other.safetensors"), {"w": torch.zeros(1)}, {"kind": "vqvae", "model_kwargs": {}})
     with pytest.raises(util.UserError, match="no scorer but a vqvae"):
         find_scorer("other.safetensors")
+
+
+def test_no_run_of_another_script_is_trained_over(tmp_path):
+    util.write_file(Path("log/mine/run.json"), b'{"script": "prestage_train.py", "settings": {}}')
+    util.write_file(Path("model_ckpt/yours/thesis.txt"), b"precious")
+    for name, words in (("mine", "run of prestage_train.py"), ("yours", "is not empty"), ("a/b", "plain one")):
+        with pytest.raises(util.UserError, match=f"{words}.*") as error:
+            scorer.train_scorer(tmp_path, name=name)
+        assert "--scorer" in str(error.value) and "--name" not in str(error.value)

@@ -146,6 +146,9 @@ def test_find_weights_takes_a_file_a_folder_or_a_name(tmp_path):
         assert checkpoints.find_weights(run, "").resolve() == tmp_path / "model_ckpt/mine/model.safetensors"
     with pytest.raises(UserError, match="yours.*python train.py yours"):
         checkpoints.find_weights("yours", "python train.py yours")
+    for path in ("pretrained/yours.safetensors", "yours.safetensors", "model_ckpt/yours"):  # no name of a run to train
+        with pytest.raises(UserError, match=f"{path}: no such file or folder; mend the path"):
+            checkpoints.find_weights(path, "python train.py")
 
 
 def test_fill_model_wants_every_key_and_shape(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,20 @@ def test_every_optimiser_that_is_kept_has_the_rate_of_the_step():
 def test_splits_of_the_same_slices_are_refused():
     with pytest.raises(UserError, match="train and validate are the same slices"):
         Run(parse(), Line(), data={"train": Data(), "validate": Data()}, steps=3)
+
+
+def test_only_what_is_possible_is_advised(capsys):
+    """A smaller batch and a lower rate, where the script has such flags and the run is new; --precision not in fp32."""
+    for naming, words in (("--name", "another --name and a lower --learning-rate$"), ("--scorer", "another --scorer$")):
+        run = Run(Namespace(**vars(parse()), naming=naming), Line(), data={"train": Data()}, steps=3)
+        run.forward(Data().x)
+        assert ("--batch-size" in capsys.readouterr().out) == (naming == "--name")
+        with pytest.raises(UserError, match=words):
+            run.descend({"loss": torch.tensor(math.nan)}, run.model(Data().x), run.model, *run.optimizers)
+    run.save()
+    run = Run(parse(), Line(), data={"train": Data()}, steps=3)
+    run.forward(Data().x)
+    assert "--batch-size" not in capsys.readouterr().out
 
 
 def test_phases_go_on_counting():

@@ -124,6 +124,11 @@ def test_a_run_of_something_else_is_refused():
         Path("log/run/run.json").write_text(text)
         with pytest.raises(UserError, match=words):
             start()
+    Path("log/run/run.json").write_text(json.dumps(description))
+    Path("log/run").rename("log/copy")
+    with pytest.raises(UserError, match="log/copy is the log of run run; give it back that name"):
+        start("--name", "copy")
+    Path("log/copy").rename("log/run")
     Path("log/run/run.json").rename("log/run/notes.txt")
     with pytest.raises(UserError, match="log/run"):
         start()
@@ -159,6 +164,9 @@ def test_a_trained_run_is_sampled_and_a_file_too():
     util.write_file(Path("model_ckpt/toy/model.safetensors"), b"")
     assert draws_from() == Path("model_ckpt/toy/model.safetensors")
     assert draws_from("--name", "pretrained/released.safetensors") == Path("pretrained/released.safetensors")
+    for name in ("pretrained/other.safetensors", "other.safetensors", "pretrained/released"):
+        with pytest.raises(UserError, match=f"--name {name}: there is no such file"):
+            draws_from("--name", name)
     settings = {"script": "toy.py", "settings": {"preset": "demo", "steps": 6, "first_stage": "vqvae", "seed": 0}}
     util.write_file(Path("log/toy/run.json"), json.dumps(settings).encode())
     assert draws_from("--seed", 7, "--colour", "blue", "--steps", 9) == Path("model_ckpt/toy/model.safetensors")
