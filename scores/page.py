@@ -184,7 +184,7 @@ def draw_samples(result: dict, measures: dict[str, dict[str, Tensor]], title: st
 
     known, frequency = reference["spectrum"].mean(0), [(k + 0.5) * 0.5 / RINGS for k in range(RINGS)]
     _draw_bands(power, frequency, {name: decibel(part["spectrum"], known) for name, part in both.items()})
-    noise = f"noise level {result['samples']['noise']:.2f}, real {result['real']['noise']:.2f}"
+    noise = f"scanner noise {result['samples']['noise']:.2f}, real {result['real']['noise']:.2f}"
     power.set(xlabel="spatial frequency, cycles per pixel", ylabel="dB over training brains", title=f"power; {noise}")
     for k, (tissue, style) in enumerate(zip(TISSUES, (":", "--", "-"))):
         areas = {name: part["areas"][..., k] / 100 for name, part in both.items()}

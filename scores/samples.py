@@ -279,10 +279,10 @@ SAMPLE_SCORES = {
     **{f"{tissue}_wasserstein": Score(f"{words} area, 1-Wasserstein", "mm²", "distance", "areas", area(tissue))
        for tissue, words in zip(TISSUES, ("CSF", "grey-matter", "white-matter"))},
     "judge": Score("told from real slices by a linear judge, full size", "AUC", "look", "looks", judge),
-    "judge_small": Score("the same at 64 px", "AUC", "look", "looks_small", judge),
+    "judge_small": Score("told from real slices by a linear judge, 64 px", "AUC", "look", "looks_small", judge),
     "ribbon": Score("valley over grey peak of the histogram", "", "look", "ribbon", mean),
     "kurtosis": Score("kurtosis of the finest detail", "", "look", "kurtosis", mean),
-    "noise": Score("noise level", "grey levels", "look", "noise", mean),
+    "noise": Score("scanner noise", "grey levels", "look", "noise", mean),
     "white": Score("slices with a pixel of 255", "share", "look", "extremes", entry(0)),
     "black": Score("exactly black in the box of heads", "share", "look", "extremes", entry(1)),
     "haze": Score("grey level 1 in the box of heads", "share", "look", "extremes", entry(2)),
