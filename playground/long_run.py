@@ -70,7 +70,8 @@ def main() -> None:
         file = FOLDER / f"step_{step}_seed_{args.seed}.json"
         if not file.is_file():
             print(f"{weights}: step {step}, drawing {args.brains} brains", flush=True)
-            util.write_file(file, json.dumps(score(weights, args), indent=2).encode())
+            scores = score(weights, args.brains, args.seed, args.data, args.device)
+            util.write_file(file, json.dumps(scores, indent=2).encode())
     files = FOLDER.glob(f"step_*_seed_{args.seed}.json")
     found = {int(file.stem.split("_")[1]): json.loads(file.read_text()) for file in files}
     if not found:

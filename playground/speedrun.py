@@ -63,15 +63,18 @@ def train(args: argparse.Namespace) -> str:
     return name
 
 
-def score(name: str, args: argparse.Namespace) -> dict[str, dict]:
-    """{score: {"value", "low", "high"}} of SHOWN, of new brains and of what real people score."""
-    model, first_stage = load_second_stage(name, MODELS, util.pick_device(args.device))
-    drawn = list(draw_brains(model, first_stage, Sampling(seed=args.seed), range(args.brains)))
-    brains = torch.stack([torch.from_numpy(slices) for slices, _, _ in drawn])
+def score(run: str, brains: int, seed: int, data: str | None, device: str) -> dict[str, dict]:
+    """{score: {"value", "low", "high"}} of SHOWN, of new brains and of what real people score.
+
+    run: its name, or a file of weights; the rest as typed on the command line.
+    """
+    model, first_stage = load_second_stage(run, MODELS, util.pick_device(device))
+    drawn = list(draw_brains(model, first_stage, Sampling(seed=seed), range(brains)))
+    slices = torch.stack([torch.from_numpy(brain) for brain, _, _ in drawn])
     ages = torch.tensor([person.get("age", torch.nan) for _, person, _ in drawn])
-    data = [load_slices(find_data(args.data), split, first_stage.image_size) for split in ("train", "validate")]
+    real = [load_slices(find_data(data), split, first_stage.image_size) for split in ("train", "validate")]
     scorer, described = find_scorer()
-    result, _ = score_samples(brains, *data, scorer, described["digest"], 20, ages=ages)
+    result, _ = score_samples(slices, *real, scorer, described["digest"], 20, ages=ages)
     there = [shown for shown in SHOWN if shown in result["samples"]]
     return {shown: {"value": result["samples"][shown], **result["allowed"].get(shown, {})} for shown in there}
 
@@ -115,7 +118,7 @@ def main() -> None:
     if args.run:
         name = train(args)
         run = {"flags": args.flags, "steps": args.steps, "seed": args.seed, "commit": util.commit_of_code()}
-        run |= {"losses": losses(name), "scores": score(name, args)}
+        run |= {"losses": losses(name), "scores": score(name, args.brains, args.seed, args.data, args.device)}
         util.write_file(FOLDER / f"{args.run}-{args.seed}.json", json.dumps(run, indent=2).encode())
     show()
 
