@@ -4,11 +4,13 @@
     python playground/report_pdf.py                          # after pip install -r playground/requirements-report.txt
 
 A picture with an italic paragraph below it becomes a figure with that caption. GIFs do not move on paper and are left
-out. Links to other places of the report stay links.
+out. Large pictures go in as JPEG, since a PDF stays in the history of a repository for ever.
 """
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +18,13 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from PIL import Image
+
 import util
 from util import UserError
 
-# the commonmark reader of pandoc gives headings the anchors of GitHub
+LARGE, WIDEST = 200_000, 1500  # bytes of a picture that becomes JPEG, and its pixels then
+# pandoc's reader of this kind gives headings the anchors of GitHub
 READER = "gfm+tex_math_dollars"
 PAGE = {"papersize": "a4", "fontsize": "10pt", "margin": {"x": "2cm", "y": "2cm"}, "linkcolor": "1f4e79"}
 STYLE = """
@@ -29,6 +34,7 @@ STYLE = """
 #show figure.caption: set align(left)
 #show figure.where(kind: table): set align(left)
 #show table: set text(size: 8pt)
+#show table: set par(justify: false)
 #show table.cell: set align(left)
 #set table(inset: (x: 4pt, y: 3pt), stroke: (x, y) => (bottom: .3pt + luma(180)))
 #show raw.where(block: false): set text(size: .9em)
@@ -85,6 +91,22 @@ def to_typst(source: Path) -> str:
         return pypandoc.convert_file(str(source), "typst", format=READER, extra_args=options)
 
 
+def pictures_beside(text: str, source: Path, folder: Path) -> str:
+    """The text with its pictures, named from the folder of `source`, copied into `folder`, large ones as JPEG."""
+    for name in sorted(set(re.findall(r'image\("([^"]+)"', text))):
+        picture, copy = source.parent / name, folder / Path(name).name
+        if picture.suffix == ".png" and picture.stat().st_size > LARGE:
+            copy = copy.with_suffix(".jpg")
+            with Image.open(picture) as opened:
+                small = opened.convert("RGB")
+                small.thumbnail((WIDEST, 2 * WIDEST))
+                small.save(copy, quality=85)
+        else:
+            shutil.copyfile(picture, copy)
+        text = text.replace(f'image("{name}"', f'image("{copy.name}"')
+    return text
+
+
 def flags() -> argparse.ArgumentParser:
     """This script's command line."""
     parser = util.plain_parser(__doc__)
@@ -102,12 +124,10 @@ def main() -> None:
     if not args.source.is_file():
         raise UserError(f"{args.source} is not there; give a Markdown file by --source")
     out = args.out or args.source.with_suffix(".pdf")
-    between = args.source.with_suffix(".typ")  # beside the source, since its pictures are named from there
-    try:
-        between.write_text(to_typst(args.source))
+    with TemporaryDirectory() as folder:
+        between = Path(folder, "report.typ")
+        between.write_text(pictures_beside(to_typst(args.source), args.source, Path(folder)))
         pages = typst.compile(str(between))
-    finally:
-        between.unlink(missing_ok=True)
     util.write_file(out, pages)
     print(f"report: {out}, {len(pages) / 1e6:.1f} MB")
 
