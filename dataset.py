@@ -3,9 +3,11 @@
     python dataset.py FOLDER              counts, sizes, splits, brightness; one page and a contact sheet
     python dataset.py FOLDER --phantom    writes generated heads into FOLDER, in the same layout
     python dataset.py FOLDER --take 100 --into NEW    writes a folder with fewer training brains
+    python dataset.py --import SOURCE FOLDER          writes volumes, or an archive of slices, in that layout
 
-heads/layout.py says how slices lie on disk. The table oasis_cross-sectional.csv, in FOLDER or one folder up, says
-who case_NNN is: row OAS1_0NNN_MR1. This file alone knows the pixel range.
+heads/layout.py says how slices lie on disk, heads/imports.py what can be imported. The table
+oasis_cross-sectional.csv, in FOLDER or one folder up, says who case_NNN is: row OAS1_0NNN_MR1. This file alone knows
+the pixel range.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 import util
-from heads import layout
+from heads import imports, layout
 from heads.layout import (
     MASK_VALUES,
     MOST_SLICES,
@@ -104,8 +106,12 @@ def is_phantom(folder: Path) -> bool:
 
 
 def people_table(folder: Path) -> Path | None:
-    """The table of people in a data folder or one folder up, or None. For the phantom only the folder itself counts."""
-    places = [folder] if is_phantom(folder) else [folder, folder.resolve().parent]
+    """The table of people in a data folder or one folder up, or None.
+
+    For the phantom, and for what was imported, only the folder itself counts: other people may have the same numbers.
+    """
+    itself = is_phantom(folder) or (folder / imports.RECORD).is_file()
+    places = [folder] if itself else [folder, folder.resolve().parent]
     return next((place / PEOPLE_TABLE for place in places if (place / PEOPLE_TABLE).is_file()), None)
 
 
@@ -607,10 +613,10 @@ def main() -> None:
         default=list(PHANTOM_CASES.values()),
         help="phantom brains in train, validate and test (default: %(default)s)",
     )
-    parser.add_argument(
-        "--slices", type=util.positive_int, default=32, help="of a phantom's brain (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=util.seed, default=0, help="of the phantom (default: %(default)s)")
+    parser.add_argument("--slices", type=util.positive_int, default=32, help="of a phantom's brain, or to be taken "
+                        "from an imported volume (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=util.seed, default=0, help="of the phantom, or of the splits of imported "
+                        "volumes (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--out",
         type=Path,
@@ -620,14 +626,28 @@ def main() -> None:
     parser.add_argument("--take", type=util.positive_int, metavar="N", help="write a folder with N training brains of "
                         "FOLDER, those of the lowest numbers, and all of its other splits")  # fmt: skip
     parser.add_argument("--into", type=Path, metavar="NEW", help="that folder, which must be new")
+    parser.add_argument("--import", type=Path, metavar="SOURCE", dest="source", help="write into FOLDER, which must be "
+                        "new, the brains of a folder or archive: OASIS-1, its release, NIfTI volumes and others; the "
+                        "same command goes on after an interruption")  # fmt: skip
+    parser.add_argument("--lowest", type=util.number, metavar="MM", help="height of the lowest slice to be taken "
+                        "from an imported volume, as its header counts (default: the middle slices)")  # fmt: skip
+    parser.add_argument("--everyone", action="store_true", help="of OASIS-1, import also those whom the release "
+                        "lacks, into train")  # fmt: skip
     args = parser.parse_args()
+    if (args.phantom or args.source) and not 2 <= args.slices <= MOST_SLICES:
+        raise UserError(f"--slices {args.slices}: a brain has 2 to {MOST_SLICES} slices")
+    if args.source:
+        if args.folder is None or args.phantom:
+            raise UserError("--import SOURCE needs a new folder to write to, and goes without --phantom")
+        cut = imports.Cut(args.slices, args.lowest)
+        imports.import_brains(args.source, args.folder, cut, args.everyone, args.seed)
+    elif args.everyone or args.lowest is not None:
+        raise UserError("--everyone and --lowest belong to --import SOURCE; add it, or leave them out")
     if args.phantom:
         if args.folder is None:
             raise UserError("--phantom needs a folder to write to, which must be new")
         if args.folder.exists():
             raise UserError(f"{args.folder} exists already; name a new folder for the phantom")
-        if not 2 <= args.slices <= MOST_SLICES:
-            raise UserError(f"--slices {args.slices}: a phantom's brain has 2 to {MOST_SLICES} slices")
         write_phantom(args.folder, dict(zip(SPLITS, args.cases)), args.seed, slices=args.slices)
     folder = layout.release_folder(args.folder) if args.folder else find_data(None, "FOLDER")
     if not folder.is_dir():
