@@ -6,7 +6,7 @@
 Weights are rounded to fp16, which halves the file. Linear path, scale of the latents and quantiser stay in float32:
 they fix the codes, a rounding could choose another code, and they are few bytes. The metadata keep the description that
 rebuilds the model and add how it was trained, from log/RUN; of folders only the last name goes along. Printed: the
-effect of the rounding on 64 validation slices, and the row of a model card in Markdown.
+effect of the rounding on 64 validation slices, and the rows of a model card in Markdown.
 """
 
 import argparse
@@ -29,13 +29,15 @@ from logger import read_log
 from model_VAE import MODELS
 from parts.autoencoder import Autoencoder
 from scores.metrics import slice_scores
-from training.checkpoints import find_weights, load_weights, save_weights
+from training.checkpoints import file_digest, find_weights, load_weights, save_weights
 from training.stages import build_first_stage, latent_digest, load_first_stage, load_second_stage
 from util import UserError
 
 PRIORS = stable_diffusion.MODELS | pixelCNN.PRIORS
 EXACT = re.compile(r"(^|\.)(latent_mean|latent_sd|correlation|linear(_top)?\.\w+\.weight|quantizer(_top)?\.\w+)$")
 COMPARED_SLICES = 64
+FILE_COLUMNS = "| file | bytes | digest | weights | model | a slice takes |"
+TRAINING_COLUMNS = "| file | commit | seed | steps | device | minutes | PyTorch |"
 
 
 def flags() -> argparse.ArgumentParser:
@@ -97,6 +99,52 @@ def print_change(before: Autoencoder, after: Autoencoder, data: Slices) -> None:
           f"of one slice at most {(new - old).abs().max():.1e} apart")  # fmt: skip
 
 
+def file_row(path: Path) -> str:
+    """A released file's row in the card's first table, see FILE_COLUMNS; all of it is read from the file."""
+    weights, described = load_weights(path)
+    first_stage, model, price = None, described["kind"], "-"  # as of a scorer
+    if model in PRIORS:
+        _, first_stage = load_second_stage(path, PRIORS)
+        model += f" on {first_stage.kind}"
+    elif model in MODELS:
+        first_stage = load_first_stage(path, decoder=None)
+    if first_stage:
+        price = f"{math.prod(first_stage.latent_shape):,} numbers"
+        if hasattr(first_stage, "fixed_bits") and described["kind"] not in stable_diffusion.MODELS:
+            price = f"{first_stage.fixed_bits:,.0f} bits"
+        model += f", {first_stage.image_size} px" + (", two decoders" if first_stage.perceptual else "")
+        model += ", grain" if first_stage.grain else ""
+    count = sum(tensor.numel() for tensor in weights.values())
+    return f"| `{path.name}` | {path.stat().st_size:,} | `{file_digest(path)}` | {count:,} | {model} | {price} |"
+
+
+def training_row(path: Path) -> str:
+    """A released file's row in the card's second table, see TRAINING_COLUMNS; "; " parts the runs of training_runs."""
+    runs = training_runs(load_weights(path)[1])
+    columns = [
+        [run["commit"] for run in runs],
+        {str(run["seed"]): None for run in runs},  # once, where it is the same in all
+        [f"{run['step']:,}" for run in runs],
+        {run.get("device", "-"): None for run in runs},
+        [f"{run['seconds'] / 60:.0f}" if "seconds" in run else "-" for run in runs],
+        {run["versions"]["torch"].split("+")[0] if "versions" in run else "-": None for run in runs},
+    ]
+    return f"| `{path.name}` | {' | '.join('; '.join(column) for column in columns)} |"
+
+
+def training_runs(described: dict) -> list[dict]:
+    """The records, see training_record, of the runs that made a file, each with its "step".
+
+    Two, where the file tells of a run that made its codec and of one that sharpened its decoder. Runs that sharpened it
+    in between count for nothing: each began again with the codec.
+    """
+    codec = described
+    while "training" in codec.get("started_from", {}):
+        codec = codec["started_from"]
+    made_by = [codec, described] if codec is not described else [described]
+    return [made.get("training", made) | {"step": made["step"]} for made in made_by]  # a scorer has it all in one
+
+
 def main() -> None:
     args = flags().parse_args()
     if args.file.suffix != ".safetensors":
@@ -127,19 +175,9 @@ def main() -> None:
     description = without_folders((own if is_first else described | {"first_stage": own}) | {"training": record})
     save_weights(args.file, weights, description)
 
-    # the card
-    numbers = f"{math.prod(after.latent_shape):,} numbers"
-    price = f"{after.fixed_bits:,.0f} bits" if hasattr(after, "fixed_bits") else numbers
-    kind = after.kind if is_first else f"{prior.kind} on {after.kind}"
-    kind += f", {after.image_size} px" + (", two decoders" if after.perceptual else "")
-    kind += ", grain" if after.grain else ""
-    print(f"\nwritten: {args.file}\n")
-    print("| file | MB | model | per slice | commit | seed | steps | device | minutes |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    print(
-        f"| `{args.file.name}` | {args.file.stat().st_size / 1e6:.1f} | {kind} | {price} | {record['commit']} "
-        f"| {record['seed']} | {description['step']:,} | {record['device']} | {record['seconds'] / 60:.0f} |"
-    )
+    print(f"\nwritten: {args.file}\n\nfor the model card, pretrained/README.md:\n")
+    for columns, row in ((FILE_COLUMNS, file_row), (TRAINING_COLUMNS, training_row)):
+        print(f"{columns}\n{'|---' * (columns.count('|') - 1)}|\n{row(args.file)}\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from heads.people import CONDITIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = ("README.md", "report.md", "pretrained/README.md", "playground/EXPERIMENTS.md")
+PAGES = ("README.md", "report.md", "pretrained/README.md", "playground/EXPERIMENTS.md", "CHANGELOG.md")
 
 
 def commands() -> list[str]:
