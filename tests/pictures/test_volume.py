@@ -47,7 +47,7 @@ def test_nifti_read_back_is_the_slices_in_ras_and_mm(head, size):
             volume.to_nifti(wrong)
 
 
-def test_up_is_left_and_right_is_anterior_and_the_origin_is_the_middle(head):
+def test_up_is_left_and_right_is_anterior_and_the_origin_is_the_middle():
     """A mark in the upper right of the highest slice is to the left, in front and up, at any size as many mm."""
     for size in (64, 128, 256):
         slices = np.zeros((32, size, size), np.uint8)
@@ -55,9 +55,25 @@ def test_up_is_left_and_right_is_anterior_and_the_origin_is_the_middle(head):
         image = volume.to_nifti(slices)
         (voxel,) = np.argwhere(np.asanyarray(image.dataobj))
         half = 128 / size  # the middle of the voxel
-        assert np.allclose(nibabel.affines.apply_affine(image.affine, voxel), (half - 64, 64 + half, 31))
-    corners = [nibabel.affines.apply_affine(image.affine, voxel) for voxel in ((0, 0, 0), (255, 255, 0))]
-    assert np.allclose(np.add(*corners), 0)
+        assert np.allclose(nibabel.affines.apply_affine(image.affine, voxel), (half - 64, 64 + half, 15.5))
+    for size, count in ((256, 32), (64, 32), (64, 20), (240, 5)):
+        affine = volume.affine_of(np.zeros((count, size, size), np.uint8))
+        corners = nibabel.affines.apply_affine(affine, [(0, 0, 0), (size - 1, size - 1, count - 1)])
+        assert np.allclose(corners.sum(0), 0)
+
+
+def test_a_new_brain_overlays_the_official_volumes(tmp_path):
+    """Voxel (row, column, z) of what we write has the mm that nibabel gives to the voxel of which it is a slice."""
+    nibabel.save(nibabel.AnalyzeImage(np.zeros((176, 208, 176), np.int16), None), tmp_path / "official.img")
+    official = nibabel.load(tmp_path / "official.img")  # without an origin in its header
+    written = volume.to_nifti(np.zeros((32, 256, 256), np.uint8))
+    assert nibabel.aff2axcodes(official.affine) == ("L", "A", "S")
+    rng = np.random.default_rng(0)
+    for i, j, z in rng.integers(0, (176, 208, 32), (50, 3)):
+        row, column = 40 + (175 - i), 24 + j
+        ours = nibabel.affines.apply_affine(written.affine, (row, column, z))
+        assert np.allclose(ours, (row - 127.5, column - 127.5, z - 15.5))
+        assert np.allclose(ours, nibabel.affines.apply_affine(official.affine, (i, j, 72 + z)))
 
 
 def test_equal_slices_give_equal_files_whatever_the_time(head, tmp_path, monkeypatch):
@@ -80,8 +96,8 @@ def test_cut_is_the_plane_of_the_volume_at_these_mm(head, size):
         i, j, _ = np.round(nibabel.affines.apply_affine(inverse, (mm, mm, 0))).astype(int)
         assert np.array_equal(volume.cut(slices, "x", mm), voxels[i].T)
         assert np.array_equal(volume.cut(slices, "y", mm), voxels[:, j].T)
-    assert np.array_equal(volume.cut(slices, "z", 7), slices[7])
-    for axis, mm in (("x", 128.1), ("y", -128.1), ("z", 32), ("z", -1)):
+    assert np.array_equal(volume.cut(slices, "z", -8.5), slices[7])
+    for axis, mm in (("x", 128.1), ("y", -128.1), ("z", 16.1), ("z", -16.1)):
         with pytest.raises(ValueError, match=f"{axis} = .* outside"):
             volume.cut(slices, axis, mm)
 
@@ -99,12 +115,12 @@ def grey_at(panel, across: float, up: float) -> int:
 def test_a_marked_voxel_appears_where_its_mm_are_in_all_three_directions(size):
     slices = np.zeros((32, size, size), np.uint8)
     row, column = int((25 + 128) * size / 256), int((20 + 128) * size / 256)
-    slices[15, row, column] = 200
+    slices[16, row, column] = 200
     panels = {panel.get_title(): panel for panel in volume.reslices(slices, "one voxel").axes}
     axial, middle, beside, front, back = panels.values()
-    assert list(panels) == ["axial, z = 15 mm", "sagittal, x = 0 mm", "sagittal, x = 25 mm",
+    assert list(panels) == ["axial, z = 0 mm", "sagittal, x = 0 mm", "sagittal, x = 25 mm",
                             "coronal, y = 20 mm", "coronal, y = -30 mm"]  # fmt: skip
-    for panel, place in ((axial, (20.5, 25.5)), (beside, (20.5, 15)), (front, (25.5, 15))):
+    for panel, place in ((axial, (20.5, 25.5)), (beside, (20.5, 0.5)), (front, (25.5, 0.5))):
         assert grey_at(panel, *place) == 200 and (panel.images[0].get_array() > 0).sum() == 1
         assert panel.images[0].get_clim() == (0, 255) and panel.get_aspect() == 1
     assert not middle.images[0].get_array().any() and not back.images[0].get_array().any()
@@ -127,7 +143,7 @@ def test_the_figure_is_to_scale_and_its_letters_stand_where_the_axes_point(head,
             assert letters["A"][0] > letters["P"][0] and across.startswith("y")
             assert letters["L"][1] > letters["R"][1] and top < 0 < bottom  # mm to the right are counted downwards
         else:
-            assert letters["S"][1] > letters["I"][1] and np.allclose((bottom, top), (-0.5, slices - 0.5))
+            assert letters["S"][1] > letters["I"][1] and np.allclose((bottom, top), (-slices / 2, slices / 2))
             start, end = "LR" if panel.get_title().startswith("coronal") else "PA"
             assert letters[end][0] > letters[start][0]
     boxes = [panel.get_tightbbox() for panel in figure.axes]
