@@ -32,6 +32,7 @@ demo: $(VENV)/installed
 	@echo
 	@echo "The demo's pictures:"
 	@echo "  a new brain, from the released weights   demo/released/brain_000.png, _scroll.gif, _reslices.png, .nii.gz"
+	@echo "  the same in three planes, for a browser         demo/released/index.html"
 	@echo "  and what was trained here, on generated heads of 64 px:"
 	@echo "  phantom slices                           demo/check_vis/contact_sheet.png"
 	@echo "  real | reconstructed | difference        $$(ls demo/vqvae_vis/reconstruction_*.png | tail -1)"

@@ -30,7 +30,7 @@ from dataset import find_data, has_masks, load_slices, to_float, to_uint8
 from model_diffusion import LatentDiffusion
 from model_VAE import MODELS as FIRST_STAGES
 from parts.autoencoder import Autoencoder
-from pictures.volume import RECORD, read_record
+from pictures.volume import RECORD, read_record, write_index
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2
 from scores.ledger import ledger_lines, table, write_ledger
 from scores.page import sample_table, write_page
@@ -184,6 +184,8 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     report = write_page(brains, numbers, samples, splits, scorer, description, out,
                         ages=ages_of_samples(samples, record, numbers), through=through)  # fmt: skip
     print(sample_table(report))
+    if out == samples:
+        write_index(samples)  # with a link to the scores
     print(f"page: {out}/samples_{args.split}.md, and .json and .png beside it; {time.monotonic() - began:.0f} s")
 
 

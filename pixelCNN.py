@@ -9,7 +9,8 @@ are predicted digit by digit.
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
 brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, a
-slice that appears code by code, and samples.json, what they come from.
+slice that appears code by code, samples.json, what they come from, and index.html, a page that shows them in three
+planes.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from model_VAE import VQVAE, VQVAE2
 from module import Embedding, Upsample
 from parts.quantizer import digits_of
 from pictures import sheets
-from pictures.volume import Samples, samples_folder
+from pictures.volume import Samples, samples_folder, write_index
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
 from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
@@ -434,6 +435,7 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
                                    [f"{n} of {h * w} codes" for n in drawn])  # fmt: skip
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"codes filling the grid, slice z = {z}: {out}/process.gif")
+    write_index(out)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

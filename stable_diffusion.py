@@ -9,7 +9,8 @@ other.
 
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
 NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG slices
-(pictures/volume.py), process.gif, one slice on its way from noise, and samples.json, what they come from.
+(pictures/volume.py), process.gif, one slice on its way from noise, samples.json, what they come from,
+and index.html, a page that shows them in three planes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from parts import calibration
 from parts.autoencoder import Autoencoder
 from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
-from pictures.volume import Samples, samples_folder
+from pictures.volume import Samples, samples_folder, write_index
 from scores.metrics import adjacent_ssim
 from training.checkpoints import RELEASED, cached, load_weights, run_weights
 from training.run import Run
@@ -245,6 +246,7 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
                                    [f"after step {step:.1f} of {steps}" for step in at])  # fmt: skip
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slice z = {z}: {out}/process.gif")
+    write_index(out)
 
 
 # ---------------------------------------------------------------------------------------------------- data of training

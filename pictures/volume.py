@@ -1,11 +1,12 @@
 """A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
 
 write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
-folder of new brains.
+folder of new brains, write_index a page that shows them.
 
 Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
-wide; it is 1 mm high, since neighbouring z lie about 1 mm apart. The origin is the middle of the picture on the lowest
-slice, so z in mm is the slice index; it is no anatomical landmark.
+wide; it is 1 mm high, as neighbouring slices lie 1 mm apart. The origin is the middle of the volume. So at 256 px and
+with 32 slices x = row - 127.5, y = column - 127.5 and z = slice index - 15.5. OASIS-1's own volumes (T88_111) have
+their origin in the middle too, and the release has the middle slices of these: a new brain overlays them.
 
 The top of a slice is the person's LEFT, the right of it the front. Of subject OAS1_0001 the release's slices are slices
 of the official volume with voxels A[x, y, z] turned so that a picture's row is 40 + 175 - x and its column 24 + y, and
@@ -16,6 +17,7 @@ row 40 holds the voxels farthest to the left.
 import gzip
 import itertools
 import json
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -24,12 +26,14 @@ import numpy as np
 import util
 from heads.layout import write_slices
 from pictures import sheets
+from pictures.page import page
 from util import UserError
 
 FIELD = 256  # mm, the side of a slice
 RECORD = "samples.json"  # in every folder of samples: what they come from
 DESCRIPTION = b"synthetic: drawn by a generative model, no person's brain"  # at most 79 bytes
-SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 15  # where reslices cuts, mm
+PAGE_HEADS = 40  # on one page at most, about a megabyte each
+SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 0  # where reslices cuts, mm
 
 
 def affine_of(slices: np.ndarray) -> np.ndarray:
@@ -37,7 +41,7 @@ def affine_of(slices: np.ndarray) -> np.ndarray:
     size = slices.shape[1]
     pixel = FIELD / size
     affine = np.diag([pixel, pixel, 1.0, 1.0])
-    affine[:2, 3] = -pixel * (size - 1) / 2
+    affine[:3, 3] = -pixel * (size - 1) / 2, -pixel * (size - 1) / 2, -(len(slices) - 1) / 2
     return affine
 
 
@@ -55,6 +59,16 @@ def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
     image.header.set_xyzt_units("mm")
     image.header["descrip"], image.header["cal_min"], image.header["cal_max"] = DESCRIPTION, 0, 255
     return image
+
+
+def to_series(heads: list[np.ndarray], box: tuple[slice, slice]) -> nibabel.Nifti1Image:
+    """NIfTI-1 of heads uint8 [N, S, S], one behind the other, cut to rows and columns: voxels uint8 [h, w, N, heads].
+
+    Every voxel stays at the place in mm that to_nifti gives it.
+    """
+    voxels = np.stack([head[(slice(None), *box)].transpose(1, 2, 0) for head in heads], axis=-1)
+    one = to_nifti(heads[0]).slicer[box]
+    return nibabel.Nifti1Image(voxels, one.affine, one.header)
 
 
 def cut(slices: np.ndarray, axis: str, mm: float) -> np.ndarray:
@@ -84,13 +98,13 @@ def reslices(slices: np.ndarray, title: str):
     x_range, y_range = (
         (part.start * pixel - FIELD / 2, part.stop * pixel - FIELD / 2) for part in sheets.head_box([slices])
     )
-    shown = {"x": x_range, "y": y_range, "z": (-0.5, len(slices) - 0.5)}
+    shown = {"x": x_range, "y": y_range, "z": (-len(slices) / 2, len(slices) / 2)}
     whole = {**dict.fromkeys("xy", (-FIELD / 2, FIELD / 2)), "z": shown["z"]}
     long, wide, high = (shown[axis][1] - shown[axis][0] for axis in "yxz")
     names = {"x": "x, mm (left to right)", "y": "y, mm (posterior to anterior)", "z": "z, mm"}
     outline = withStroke(linewidth=2, foreground="black")
     colors = {"x": "C0", "y": "C1", "z": "C2"}
-    cuts = [("z", min(AXIAL, len(slices) - 1)), *(("x", mm) for mm in SAGITTAL), *(("y", mm) for mm in CORONAL)]
+    cuts = [("z", AXIAL), *(("x", mm) for mm in SAGITTAL), *(("y", mm) for mm in CORONAL)]
 
     # inches: the axial slice on the left, the other cuts one below the other on the right
     left_edge, wide_panel, low, gap = 0.7, 4.25, 0.6, 0.72
@@ -133,11 +147,11 @@ def reslices(slices: np.ndarray, title: str):
 def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     """2 N - 1 frames, uint8 [H, W], of slices uint8 [N, S, S]: from the lowest to the highest, and down again.
 
-    Each says its z.
+    Each says its slice index z.
     """
     order = [*range(len(slices)), *range(len(slices) - 2, -1, -1)]
     (shown,) = sheets.heads([slices])
-    title, captions = f"{name}\nanterior right, left up", [f"z = {z} mm" for z in order]
+    title, captions = f"{name}\nanterior right, left up", [f"z = {z}" for z in order]
     return sheets.frames(shown[order], title, captions, width=FIELD)
 
 
@@ -230,3 +244,56 @@ class Samples:
         self.record["brains"][str(i)] = known or {}
         self._write()
         print(f"{name}, in {self.out}: {files}, case_{i:03d}_slice_*.nii.png", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- the page of a folder
+
+
+def read_slices(file: Path) -> np.ndarray:
+    """Slices uint8 [N, S, S] of a volume that to_nifti made. Raises UserError where the file is no such volume."""
+    try:
+        voxels = np.asanyarray(nibabel.load(file).dataobj)
+        if voxels.dtype != np.uint8 or voxels.ndim != 3:
+            raise ValueError(f"{voxels.dtype} {list(voxels.shape)}, not uint8 of 3 axes")
+    except (nibabel.filebasedimages.ImageFileError, ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} is no volume of a brain ({error}); delete it, and sample again") from None
+    return voxels.transpose(2, 0, 1)
+
+
+def links_of(folder: Path) -> dict[str, str]:
+    """{words: file} of what a folder of samples has beside its brains."""
+    links = {"weights and settings": RECORD}
+    for split in ("validate", "test"):
+        if (folder / f"samples_{split}.md").is_file():  # of evaluate.py
+            links[f"scores beside the real brains of {split}"] = f"samples_{split}.md"
+            links[f"the scores of {split} as a plot"] = f"samples_{split}.png"
+    return links
+
+
+def write_index(folder: Path) -> None:
+    """Writes index.html of a folder of samples from what is in it, and says so: a page of its first PAGE_HEADS brains.
+
+    Masks lie over them where brain_000_seg.nii.gz and so on are there: volumes of the same voxels, with the values that
+    masks have in heads/layout.py. Raises UserError where a file is no volume.
+    """
+    people = read_record(folder)["brains"]
+    volumes = {i: folder / f"brain_{i:0>3}.nii.gz" for i in sorted(people, key=lambda i: (len(i), i))}
+    shown = [i for i, file in volumes.items() if file.is_file()][:PAGE_HEADS]
+    if not shown:
+        return
+    heads = [read_slices(volumes[i]) for i in shown]
+    box = sheets.head_box(heads)
+    files = [folder / f"brain_{i:0>3}_seg.nii.gz" for i in shown]
+    masks = [read_slices(file) if file.is_file() else np.zeros_like(heads[0]) for file in files]
+    html = page(
+        title="New brains",
+        note="Synthetic: drawn by a generative model, no person's brain."
+        + (f" The first {len(shown)} of {len(people)}." if len(shown) < len(people) else ""),
+        kind="brain",
+        names=[", ".join([i, *(f"{name} {value}" for name, value in people[i].items())]) for i in shown],
+        heads=to_series(heads, box),
+        masks=to_series(masks, box) if any(map(np.any, masks)) else None,
+        links=links_of(folder),
+    )
+    util.write_file(folder / "index.html", html)
+    print(f"brains in three planes, for a browser: {folder}/index.html")

@@ -7,6 +7,7 @@ cerebrospinal fluid (CSF), mean over the slices, against age, of real validation
 each with the age, sex and CDR of one of those people and a noise of its own. Both are measured by the network of
 scores/scorer.py, which knows no age. Printed: Pearson's correlation of either, with 95 % intervals by bootstrap over
 heads. With --heads-to DIR, evaluate.py --samples DIR then scores heads of the very people that they are compared with.
+With --page FILE.html the head above, at all its ages, becomes a page with an age slider.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from dataset import find_data, load_slices, people_table
 from heads.layout import write_slices
 from heads.people import read_people
 from pictures import sheets
+from pictures.page import page
+from pictures.volume import to_series
 from scores.scorer import csf_area, find_scorer
 from stable_diffusion import MODELS, Sampling, decode_brain, sample_latents
 from training.stages import load_second_stage
@@ -43,6 +46,7 @@ def flags() -> argparse.ArgumentParser:
     add("--seed", type=util.seed, default=0, help="of the noise (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--heads-to", type=Path, metavar="DIR", help="write the sampled heads of the lower plot there as slices")
+    add("--page", type=Path, metavar="FILE", help="write the head at all its ages there, as a page with an age slider")
     add("--out", type=Path, default=Path("playground_vis/age.png"), help="picture (default: %(default)s)")
     return parser
 
@@ -126,6 +130,11 @@ def main() -> None:
     )
     sheets.save_picture(args.out, figure)
     print(f"picture: {args.out}")
+    if args.page:
+        heads = list(one_head.values())
+        series, names = to_series(heads, sheets.head_box(heads)), [f"{years} years" for years in one_head]
+        util.write_file(args.page, page("One head at all ages", f"Synthetic: {title}.", "age", names, series))
+        print(f"page with an age slider: {args.page}")
 
 
 if __name__ == "__main__":

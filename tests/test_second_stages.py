@@ -107,6 +107,7 @@ def test_sampling_writes_sheet_volume_and_slices_per_brain_and_the_gif(script, n
     assert not np.array_equal(slices[0], slices[1])
     record = json.loads((samples / "samples.json").read_text())
     assert record["made_by"]["settings"]["seed"] == 5 and record["brains"].keys() == {"0", "1"}
+    assert b"NiiVue" in (samples / "index.html").read_bytes()
     with Image.open(samples / "process.gif") as gif:
         assert 1 < gif.n_frames <= 24 and gif.width == 448 + 8
     assert (samples / "process.gif").stat().st_size < 3_000_000
@@ -132,7 +133,7 @@ def test_one_file_is_enough_to_sample(script, name, trained, run_main, monkeypat
     status, out, _ = run_main(script, *flags)  # nothing was trained here
     assert status == 0 and "sampling the released weights" in out
     here = {file.name: file.read_bytes() for file in (trained / "here").glob("[!.]*")}
-    assert len(here) == 20 + 6
+    assert len(here) == 20 + 7
     for folder in ("mine_vis/samples", "named", f"{name}_vis/samples"):
         assert here == {file.name: file.read_bytes() for file in Path(folder).glob("[!.]*")}
 
