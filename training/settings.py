@@ -141,8 +141,8 @@ def recorded_settings(script: str, name: str, naming: str = "--name") -> dict | 
     try:
         recorded = json.loads((log / "run.json").read_text())
         settings, owner = dict(recorded["settings"]), recorded["script"]
-        if script in PRESETS:
-            hash(settings["preset"])
+        if script in PRESETS and not isinstance(settings["preset"], str | None):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{log}/run.json is no description of a run; restore it, or choose another {naming}") from None
     if owner != script:
