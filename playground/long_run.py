@@ -65,17 +65,18 @@ def draw(found: dict[int, dict[str, dict]], seconds: float | None):
 
 def main() -> None:
     args = flags().parse_args()
+    drawn = f"seed_{args.seed}_brains_{args.brains}"  # scores of other brains are not on the same curve
     for weights in args.weights:
         step = load_weights(Path(weights))[1]["step"]
-        file = FOLDER / f"step_{step}_seed_{args.seed}.json"
+        file = FOLDER / f"step_{step}_{drawn}.json"
         if not file.is_file():
             print(f"{weights}: step {step}, drawing {args.brains} brains", flush=True)
             scores = score(weights, args.brains, args.seed, args.data, args.device)
             util.write_file(file, json.dumps(scores, indent=2).encode())
-    files = FOLDER.glob(f"step_*_seed_{args.seed}.json")
+    files = FOLDER.glob(f"step_*_{drawn}.json")
     found = {int(file.stem.split("_")[1]): json.loads(file.read_text()) for file in files}
     if not found:
-        raise UserError(f"{FOLDER} has no scores of seed {args.seed} yet; give files of weights")
+        raise UserError(f"{FOLDER} has no scores of {drawn} yet; give files of weights")
     sheets.save_picture(args.out, draw(found, args.seconds_per_step))
     print(f"picture: {args.out}, numbers: {FOLDER}/*.json")
 
