@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import util
 from parts.autoencoder import Autoencoder, Encoder, LinearPath
 from parts.quantizer import make_quantizer
 
@@ -47,7 +48,7 @@ class VAE(Autoencoder):
     def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A sample of the posterior, and {"kl": mean bits per image}."""
         mean, log_variance = self.posterior(x, z)
-        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        latent = mean + (0.5 * log_variance).exp() * util.draw_together(torch.randn_like, mean)
         return latent, {"kl": self.kl_bits(mean, log_variance).mean()}
 
     def encode(self, x: Tensor, z: Tensor) -> Tensor:

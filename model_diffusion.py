@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import util
 from heads.people import CONDITIONS
 from module import (
     CategoryEmbedding,
@@ -338,9 +339,10 @@ class LatentDiffusion(nn.Module):
                 what it would know of these. Whole brains need none; without, g of a window is the mean.
         """
         slices = slices or self.slices
-        brains = len(latent) // slices
-        t = self.draw_times(brains).repeat_interleave(slices) if t is None else t
-        noise = self.gaussian.correlate(torch.randn_like(latent), z, slices) if noise is None else noise
+        if t is None:
+            t = util.draw_together(lambda heads: self.draw_times(len(heads)), z[::slices]).repeat_interleave(slices)
+        if noise is None:
+            noise = self.gaussian.correlate(util.draw_together(torch.randn_like, latent), z, slices)
         alpha, sigma = self._levels(t)
         products = None
         if projections is not None:
@@ -366,7 +368,8 @@ class LatentDiffusion(nn.Module):
         """z and people with NaN where training hides them, at random and alike in all slices of a brain."""
 
         def chosen(share: float, *shape: int) -> Tensor:
-            return (torch.rand(len(z) // slices, *shape, device=z.device) < share).repeat_interleave(slices, 0)
+            brains = torch.empty(len(z) // slices, *shape, device=z.device)
+            return (util.draw_together(torch.rand_like, brains) < share).repeat_interleave(slices, 0)
 
         nothing = chosen(self.drop_z) if self.drop_z else torch.zeros_like(z, dtype=torch.bool)
         if self.drop_z:

@@ -85,7 +85,8 @@ class GatedLayer(nn.Module):
     def forward(self, v: Tensor, h: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         v_gates = self.vertical_gates(F.pad(v, (0, 0, self.reach, 0)), embedding)
         h_gates = self.horizontal(F.pad(h, (self.reach, 0, 0, 0))) + self.from_above(v_gates, embedding)
-        return v + self.out_v(self.dropout(gate(v_gates))), h + self.out_h(self.dropout(gate(h_gates)))
+        kept_v, kept_h = (util.draw_together(self.dropout, gate(gates)) for gates in (v_gates, h_gates))
+        return v + self.out_v(kept_v), h + self.out_h(kept_h)
 
     def next_column(self, window: Tensor, from_above: Tensor) -> Tensor:
         """The horizontal features [B, C] of one position, as forward in evaluation mode.

@@ -1,7 +1,7 @@
 """What every script shares: flag types and errors, devices and processes, seeds, progress, mathematics without layers.
 
-Randomness is a function of (seed, step, rank) and the order of the data of (seed, epoch), so a resumed run repeats an
-uninterrupted one without any generator state on disk.
+Randomness is a function of (seed, step) and the order of the data of (seed, epoch), so a resumed run repeats an
+uninterrupted one without any generator state on disk. Several processes draw together, see draw_together.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 LOCK, OWNER = ".lock", ".owner"  # files in a folder that a process has made its own
@@ -273,7 +274,11 @@ def start_processes() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            store, rank, world = next(rendezvous("env://"))
+            # the store outlives a restart by torchrun, and so would the addresses of processes that are gone
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         except (ValueError, RuntimeError) as error:
             words = " ".join(str(error).split())[:100]
             raise UserError(f"$RANK is set, but torchrun's other processes are not to be found ({words}); unset RANK, "
@@ -373,6 +378,18 @@ def batch_index(seed: int, step: int, batch_size: int, count: int, rank: int = 0
     return torch.tensor([shuffled[e][p % count] for e, p in zip(epoch, position)])
 
 
+def draw_together(random: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """random(x), such as torch.randn_like(x), where x [B, ...] belongs to this process's part of the batch.
+
+    torchrun's processes have the same seed. Each draws for the joined batch of all, and keeps the rows of its own part:
+    so their numbers are those of one process with the joined batch.
+    """
+    if not dist.is_initialized():
+        return random(x)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return random(torch.cat([x] * world)).chunk(world)[rank]
+
+
 def any_process(flag: bool) -> bool:
     """True when the flag is set in any of torchrun's processes."""
     if not dist.is_initialized():
@@ -389,6 +406,15 @@ def mean_of_processes(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def joined(part: Tensor) -> Tensor:
+    """The joined batch [processes B, ...], of which each of torchrun's processes has a part [B, ...]."""
+    if not dist.is_initialized():
+        return part
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

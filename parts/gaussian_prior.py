@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import util
 from module import cosines
 
 # Heads differ in size or in their ventricles, and such differences change slowly along z: so many cosines over the
@@ -267,7 +268,8 @@ class GaussianPrior(nn.Module):
         overlap = torch.einsum("mi,kqm,lpm->iklqp", of_kind, dual.flatten(2), dual.flatten(2))
         value, vector = torch.linalg.eigh(torch.einsum("inqp,iklqp->nkl", left, overlap).double())
         root = (vector * value.clamp(min=0).sqrt()[:, None]).to(dual)
-        drawn = torch.einsum("nkl,nl->nk", root, torch.randn(len(z), len(dual), device=dual.device))
+        white = util.draw_together(torch.randn_like, dual.new_empty(len(z), len(dual)))
+        drawn = torch.einsum("nkl,nl->nk", root, white)
         return drawn + torch.einsum("chwnqa,nachw,kqchw->nk", weight.to(dual)[self.kind], noise, dual)
 
     def of_modes(self, given: Noisy) -> Tensor:

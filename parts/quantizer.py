@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import util
 
 
 def make_quantizer(
@@ -134,13 +135,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, vectors: Tensor, idx: Tensor) -> None:
         """Moves averages and codebook, without a branch on their values, for which a GPU would have to wait."""
+        vectors, idx = util.joined(vectors), util.joined(idx)
         count = torch.zeros_like(self.count).index_add_(0, idx, vectors.new_ones(len(idx)))
         total = torch.zeros_like(self.total).index_add_(0, idx, vectors)
         chosen = vectors[torch.randint(len(vectors), (self.codebook_size,), device=vectors.device)]
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-            dist.broadcast(chosen, 0)
         fair = count.sum() / self.codebook_size
         self.count.lerp_(count / fair, 1 - self.decay)
         self.total.lerp_(total / fair, 1 - self.decay)

@@ -6,15 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, unlike
 
 import prestage_train
 import util
@@ -415,58 +412,3 @@ def test_validation_without_masks_leaves_brain_scores_out(train, heads_folder, t
     assert "no masks" in train("--data", tmp_path / "bare", "--steps", 1, "--gan-weight", 0)
     report = read_log(Path("log/vqvae"))[-1]
     assert "validate/ssim" in report and "validate/brain_ssim" not in report
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def two_processes(folder: Path, data: Path) -> subprocess.CompletedProcess:
-    """A run of six steps by two of torchrun's processes."""
-    flags = ["--data", data, *TINY, "--steps", 6, "--batch-size", 2]
-    command = [sys.executable, *TORCHRUN, ROOT / "tests/training/one_of_two.py", *flags]
-    command, environment = [*map(str, command)], os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def together(heads_folder, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of such a run that nothing disturbed, and what it said."""
-    folder = tmp_path_factory.mktemp("two")
-    done = two_processes(folder, heads_folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_run(together):
-    """torchrun with gloo, through all phases: one log, one checkpoint of each, one process speaks; ranks agree."""
-    folder, said = together
-    assert said.count("run vqvae:") == 1 and said.count("step 4 ") == 1
-    assert sorted({line["step"] for line in read_log(folder / "log/vqvae")}) == [1, 2, 3, 4, 5, 6]
-    assert load_first_stage(folder / "model_ckpt/vqvae").description["step"] == 6
-    for phase in ("codec", "sharpen", "grain"):  # weights and buffers, of model, average and critic
-        assert unlike(torch.load(folder / f"{phase}_0.pt"), torch.load(folder / f"{phase}_1.pt"), phase) == []
-
-
-@pytest.mark.slow
-def test_two_processes_make_what_one_makes_of_the_joined_batch(together, train, tmp_path):
-    """Reconstruction, codes, discriminator and grain, after six steps, up to roundings."""
-    train("--steps", 6, "--batch-size", 4)
-    for phase in ("codec", "sharpen", "grain"):
-        one, two = (torch.load(place / f"model_ckpt/vqvae/{phase}.pt") for place in (tmp_path, together[0]))
-        for part in {"model", "ema", "critic"} & one.keys():
-            # Adam makes full steps of the critic's smallest gradients, and of their roundings
-            tolerance = 1e-4 if part == "critic" else 1e-5
-            for name, tensor in one[part].items():
-                assert torch.allclose(tensor, two[part][name], rtol=1e-5, atol=tolerance), f"{phase} {part} {name}"
-
-
-@pytest.mark.slow
-def test_when_one_process_was_killed_the_same_command_goes_on(together, heads_folder, tmp_path):
-    """From the last checkpoint, to the same end."""
-    (tmp_path / "die").touch()
-    assert two_processes(tmp_path, heads_folder).returncode != 0 and not (tmp_path / "die").exists()
-    done = two_processes(tmp_path, heads_folder)
-    assert done.returncode == 0 and "resumed at step" in done.stdout
-    for phase in ("sharpen", "grain"):
-        assert unlike(torch.load(together[0] / f"{phase}_0.pt"), torch.load(tmp_path / f"{phase}_0.pt"), phase) == []

@@ -10,8 +10,8 @@
             run.save()
     model = run.finish()
 
-The same command resumes, and ends as if it had never stopped: randomness is a function of (seed, step, process), and
-the checkpoint holds all that changes.
+The same command resumes, and ends as if it had never stopped: randomness is a function of (seed, step), and the
+checkpoint holds all that changes.
 """
 
 import argparse
@@ -214,7 +214,7 @@ class Run:
             left = range(self.done, self.total)
             for step in util.progress(left, title, self.total, "step", start=self.done, note=self._loss_in_words):
                 self.step = step
-                torch.manual_seed(util.mix_seed(self.args.seed, self.before + step, self.rank))
+                torch.manual_seed(util.mix_seed(self.args.seed, self.before + step, 0))  # see util.draw_together
                 self.rate = self.args.learning_rate * learning_rate_factor(step, self.total)
                 for optimizer in self.kept.values():
                     for group in getattr(optimizer, "param_groups", []):
@@ -244,7 +244,7 @@ class Run:
         return util.batch_index(self.args.seed, self.before + self.step, batch_size, count, self.rank, self.world)
 
     def generator(self) -> torch.Generator:
-        """A generator on the CPU for this step, such as for augmentation."""
+        """A generator on the CPU for this step and process, such as for augmentation."""
         seed = util.mix_seed(self.args.seed, self.before + self.step, self.rank, 1)
         return torch.Generator().manual_seed(seed)
 

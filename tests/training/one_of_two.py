@@ -1,11 +1,15 @@
-"""Runs prestage_train.py as one of torchrun's processes, and keeps what that process has at the end of each phase.
+"""Makes runs as one of torchrun's processes, and keeps what that process has at the end of each phase.
 
-Where there is a file `die`, the second process removes it, and is killed, within its fourth step.
+The only argument is JSON, [[script, flag, ...], ...]. Where there is a file `die`, the second process removes it, and
+is killed, within its fourth step.
 """
 
+import importlib
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import prestage_train
+import stable_diffusion
 import util
 from training import run
 
@@ -22,8 +27,8 @@ save, update_ema = run.Run.save, run.update_ema
 
 def save_and_keep(self) -> None:
     save(self)
-    modules = {name: thing for name, thing in self.kept.items() if isinstance(thing, torch.nn.Module)}
-    torch.save({name: module.state_dict() for name, module in modules.items()}, f"{self.phase}_{rank}.pt")
+    kept = {name: thing.state_dict() for name, thing in self.kept.items()}
+    torch.save(kept, f"{self.args.name}_{self.phase}_{rank}.pt")
 
 
 def update_or_die(*args, **kwargs) -> None:
@@ -34,7 +39,15 @@ def update_or_die(*args, **kwargs) -> None:
     update_ema(*args, **kwargs)
 
 
-prestage_train.DISCRIMINATOR_CHANNELS = 8
+def main() -> None:
+    for script, *flags in json.loads(sys.argv[1]):
+        sys.argv = [script, *map(str, flags)]
+        importlib.import_module(script).main()
+
+
+if rank == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1":
+    time.sleep(3)  # the other process must wait, and not look for the one that is gone
+prestage_train.DISCRIMINATOR_CHANNELS, stable_diffusion.BLOCKS = 8, 1
 run.Run.save, run.update_ema = save_and_keep, update_or_die
 if __name__ == "__main__":
-    util.command(prestage_train.main)
+    util.command(main)
