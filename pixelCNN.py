@@ -30,6 +30,7 @@ from module import Embedding, Upsample
 from parts.quantizer import digits_of
 from pictures import sheets
 from pictures.volume import Samples, samples_folder, write_index
+from scores.scorer import find_scorer, read_masks
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
 from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
@@ -416,6 +417,7 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage = load_second_stage(weights, PRIORS, device)
+    scorer = find_scorer()[0].to(device)
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
     made_by = describe_samples(declared, weights, args)
@@ -428,7 +430,8 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     for i in range(args.brains):
         idx = sample_brain(model, args.seed, i, args.temperature, args.top_p)
         slices = decode_brain(first_stage, idx, args.seed, i)
-        samples.add(i, slices, f"brain {i}", f"seed {args.seed}, PixelCNN, {how}, one noise for all z")
+        words = f"seed {args.seed}, PixelCNN, {how}, one noise for all z"
+        samples.add(i, slices, f"brain {i}", words, masks=read_masks(scorer, slices))
         if i == 0:
             z, (*_, (h, w)) = len(slices) // 2, (grid.shape[1:] for grid in grids_of(idx))
             pictures, drawn = filling(first_stage.crop(slices[z]), (h, w))

@@ -31,7 +31,7 @@ from util import UserError
 
 FIELD = 256  # mm, the side of a slice
 RECORD = "samples.json"  # in every folder of samples: what they come from
-DESCRIPTION = b"synthetic: drawn by a generative model, no person's brain"  # at most 79 bytes
+DESCRIPTION = b"synthetic: drawn by a generative model, in whole or in part"  # at most 79 bytes
 PAGE_HEADS = 40  # on one page at most, about a megabyte each
 SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 0  # where reslices cuts, mm
 
@@ -155,26 +155,30 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     return sheets.frames(shown[order], title, captions, width=FIELD)
 
 
-def write_brain(out: Path, i: int, slices: np.ndarray, title: str) -> list[Path]:
+def write_brain(out: Path, i: int, slices: np.ndarray, title: str, masks: np.ndarray | None = None) -> list[Path]:
     """Writes all files of new brain i into the folder `out`. Equal slices give equal bytes.
 
     The files of brain 0 are brain_000.png, the sheet; brain_000_scroll.gif, up and down through z;
-    brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on.
+    brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on. With masks also
+    brain_000_seg.nii.gz, and seg_000_slice_0.nii.png and so on.
 
     Args:
         slices: uint8 [N, S, S] in the order of z.
         title: of the pictures.
-    Returns the paths of the first four, in this order.
+        masks: the same of their tissues, with the values that masks have in heads/layout.py.
+    Returns the paths of all but the slices, in this order.
     """
-    sheet, gif, across, nifti = (
-        out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png", ".nii.gz")
-    )
-    write_slices(out, i, slices)
+    files = [out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png")]
+    sheet, gif, across = files
+    for kind, ending, voxels in (("case", ".nii.gz", slices), ("seg", "_seg.nii.gz", masks)):
+        if voxels is not None:
+            write_slices(out, i, voxels, kind)
+            files.append(out / f"brain_{i:03d}{ending}")
+            util.write_file(files[-1], gzip.compress(to_nifti(voxels).to_bytes(), mtime=0))  # no clock in the file
     sheets.save_picture(sheet, sheets.brain_sheet(slices, title))
     sheets.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
     sheets.save_picture(across, reslices(slices, title))
-    util.write_file(nifti, gzip.compress(to_nifti(slices).to_bytes(), mtime=0))  # no clock in the file
-    return [sheet, gif, across, nifti]
+    return files
 
 
 def read_record(folder: Path) -> dict[str, dict]:
@@ -232,18 +236,21 @@ class Samples:
     def _write(self) -> None:
         util.write_file(self.file, json.dumps(self.record, indent=2).encode())
 
-    def add(self, i: int, slices: np.ndarray, name: str, how: str, known: dict | None = None) -> None:
+    def add(self, i: int, slices: np.ndarray, name: str, how: str, known: dict | None = None,
+            masks: np.ndarray | None = None) -> None:  # fmt: skip
         """Writes brain i with write_brain, records what is known of the person, and prints the files' names.
 
         Args:
             slices: uint8 [N, S, S] in the order of z.
             name, how: what the brain is called, and how it was sampled; the pictures' title says both.
             known: the person's age, sex and CDR as text, as far as the model was told them.
+            masks: of the slices' tissues, as in write_brain.
         """
-        files = ", ".join(file.name for file in write_brain(self.out, i, slices, f"sampled {name}: {how}"))
+        files = [file.name for file in write_brain(self.out, i, slices, f"sampled {name}: {how}", masks)]
+        files += [f"{kind}_{i:03d}_slice_*.nii.png" for kind in ("case", *(() if masks is None else ("seg",)))]
         self.record["brains"][str(i)] = known or {}
         self._write()
-        print(f"{name}, in {self.out}: {files}, case_{i:03d}_slice_*.nii.png", flush=True)
+        print(f"{name}, in {self.out}: {', '.join(files)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- the page of a folder
@@ -273,8 +280,7 @@ def links_of(folder: Path) -> dict[str, str]:
 def write_index(folder: Path) -> None:
     """Writes index.html of a folder of samples from what is in it, and says so: a page of its first PAGE_HEADS brains.
 
-    Masks lie over them where brain_000_seg.nii.gz and so on are there: volumes of the same voxels, with the values that
-    masks have in heads/layout.py. Raises UserError where a file is no volume.
+    Masks lie over them where brain_000_seg.nii.gz and so on are there. Raises UserError where a file is no volume.
     """
     people = read_record(folder)["brains"]
     volumes = {i: folder / f"brain_{i:0>3}.nii.gz" for i in sorted(people, key=lambda i: (len(i), i))}
@@ -287,7 +293,7 @@ def write_index(folder: Path) -> None:
     masks = [read_slices(file) if file.is_file() else np.zeros_like(heads[0]) for file in files]
     html = page(
         title="New brains",
-        note="Synthetic: drawn by a generative model, no person's brain."
+        note="Synthetic: drawn by a generative model, in whole or in part."
         + (f" The first {len(shown)} of {len(people)}." if len(shown) < len(people) else ""),
         kind="brain",
         names=[", ".join([i, *(f"{name} {value}" for name, value in people[i].items())]) for i in shown],

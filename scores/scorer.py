@@ -4,31 +4,33 @@ One encoder, two heads: probabilities of CSF, grey and white matter at every pix
 tissue's area), and 64 features of the slice, from which its index z and the tissues' areas can be read. These features
 stand where other projects use a network trained on photographs.
 
-Pictures of any size are brought to 256 px first. Half of the training slices are blurred or were reduced to 128 or
-64 px, so that blurred and small pictures are read as well as sharp ones.
+Pictures of any size are brought to 256 px first. A quarter of the training slices are blurred or were reduced to 128 or
+64 px, so that blurred and small pictures are read too.
 """
 
 import argparse
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 import util
-from dataset import Slices, load_slices, move, random_moves, to_float
+from dataset import Slices, load_slices, to_float
 from heads.layout import MASK_VALUES
 from module import Downsample, Upsample, norm
 from pictures import sheets
+from scores.metrics import DARK
 from training import checkpoints
 from training.run import Run
 from training.settings import recorded_settings
 from util import UserError
 
 COMMAND = "python evaluate.py --train-scorer"
-NAME, STEPS = "scorer", 600  # of the run that trains one
+NAME, STEPS = "scorer", 2000  # of the run that trains one
 RELEASED = checkpoints.RELEASED / "scorer.safetensors"
 TISSUES = ("csf", "grey", "white")
 SIZE = 256  # px and mm, the side of the pictures it reads: a pixel is 1 mm^2
@@ -79,6 +81,11 @@ class Scorer(nn.Module):
         height, width = (side // 2 ** (len(channels) + 2) for side in self.box[2:])
         self.summary = nn.Linear(features * height * width, features)  # a mean over positions would forget where it is
         self.whole = nn.Sequential(nn.SiLU(), nn.Linear(features, slices_per_brain + len(TISSUES)))
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of all layers but the first and the last."""
+        inner = (self.encode, self.down, self.bottom, self.up, self.decode, self.summary)
+        return [weight for part in inner for weight in part.parameters() if weight.ndim > 1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reads slices x [B, 1, S, S] in [-1, 1]; z is not told.
@@ -142,13 +149,28 @@ def read_slices(scorer: Scorer, slices: Tensor, batch_size: int = 32) -> dict[st
     "z" [N], in slices, "features" [N, 64], float32, and "tissue" uint8 [N, S, S]: at each pixel 0 for none, 1 CSF, 2
     grey, 3 white matter, whichever is most probable}.
     """
-    device, parts, step = next(scorer.parameters()).device, [], SIZE // slices.shape[-1]
+    device, parts = next(scorer.parameters()).device, []
     for batch in slices.split(batch_size):
         logits, whole, features = scorer(to_float(batch.to(device))[:, None])
-        tissue = logits[:, :, step // 2 :: step, step // 2 :: step].argmax(1).to(torch.uint8)
+        tissue = F.interpolate(logits, batch.shape[1:], mode="nearest-exact").argmax(1).to(torch.uint8)
         areas = logits.softmax(1)[:, 1:].sum((2, 3))
         parts.append([part.cpu() for part in (areas, expected_z(whole), features, tissue)])
     return dict(zip(("areas", "z", "features", "tissue"), map(torch.cat, zip(*parts))))
+
+
+def read_masks(scorer: Scorer, slices: np.ndarray) -> np.ndarray | None:
+    """Masks uint8 [Z, S, S], with MASK_VALUES, of all slices uint8 [Z, S, S] of a head, as the scorer reads them.
+
+    None, and a printed line that says so, where the scorer cannot read them: it knows another number of slices, or the
+    head lies partly outside its box.
+    """
+    top, left, height, width = (side * slices.shape[1] // SIZE for side in scorer.box)
+    outside = slices.max(0) > DARK
+    outside[top : top + height, left : left + width] = False
+    if len(slices) != scorer.slices_per_brain or outside.any():
+        print(f"no masks: the scorer reads heads of {scorer.slices_per_brain} slices that lie in its box")
+        return None
+    return np.array(MASK_VALUES, np.uint8)[read_slices(scorer, torch.from_numpy(slices))["tissue"].numpy()]
 
 
 def csf_area(scorer: Scorer, slices: Tensor) -> Tensor:
@@ -171,7 +193,7 @@ def train_scorer(
     precision: str = "auto",
     model_kwargs: dict | None = None,
 ) -> dict:
-    """Trains a scorer on the training split of a data folder, ten minutes on one CPU core; the same call resumes.
+    """Trains a scorer on the training split of a data folder, 25 minutes on one CPU core; the same call resumes.
 
     Args:
         device, precision: as the flags of training.
@@ -191,9 +213,10 @@ def train_scorer(
     args = argparse.Namespace(**settings, recorded=list(settings), script=script, naming=naming)
     args.device, args.compile, args.minutes = device, False, None  # of this start, not of the run
     fixed = {"slices_per_brain": train.slices_per_brain, "box": train.content_box()}
-    model_kwargs = {"channels": (16, 32, 64), "features": 64} | fixed | (model_kwargs or {})
+    model_kwargs = {"channels": (32, 64, 64), "features": 64} | fixed | (model_kwargs or {})
     torch.manual_seed(seed)
-    run = Run(args, Scorer(**model_kwargs), data=data, steps=steps, decay=0.99)
+    scorer = Scorer(**model_kwargs)
+    run = Run(args, scorer, data=data, steps=steps, decay=0.99, matrices=scorer.matrices())
     for _ in run.steps():
         x, shares, z = (part.to(run.device) for part in training_batch(train, run.index(len(train)), run.generator()))
         with run.autocast():
@@ -208,18 +231,17 @@ def train_scorer(
 
 
 def training_batch(data: Slices, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, 1, S, S], shares of none, CSF, grey, white [B, 4, 256, 256], z [B] of slices turned, scaled, shifted.
+    """x [B, 1, S, S], shares of none, CSF, grey, white [B, 4, 256, 256], z [B] of slices.
 
-    Half of the batches are sharp, a quarter blurred by a gaussian of up to 2 pixels, a quarter reduced to 128 or 64 px.
+    Of eight batches one is blurred by a gaussian of up to 2 pixels and one reduced to 128 or 64 px; the rest are sharp.
+    Heads are not turned: FAST's masks follow single pixels, which interpolation would mix.
     """
     x, z, _ = data.batch(index)
-    tissues = 2 * tissue_shares(data.masks[index]) - 1  # in [-1, 1], as pictures are
-    moved = move(torch.cat([x, tissues], 1), random_moves(len(x), generator))
-    x, shares = moved[:, :1], (moved[:, 1:] + 1) / 2
+    shares = tissue_shares(data.masks[index])
     kind, strength = torch.rand(2, generator=generator).tolist()
-    if kind < 0.25:
+    if kind < 1 / 8:
         x = gaussian_blur(x, 13, 0.1 + 1.9 * strength)
-    elif kind < 0.5:
+    elif kind < 1 / 4:
         x = F.avg_pool2d(x, 2 if strength < 0.5 else 4)
     return x, torch.cat([1 - shares.sum(1, keepdim=True), shares], 1), z
 

@@ -171,17 +171,23 @@ def test_the_gif_goes_up_and_down_once(head, size, count, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(frames, reversed(frames)))
 
 
-@pytest.mark.parametrize("count", [20, 32, 48])
-def test_write_brain_returns_what_it_wrote(head, count, tmp_path):
+@pytest.mark.parametrize("count, seen", [(20, True), (32, True), (48, False)])
+def test_write_brain_returns_what_it_wrote(head, count, seen, tmp_path):
+    """And so the masks, which are as the slices are: the release's names, and a volume of the same place in mm."""
     slices = small(head, 64, count)
-    files = volume.write_brain(tmp_path / "new", 12, slices, "a head")
-    assert [file.name for file in files] == [
-        "brain_012.png", "brain_012_scroll.gif", "brain_012_reslices.png", "brain_012.nii.gz"]  # fmt: skip
-    found = list_slices(tmp_path / "new", "test")
-    assert [place[:2] for place in found] == [(12, z) for z in range(count)]
-    assert np.array_equal(np.stack([read_png(path) for *_, path in found]), slices)
-    assert {*files, *(path for *_, path in found)} == set((tmp_path / "new").iterdir())
-    assert np.array_equal(np.asanyarray(nibabel.load(files[-1]).dataobj).transpose(2, 0, 1), slices)
+    masks = small(phantom_case(0, 1)[1], 64, count) if seen else None
+    files = volume.write_brain(tmp_path / "new", 12, slices, "a head", masks)
+    endings = [".png", "_scroll.gif", "_reslices.png", ".nii.gz"] + seen * ["_seg.nii.gz"]
+    assert [file.name for file in files] == [f"brain_012{ending}" for ending in endings]
+    written = set(files)
+    for kind, voxels, nifti in (("case", slices, files[3]), ("seg", masks, files[-1]))[: 1 + seen]:
+        found = list_slices(tmp_path / "new", "test", kind)
+        assert [place[:2] for place in found] == [(12, z) for z in range(count)]
+        assert np.array_equal(np.stack([read_png(path) for *_, path in found]), voxels)
+        assert np.array_equal(volume.read_slices(nifti), voxels)
+        assert np.array_equal(nibabel.load(nifti).affine, volume.affine_of(slices))
+        written |= {path for *_, path in found}
+    assert written == set((tmp_path / "new").iterdir())
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import dataset
 import evaluate
 import util
+from heads.layout import MASK_VALUES
 from scores import scorer
-from scores.scorer import RELEASED, Scorer, find_scorer, read_slices
+from scores.scorer import RELEASED, Scorer, find_scorer, read_masks, read_slices
 from training import checkpoints
 
 SIZES = {"channels": (8, 8), "features": 16}
@@ -52,19 +54,36 @@ def test_areas_are_sums_of_probabilities_whatever_the_batch(validate, awaken):
         assert scorer.expected_z(certain).item() == pytest.approx(7)
 
 
-def test_training_sees_shares_that_move_with_the_picture(validate):
-    """They sum to 1 everywhere; equal seeds give equal batches; blurred and small ones come too, of the same masks."""
-    for seed in range(4):
-        (x, shares, z), again = (
+@pytest.mark.parametrize("size", [64, 128, 240, 256, 512])
+def test_masks_have_the_size_of_the_slices_and_are_most_probable_tissue(size, validate, awaken, capsys):
+    """At 256 px every pixel; else those that lie in the middle of the pixels there are."""
+    model, brain = awaken(Scorer(**SIZES, slices_per_brain=4)).eval(), validate.images
+    pictures = torch.nn.functional.interpolate(brain[:, None].float(), (size, size), mode="area")[:, 0].to(torch.uint8)
+    masks = read_masks(model, pictures.numpy())
+    middle = ((torch.arange(size) + 0.5) * 256 / size).long()
+    logits = model(dataset.to_float(pictures)[:, None])[0][:, :, middle][..., middle]
+    assert masks.dtype == np.uint8 and np.array_equal(masks, np.array(MASK_VALUES)[logits.argmax(1)])
+    assert not capsys.readouterr().out
+
+
+def test_masks_are_left_out_where_the_scorer_does_not_fit(validate, capsys):
+    brain = validate.images.numpy()
+    for wrong in ({"slices_per_brain": 20}, {"slices_per_brain": 4, "box": (64, 64, 128, 128)}):
+        assert read_masks(Scorer(**SIZES, **wrong), brain) is None
+        assert capsys.readouterr().out.startswith("no masks: the scorer reads heads of")
+
+
+def test_training_sees_the_masks_of_sharp_blurred_and_small_pictures(validate):
+    """Most batches are the slices as they are; equal seeds give equal batches; the masks are always those of 256 px."""
+    pictures, shares = validate.batch(torch.arange(4))[0], scorer.tissue_shares(validate.masks)
+    shares, kinds = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1), []
+    for seed in range(40):
+        (x, seen, z), again = (
             scorer.training_batch(validate, torch.arange(4), torch.Generator().manual_seed(seed)) for _ in range(2)
         )
-        assert torch.equal(again[0], x) and torch.equal(again[1], shares) and torch.equal(z, validate.z)
-        assert torch.allclose(shares.sum(1), torch.ones(4, 256, 256), atol=1e-5) and shares.min() > -1e-5
-        bright = torch.nn.functional.interpolate(x, (256, 256))[:, 0] > -0.9
-        assert (shares[:, 1:].sum(1)[~bright] < 0.5).float().mean() > 0.9  # tissue lies where the head lies
-    one = torch.arange(1)
-    sizes = {scorer.training_batch(validate, one, torch.Generator().manual_seed(n))[0].shape[-1] for n in range(40)}
-    assert sizes == {64, 128, 256}
+        assert torch.equal(again[0], x) and torch.equal(seen, shares) and torch.equal(z, validate.z)
+        kinds.append(x.shape[-1] if x.shape[-1] < 256 or torch.equal(x, pictures) else "blurred")
+    assert set(kinds) == {64, 128, 256, "blurred"} and kinds.count(256) > 20
 
 
 def perfect_outputs(data: dataset.Slices, wrong: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
