@@ -17,7 +17,6 @@ Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain 
 """
 
 import argparse
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,6 @@ from torch import Tensor
 import util
 from dataset import find_data, has_masks, load_slices, to_float, to_uint8
 from model_diffusion import LatentDiffusion
-from model_VAE import MODELS as FIRST_STAGES
 from parts.autoencoder import Autoencoder
 from pictures.volume import RECORD, read_record, write_index
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2
@@ -38,7 +36,7 @@ from scores.samples import load_samples
 from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
 from scores.scorer import RELEASED as RELEASED_SCORER
 from training.checkpoints import RELEASED, file_digest, find_weights, load_weights, run_weights
-from training.stages import allow_brains, latent_digest, load_first_stage, load_second_stage
+from training.stages import allow_brains, find_encoder, load_first_stage, load_second_stage, weights_here
 from util import UserError
 
 
@@ -50,7 +48,7 @@ def flags() -> argparse.ArgumentParser:
         help="first stage: run name, folder or weights file (default: %(default)s)")  # fmt: skip
     add("--samples", metavar="RUN", help="score new brains instead: a second stage's run, or a folder of slices")
     add("--train-scorer", type=util.positive_int, nargs="?", const=STEPS, metavar="STEPS", help="train the scorer of "
-        f"samples instead, {STEPS} steps, ten minutes on a CPU core; the same command resumes")  # fmt: skip
+        f"samples instead, {STEPS} steps, 25 minutes on a CPU core; the same command resumes")  # fmt: skip
     add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all")
     add("--scorer", metavar="RUN", help="reads the samples: run or file; default: the run scorer, else the released "
         "one; with --train-scorer the name of the run to train")  # fmt: skip
@@ -115,30 +113,18 @@ def evaluate_reconstruction(args: argparse.Namespace) -> None:
 def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Brains uint8 [n, Z, S, S] to the same after the first stage of some samples; None, with a line, if unknown.
 
-    record: from read_record. The weights it names by their digest are those of a run here, or released ones. Second
-    stages that were released carry only a decoder: the encoder then is that of a first stage with the same latents.
+    record: from read_record. The weights it names by their digest are those of a run here, or released ones.
     """
-    files = sorted(Path("model_ckpt").glob("*/model.safetensors")) + sorted(RELEASED.glob("*.safetensors"))
     wanted = record["made_by"].get("weights")
-    path = next((file for file in files if wanted and file_digest(file) == wanted), None)
+    path = next((file for file in weights_here() if wanted and file_digest(file) == wanted), None)
     if path is None:
         print("the weights of these samples are not here: no heads that only went through their first stage")
         return None
     prior, decoder = load_second_stage(path, {LatentDiffusion.kind: LatentDiffusion, **PRIORS}, device)
-    encoder = decoder
-    if decoder.encoder is None:
-        digests = {}
-        for file in files:
-            with contextlib.suppress(UserError):  # a damaged file of another run is in nobody's way
-                weights, known = load_weights(file)
-                if known["kind"] in FIRST_STAGES:
-                    digests[latent_digest(weights)] = file
-        digest = prior.description["first_stage"]["digest"]
-        if digest not in digests:
-            print(f"the encoder of {path} is not here: no heads that only went through its first stage")
-            return None
-        encoder = load_first_stage(digests[digest], device)
-        encoder.slices_per_brain = decoder.slices_per_brain
+    encoder = find_encoder(decoder)
+    if encoder is None:
+        print(f"the encoder of {path} is not here: no heads that only went through its first stage")
+        return None
 
     def through(brains: Tensor) -> Tensor:
         z, done = torch.arange(brains.shape[1], device=device), []

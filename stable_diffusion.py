@@ -2,6 +2,7 @@
 
     python stable_diffusion.py                       # trains on model_ckpt/vqvae; the same command resumes
     python stable_diffusion.py --sample --brains 4   # new brains; from the released weights if nothing was trained here
+    python stable_diffusion.py --complete FOLDER     # whole brains from those of their slices that are in a folder
 
 The slices of a brain are denoised together: their noise is correlated along z as their latents are. Training shows the
 network slices one by one, and later, unless --slices is 1, windows of so many neighbouring slices, which hear of each
@@ -15,6 +16,7 @@ and index.html, a page that shows them in three planes.
 
 import argparse
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 import util
-from dataset import Slices, find_data, load_slices, move, people_table, random_moves, to_uint8
+from dataset import Slices, find_data, load_slices, move, people_table, random_moves, to_float, to_uint8
+from heads.layout import MASK_VALUES, has_splits, list_slices, read_slice
 from heads.people import (
     CONDITIONS,
     count_people,
@@ -32,19 +35,29 @@ from heads.people import (
     in_letters,
     in_numbers,
     person_of,
+    read_people,
     words_for,
 )
 from model_diffusion import MOVES, RECIPES, SAMPLERS, Denoise, LatentDiffusion, guide, sample_dpm, sampling_times
 from parts import calibration
 from parts.autoencoder import Autoencoder
+from parts.completion import complete
 from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
 from pictures.volume import Samples, samples_folder, write_index
 from scores.metrics import adjacent_ssim
-from training.checkpoints import RELEASED, cached, load_weights, run_weights
+from scores.scorer import find_scorer, read_masks
+from training.checkpoints import RELEASED, cached, digest_of, load_weights, run_weights
 from training.run import Run
 from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
-from training.stages import allow_brains, load_first_stage, load_second_stage, preset_of_first_stage, save_second_stage
+from training.stages import (
+    allow_brains,
+    find_encoder,
+    load_first_stage,
+    load_second_stage,
+    preset_of_first_stage,
+    save_second_stage,
+)
 from util import UserError
 
 SCRIPT = Path(__file__).name
@@ -73,6 +86,8 @@ def flags() -> Flags:
     train("--moved-heads", type=util.whole_number, metavar="N", help="times that training sees "
           "every head turned, scaled and shifted, beside once as it is; the network is told how")  # fmt: skip
     flags.add_sampling("NAME_vis/samples")
+    sample("--complete", type=Path, metavar="FOLDER", decides=False, help="draw the missing slices of the brains of "
+           "which some are in FOLDER, as case_NNN_slice_Z.nii.png")  # fmt: skip
     sample("--sampler", choices=tuple(SAMPLERS), default="dpm", help="dpm and ddim evaluate the network once a step, "
            "heun twice; ddpm takes all 1000 steps")  # fmt: skip
     sample("--sample-steps", type=positive, default=20, metavar="N", help="of the sampler")
@@ -140,12 +155,17 @@ def denoiser(model: LatentDiffusion, people: Tensor, z: Tensor, sampling: Sampli
 
 @torch.no_grad()
 def sample_latents(
-    model: LatentDiffusion, sampling: Sampling, brains: range, people: list[dict[str, float]]
+    model: LatentDiffusion,
+    sampling: Sampling,
+    brains: range,
+    people: list[dict[str, float]],
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Latents [n Z, C, h, w] of n brains after each step from noise; the last are the samples.
 
     Args:
         people: what is known of each, by the names in CONDITIONS, as numbers.
+        given: of a single brain, known latents [k, C, h, w] and their z int64 [k]; the other slices are drawn.
     """
     device = model.alpha.device
     z = torch.arange(model.slices_per_brain, device=device).repeat(len(brains))
@@ -157,6 +177,8 @@ def sample_latents(
         denoise = guide(denoise, nothing, sampling.guidance)
     if model.calibration.measured:
         denoise = model.calibrated(denoise, z)
+    if given is not None:
+        denoise = complete(denoise, model.gaussian, model.alpha, model.sigma, *given)
     draw = BrainNoise(model, sampling.seed, brains)
     steps = sampling.steps if sampling.sampler != "ddpm" else model.T
     path = SAMPLERS[sampling.sampler](denoise, draw(), model.alpha, model.sigma, steps, draw)
@@ -176,6 +198,13 @@ def decode_brain(
     return to_uint8(x)[:, 0].cpu().numpy()
 
 
+def check_finite(latent: Tensor, brain: int) -> None:
+    """Raises UserError for latents of a brain that cannot be decoded."""
+    if not torch.isfinite(latent).all():
+        raise UserError(f"the latents of brain {brain} are not finite, so it is not written; leave --guidance and "
+                        "--precision out, or sample other weights")  # fmt: skip
+
+
 def steps_kept(steps: int) -> range:
     """After which of so many steps draw_brains keeps the latents: at most 31, evenly spaced, the last is `steps`."""
     return range(steps, 0, -max(1, steps // 16))[::-1]
@@ -193,9 +222,7 @@ def draw_brains(
     for i in brains:
         person = draw_person(asked, model.description, sampling.seed, i)
         way = list(sample_latents(model, sampling, range(i, i + 1), [person]))
-        if not torch.isfinite(way[-1]).all():
-            raise UserError(f"the latents of brain {i} are not finite, so it is not written; leave --guidance and "
-                            "--precision out, or sample other weights")  # fmt: skip
+        check_finite(way[-1], i)
         kept = [way[step - 1] for step in steps_kept(len(way))]
         yield decode_brain(first_stage, way[-1], sampling.seed, i), person, kept
 
@@ -223,13 +250,20 @@ def from_noise(
     return decode(latents[before].lerp(latents[after], share[:, None, None, None])), places
 
 
-def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
-    """Writes args.brains new brains, and the GIF of the first."""
+def load_sampling(args: argparse.Namespace, weights: Path) -> tuple[LatentDiffusion, Autoencoder, Sampling]:
+    """(model, first stage, how to sample) that the flags mean."""
     model, first_stage = load_second_stage(weights, MODELS, util.pick_device(args.device))
     if args.guidance != 1 and not model.drop_z:
         raise UserError(f"--guidance {args.guidance:g}: {weights} always needs z; leave the flag out")
     sampling = Sampling(seed=args.seed, sampler=args.sampler, steps=args.sample_steps, guidance=args.guidance,
                         precision=args.precision, **{name: getattr(args, name) for name in CONDITIONS})  # fmt: skip
+    return model, first_stage, sampling
+
+
+def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
+    """Writes args.brains new brains, and the GIF of the first."""
+    model, first_stage, sampling = load_sampling(args, weights)
+    scorer = find_scorer()[0].to(model.alpha.device)
     made_by = describe_samples(declared, weights, args)
     out = args.out or samples_folder(args.name, made_by)
     samples = Samples(out, made_by)
@@ -237,7 +271,8 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     print(f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), {how}, on "
           f"{util.describe_device(model.alpha.device)}")  # fmt: skip
     for i, (slices, person, way) in enumerate(draw_brains(model, first_stage, sampling, range(args.brains))):
-        samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person))
+        masks = read_masks(scorer, slices)
+        samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person), masks)
         if i == 0:
             z, steps = len(slices) // 2, model.T if args.sampler == "ddpm" else args.sample_steps
             pictures, places = from_noise(first_stage, way, z, args.seed, i)
@@ -247,6 +282,89 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slice z = {z}: {out}/process.gif")
     write_index(out)
+
+
+# ---------------------------------------------------------------------------------------------------------- completion
+
+
+def given_slices(folder: Path, size: int, slices_per_brain: int) -> dict[int, dict[int, np.ndarray]]:
+    """{case: {z: uint8 [size, size]}} of the slices in a folder.
+
+    Raises UserError where there are none, and for whatever a brain of so many slices cannot be completed from.
+    """
+    if not folder.is_dir() or has_splits(folder):
+        raise UserError(f"--complete {folder}: give a folder that itself holds slices, case_NNN_slice_Z.nii.png")
+    given = {}
+    for case, z, path in list_slices(folder, "train"):
+        if z >= slices_per_brain:
+            raise UserError(f"{path}: these weights know slices 0 to {slices_per_brain - 1}; move it elsewhere")
+        pixels = read_slice(path)
+        if pixels.shape != (size, size):
+            raise UserError(f"{path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, but these weights draw "
+                            f"{size}x{size}; give slices of that size")  # fmt: skip
+        if np.isin(pixels, MASK_VALUES).all():
+            raise UserError(f"{path} holds only {', '.join(map(str, MASK_VALUES))}, as masks do; give the picture")
+        given.setdefault(case, {})[z] = pixels
+    for case, slices in given.items():
+        if len(slices) == slices_per_brain:
+            raise UserError(f"--complete {folder}: case {case} has all {slices_per_brain} slices; move them elsewhere")
+    return given
+
+
+@torch.no_grad()
+def complete_brain(
+    model: LatentDiffusion,
+    first_stage: Autoencoder,
+    encoder: Autoencoder,
+    sampling: Sampling,
+    given: dict[int, np.ndarray],
+    brain: int = 0,
+    person: dict[str, float] | None = None,
+) -> np.ndarray:
+    """uint8 [Z, S, S]: a brain with the given slices {z: uint8 [S, S]} and others that are drawn to fit them.
+
+    Args:
+        model, first_stage: of load_second_stage.
+        encoder: of training.stages.find_encoder.
+        brain: with the seed, it decides on the noise.
+        person: what is known of the person, by the names in CONDITIONS, as numbers.
+    """
+    z, slices = torch.tensor(list(given)), np.stack(list(given.values()))
+    x = to_float(torch.from_numpy(slices))[:, None].to(model.alpha.device)
+    with util.autocast(x.device, sampling.precision):
+        known = encoder.encode(x, z.to(x.device)).float(), z.to(x.device)
+    *_, latent = sample_latents(model, sampling, range(brain, brain + 1), [person or {}], known)
+    check_finite(latent, brain)
+    completed = decode_brain(first_stage, latent, sampling.seed, brain)
+    completed[z] = slices
+    return completed
+
+
+def complete_folder(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
+    """Writes the brains of which some slices are in the folder args.complete; of people as its table or flags say."""
+    model, first_stage, sampling = load_sampling(args, weights)
+    given = given_slices(args.complete, first_stage.image_size, model.slices_per_brain)
+    asked, table = person_of(sampling.person, model.description), people_table(args.complete)
+    people, scorer = read_people(table) if table else {}, find_scorer()[0].to(model.alpha.device)
+    encoder = find_encoder(first_stage)
+    if encoder is None:
+        raise UserError(f"{weights} has no encoder, and its first stage is not here; copy that to "
+                        "model_ckpt/NAME/model.safetensors")  # fmt: skip
+    pictures = (f"{case} {z}".encode() + given[case][z].tobytes() for case in given for z in given[case])
+    digest = hashlib.blake2b(b"".join(pictures), digest_size=8).hexdigest()
+    made_by = describe_samples(declared, weights, args) | {"given": digest}
+    samples = Samples(args.out or samples_folder(args.name, made_by), made_by)
+    how = f"seed {args.seed}, {sampling.words()}, {first_stage.decoder_in_use} decoder"
+    print(f"completing {len(given)} brains of {args.complete} by {weights}, {how}, on "
+          f"{util.describe_device(model.alpha.device)}")  # fmt: skip
+    for case, slices in given.items():
+        known = {name: people.get(case, {}).get(name, math.nan) for name in model.conditions} | asked
+        person = {name: number for name, number in known.items() if not math.isnan(number)}
+        brain = complete_brain(model, first_stage, encoder, sampling, slices, case, person)
+        kept = " ".join(map(str, slices))
+        name = ", ".join([f"case {case}", *words_for(person), f"given z = {kept}"])
+        samples.add(case, brain, name, how, in_letters(person) | {"given": kept}, read_masks(scorer, brain))
+    write_index(samples.out)
 
 
 # ---------------------------------------------------------------------------------------------------- data of training
@@ -476,8 +594,10 @@ def train(args: argparse.Namespace) -> None:
 def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -> bool:
     """After training: measures model.calibration on brains drawn side by side, of people as samples are of.
 
-    Each step of `dpm` goes on from what the calibrated guesses of the steps before have made. The noise is not that of
-    any brain that --sample draws. Returns whether anything was measured: not again, and not with few training brains.
+    Each step of `dpm` goes on from what the calibrated guesses of the steps before have made. Guesses are kept in
+    data/cache, in half precision, to which they are rounded: a calibration that was stopped goes on. The noise is not
+    that of any brain that --sample draws. Returns whether anything was measured: not again, and not with few training
+    brains.
     """
     before = load_weights(run.weights)
     if before[1]["step"] == run.done and before[0]["prior.calibration.weight"].any():
@@ -494,13 +614,17 @@ def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -
     model.calibration.reset((model.sigma / model.alpha)[times].log())
     sampling = Sampling(seed=seed, precision=run.args.precision)
     one_by_one = [denoiser(model, person[None], z[:Z], sampling) for person in people]
+    key = f"{digest_of(model.state_dict())}_{seed}_{brains}_{util.autocast_dtype(run.device, run.args.precision)}"
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        pairs = [denoise_one(part, t) for denoise_one, part in zip(one_by_one, x.split(Z), strict=True)]
-        x0, noise = (torch.cat(part) for part in zip(*pairs))
-        alpha = model.alpha[t].float()
+        def guess() -> dict[str, Tensor]:
+            parts = [denoise_one(part, t)[0] for denoise_one, part in zip(one_by_one, x.split(Z), strict=True)]
+            return {"x0": torch.cat(parts).half()}
+
+        x0 = cached(f"calibration_{key}_{t}", guess)["x0"].to(x)
+        alpha, sigma = model.alpha[t].float(), model.sigma[t].float()
         model.calibration.measure(times.index(t), alpha, model.minus_mean(x, alpha, z), model.minus_mean(x0, 1, z))
-        return x0, noise
+        return x0, (x - alpha * x0) / sigma
 
     noise = BrainNoise(model, seed, range(brains))()
     levels = sample_dpm(model.calibrated(denoise, z), noise, model.alpha, model.sigma, calibration.LEVELS)
@@ -515,6 +639,9 @@ def main() -> None:
     args.name = args.name or LatentDiffusion.kind
     if args.sample_steps > 1000:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the 1000 steps of the process; choose fewer")
+    if args.complete and "brains" in typed:
+        raise UserError("--brains: --complete draws one brain for each case; leave it out, and for others give --seed")
+    args.sample |= args.complete is not None
     util.start_processes()
     released = RELEASED / "stable_diffusion.safetensors"
     weights = weights_to_sample(declared, args, typed, released) if args.sample else None
@@ -522,7 +649,7 @@ def main() -> None:
         train(open_run(declared, args, typed, preset_of_first_stage))
         weights = run_weights(args.name)
     if args.sample and util.first_process():
-        sample(args, declared, weights)
+        (complete_folder if args.complete else sample)(args, declared, weights)
 
 
 if __name__ == "__main__":

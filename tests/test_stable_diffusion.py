@@ -1,20 +1,24 @@
 """Laws of stable_diffusion.py: a brain is a function of (seed, number), and what a run promises."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stable_diffusion
 import util
 from dataset import load_slices, move, write_slices
+from heads.layout import MASK_VALUES, list_slices, read_slice
 from heads.people import CONDITIONS
 from logger import read_log
 from model_diffusion import SAMPLERS, LatentDiffusion
 from model_VAE import VAE
+from parts import calibration
 from scores.metrics import adjacent_ssim
 from stable_diffusion import BrainNoise, Sampling, decode_brain, draw_brains, sample_latents
 from training import checkpoints
@@ -262,6 +266,28 @@ def test_a_run_stopped_before_its_calibration_is_calibrated_by_the_same_command(
         train("--steps", 5)
 
 
+def test_a_calibration_that_was_stopped_goes_on(trained, train, monkeypatch):
+    """At the level of noise that it was at, to the same end."""
+    levels = []
+
+    def progress(path, title, *args, **kwargs):
+        for n, x in enumerate(path):
+            if title == "calibrate" and n == 6:
+                raise KeyboardInterrupt
+            yield x
+
+    real = stable_diffusion.denoiser
+    monkeypatch.setattr(stable_diffusion, "denoiser", lambda *args: lambda x, t: levels.append(t) or real(*args)(x, t))
+    shutil.rmtree("data/cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(util, "progress", progress)
+        train("--name", "stopped", status=130)
+    levels.clear()
+    train("--name", "stopped")
+    assert len(levels) == calibration.LEVELS - 7
+    assert all(torch.equal(tensor, weights()[name]) for name, tensor in weights("stopped").items())
+
+
 def test_a_second_stage_of_another_first_stage_starts_anew(trained, train, first_stage):
     """The same path, but trained further: latents of both would be a mixture."""
     tensors, description = checkpoints.load_weights(first_stage)
@@ -343,3 +369,83 @@ def test_a_model_learns_of_people_what_the_table_tells(people_run, train, run_ma
         (["people", "--cdr", 3], ["--cdr"]),
     ):
         refused(stable_diffusion, *sample, *flags, names=words)
+
+
+# ---------------------------------------------------------------------------------------------------------- completion
+
+
+@pytest.fixture
+def given(heads_folder, tmp_path) -> Path:
+    """A folder with every third of the 20 slices of case 5, which is held out."""
+    files = {path.name: path for _, z, path in list_slices(heads_folder, "validate") if z % 3 == 0}
+    (tmp_path / "given").mkdir()
+    for name, path in files.items():
+        shutil.copy(path, tmp_path / "given" / name)
+    return tmp_path / "given"
+
+
+def brain_in(folder: str) -> np.ndarray:
+    """int [20, 64, 64] of case 5."""
+    return np.stack([read_slice(path) for _, _, path in list_slices(Path(folder), "train")]).astype(int)
+
+
+def test_given_slices_stay_and_the_others_are_drawn_to_fit(trained, given, run_main):
+    """One seed draws one brain, another seed another; drawn slices are nearer to their given neighbours than those of
+    a new brain of the same noise."""
+    command = [stable_diffusion, "--complete", given, "--sample-steps", 6, "--precision", "fp32"]
+    for out, seed in (("first", 0), ("again", 0), ("other", 1)):
+        status, said, errors = run_main(*command, "--out", out, "--seed", seed)
+        assert status == 0 and "case 5, given z = 0 3 6 9 12 15 18, in" in said, errors
+    first, again, other = (brain_in(out) for out in ("first", "again", "other"))
+    real, kept = brain_in(given), np.arange(0, 20, 3)
+    drawn = np.setdiff1d(np.arange(20), kept)
+    assert first.shape == (20, 64, 64) and np.array_equal(first, again)
+    assert np.array_equal(first[kept], real) and np.array_equal(other[kept], real)
+    assert all((first[z] != other[z]).any() for z in drawn)
+    new, _, _ = next(draw_brains(*load(), Sampling(steps=6, precision="fp32"), range(5, 6)))
+    below, above = (np.abs(brain[drawn] - first[drawn - drawn % 3]).mean() for brain in (first, new.astype(int)))
+    assert below < 0.8 * above
+    record = json.loads(Path("first/samples.json").read_text())
+    assert record["brains"] == {"5": {"given": "0 3 6 9 12 15 18"}} and Path("first/index.html").is_file()
+    (given / "case_005_slice_3.nii.png").unlink()  # then it is another brain, and goes elsewhere
+    status, _, errors = run_main(*command, "--out", "first")
+    assert status == 2 and "other weights or settings" in errors
+
+
+def test_a_completed_brain_is_of_the_person_in_the_table_or_of_the_flags(
+    people_run, people_folder, run_main, monkeypatch
+):
+    """Who is in neither is unknown."""
+    told, some = [], people_folder / "some"
+    for case in (1, 7):
+        write_slices(some, case, np.random.default_rng(case).integers(0, 256, (3, 64, 64), dtype=np.uint8))
+
+    def watched(*args):
+        told.append(args[-1])
+        return np.zeros((32, 64, 64), np.uint8)
+
+    monkeypatch.setattr(stable_diffusion, "complete_brain", watched)
+    for flags in ([], ["--sex", "F"]):
+        status, _, errors = run_main(stable_diffusion, "--complete", some, "--name", "people", *flags)
+        assert status == 0, errors
+    known = {"age": 74, "sex": 0, "cdr": 0.5}
+    assert told == [known, {}, known, {"sex": 0}]
+
+
+def test_what_cannot_be_completed_is_refused_in_one_line(trained, given, heads_folder, refused, tmp_path):
+    def without(*flags, names: list[str]) -> None:
+        refused(stable_diffusion, "--complete", *flags, names=names)
+
+    slice_, pixels = given / "case_005_slice_3.nii.png", np.full((64, 64), 7, np.uint8)
+    without(given, "--brains", 2, names=["--brains", "--seed"])
+    without(tmp_path / "nowhere", names=["nowhere", "itself holds slices"])
+    without(heads_folder, names=["itself holds slices"])
+    without(heads_folder / "keras_png_slices_validate", names=["case 5", "all 20"])
+    without(heads_folder / "keras_png_slices_seg_validate", names=["no case_NNN_slice_Z.nii.png"])
+    Image.fromarray(pixels).save(given / "case_006_slice_20.nii.png")
+    without(given, names=["case_006_slice_20", "0 to 19"])
+    (given / "case_006_slice_20.nii.png").unlink()
+    Image.fromarray(pixels[:32, :32]).save(slice_)
+    without(given, names=["case_005_slice_3", "32x32", "64x64"])
+    Image.fromarray(np.random.default_rng(0).choice(np.array(MASK_VALUES, np.uint8), (64, 64))).save(slice_)
+    without(given, names=["case_005_slice_3", "masks"])

@@ -12,7 +12,7 @@ from dataset import Slices
 from heads.layout import MOST_SLICES
 from model_VAE import MODELS
 from parts.autoencoder import Autoencoder
-from training.checkpoints import digest_of, fill_model, find_weights, load_weights, part_of, save_weights
+from training.checkpoints import RELEASED, digest_of, fill_model, find_weights, load_weights, part_of, save_weights
 from util import UserError
 
 
@@ -39,6 +39,29 @@ def load_first_stage(
         description |= {"digest": latent_digest(weights), "path": str(path)}
         model = build_first_stage(description, weights, path, decoder)
     return model.to(device)
+
+
+def weights_here() -> list[Path]:
+    """The files of weights of all runs here, and those that are released."""
+    return sorted(Path("model_ckpt").glob("*/model.safetensors")) + sorted(RELEASED.glob("*.safetensors"))
+
+
+def find_encoder(decoder: Autoencoder) -> Autoencoder | None:
+    """A first stage that encodes into the latents that `decoder`, of a second stage, decodes; on the same device.
+
+    It is the decoder itself, unless its encoder was left out, as in released second stages: then the first stage of a
+    run here, or a released one, with the same latents. None where there is none.
+    """
+    if decoder.encoder is not None:
+        return decoder
+    for path in weights_here():
+        with contextlib.suppress(UserError):  # a damaged file of another run is in nobody's way
+            weights, description = load_weights(path)
+            if description["kind"] in MODELS and latent_digest(weights) == decoder.description["digest"]:
+                encoder = load_first_stage(path, decoder.latent_mean.device)
+                encoder.slices_per_brain = decoder.slices_per_brain
+                return encoder
+    return None
 
 
 def allow_brains(first_stage: Autoencoder, *data: Slices) -> None:

@@ -7,7 +7,7 @@ import util
 from model_diffusion import LatentDiffusion
 from model_VAE import MODELS, VQVAE
 from training import checkpoints
-from training.stages import latent_digest, load_first_stage, load_second_stage, save_second_stage
+from training.stages import find_encoder, latent_digest, load_first_stage, load_second_stage, save_second_stage
 
 VARIANTS = {
     "vae": {},
@@ -109,6 +109,25 @@ def test_weights_without_an_encoder_make_a_first_stage_that_only_decodes(trained
     assert torch.equal(half.decode(latent, z), trained.decode(latent, z))
     with pytest.raises(ValueError, match="only decodes"):
         half.encode(x, z)
+
+
+def test_an_encoder_is_found_by_its_latents(trained, described, path):
+    """A decoder's own, else that of a run here whose decoders may differ; damaged files are passed over."""
+    x, z = slices(3)
+    whole, half = load_first_stage(path), load_first_stage(path)
+    assert find_encoder(whole) is whole
+    half.keep_decoders()
+    half.slices_per_brain = 3
+    assert find_encoder(half) is None
+    checkpoints.run_weights("broken").parent.mkdir(parents=True)
+    checkpoints.run_weights("broken").write_bytes(b"no weights")
+    trained.decoder.stem.weight.data += 1
+    checkpoints.save_weights(checkpoints.run_weights("same"), trained.state_dict(), described)
+    found = find_encoder(half)
+    assert torch.equal(found.encode(x, z), whole.encode(x, z)) and found.slices_per_brain == 3
+    trained.encoder.stem[1].weight.data += 1
+    checkpoints.save_weights(checkpoints.run_weights("same"), trained.state_dict(), described)
+    assert find_encoder(half) is None
 
 
 def test_a_file_of_another_kind_shape_or_decoder_is_refused(trained, described, tmp_path):
