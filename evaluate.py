@@ -132,7 +132,7 @@ def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Ten
             x = to_float(brain.to(device))[:, None]
             diffused = prior.kind == LatentDiffusion.kind
             latent = encoder.encode(x, z) if diffused else encoder.dequantise(encoder.encode_indices(x, z))
-            done.append(to_uint8(decoder.decode_with_grain(latent, z, util.brain_generator(0, i, "grain")))[:, 0].cpu())
+            done.append(to_uint8(decoder.draw(latent, z, util.brain_generator(0, i, "texture")))[:, 0].cpu())
         return torch.stack(done)
 
     return through

@@ -117,11 +117,11 @@ class CodeAutoencoder(Autoencoder):
         return self._normalise(self._lookup(idx))
 
     def decode_indices(self, idx: Tensor | tuple[Tensor, ...], z: Tensor) -> Tensor:
-        """x float32 [B, 1, S, S] in [-1, 1] of codes and z int64 [B]; without grain."""
+        """x float32 [B, 1, S, S] in [-1, 1] of codes and z int64 [B], faithful."""
         grids = idx if isinstance(idx, tuple) else (idx,)
         for level, (grid, size) in enumerate(zip(grids, self.grids, strict=True)):
             self._check_grid(f"idx[{level}]" if len(grids) > 1 else "idx", grid, size, z)
-        return self._picture(self._lookup(idx), z)
+        return self.pad(self._decode(self._lookup(idx), z)[0].clamp(-1, 1))
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         return self.decode_indices(self.encode_indices(x, z), z)
@@ -175,9 +175,8 @@ class VQVAE(CodeAutoencoder):
 
     def _latent(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes, and {"codebook": commitment loss}. Training moves the codebook."""
-        vectors = self.vectors(x, z)
-        codes, _, loss = self.quantizer(vectors)
-        return self._every_other_before_rounding(codes, lambda: self.quantizer.clamp(vectors)), {"codebook": loss}
+        codes, _, loss = self.quantizer(self.vectors(x, z))
+        return codes, {"codebook": loss}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> Tensor:
         """idx int64 [B, h, w] in [0, K) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""
@@ -271,8 +270,7 @@ class VQVAE2(CodeAutoencoder):
         """Codes of both levels, and {"codebook": losses of both quantisers}. Training moves the codebooks."""
         top, _, loss_top = self.quantizer_top(self.top_vectors(x, z))
         bottom, _, loss_bottom = self.quantizer(self.bottom_vectors(x, z, top))
-        latent = self._every_other_before_rounding(self._join(top, bottom), lambda: self._before_rounding(x, z))
-        return latent, {"codebook": loss_top + loss_bottom}
+        return self._join(top, bottom), {"codebook": loss_top + loss_bottom}
 
     def encode_indices(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(top int64 [B, h / 2, w / 2], bottom int64 [B, h, w]) of x [B, 1, S, S] in [-1, 1] and z int64 [B]."""

@@ -1,67 +1,83 @@
-"""The critic of the first stage: a PatchGAN that knows the slice index, its losses, and their balancing weight."""
+"""The critic of the first stage: a PatchGAN that knows the slice index, and its losses."""
 
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import util
 from module import Embedding
 
+BEYOND, FINEST = 8.0, 24.0  # times which the critic sees differences from the faithful picture, and finest detail
+LEVEL = 2 / 255  # a grey level of pictures in [-1, 1]
+
+
+def smooth(x: Tensor, sd: float) -> Tensor:
+    """[B, 1, H, W] of pictures of that shape, with a gaussian of `sd` pixels; around them is black."""
+    reach = math.ceil(3 * sd)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=x.device).square() / (2 * sd**2))
+    kernel = (kernel / kernel.sum()).to(x)
+    x = F.conv2d(F.pad(x, (reach,) * 4, value=-1.0), kernel[None, None, :, None])
+    return F.conv2d(x, kernel[None, None, None])
+
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches of a slice, given its index z (Isola et al. 2017; projection: Miyato and Koyama 2018).
+    """Judges overlapping patches of a slice beside its faithful picture (Isola et al. 2017, section 3.2), given z.
 
-    Three strided 4x4 convolutions, spectrally normalised; no batch norm, which would let real and fake slices see each
-    other. z is added after every convolution, and the logit has the term <E(z), phi(x)>: anatomy that is right at z = 3
-    may be wrong at z = 28.
+    It sees the slice, what that has beyond the faithful picture, and its finest detail, each about as strong as the
+    others: texture of two grey levels would not be heard beside edges of a hundred. No normalisation, in which slices
+    of a batch would see each other. z is added after every strided convolution, and the logit has the term
+    <E(z), phi(x)> (Miyato and Koyama 2018): anatomy that is right at z = 3 may be wrong at z = 28.
+
+    Args:
+        channels: at full resolution, and after each of the strided 4x4 convolutions.
     """
 
-    def __init__(self, *, channels: int = 32, layers: int = 3):
+    def __init__(self, *, channels: tuple[int, ...] = (16, 32, 64, 128)):
         super().__init__()
-        width = [1] + [channels * 2**n for n in range(layers)]
-        self.embed_z = Embedding(2 * channels)
-        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 4, 2, 1)) for a, b in pairwise(width))
-        self.shifts = nn.ModuleList(nn.Linear(2 * channels, b) for b in width[1:])
-        self.head = spectral_norm(nn.Conv2d(width[-1], 1, 4, 1, 1))
-        self.project = nn.Linear(2 * channels, width[-1], bias=False)
+        first, last = channels[0], channels[-1]
+        self.embed_z = Embedding(64)
+        self.first = nn.Conv2d(3, first, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairwise(channels))
+        self.shifts = nn.ModuleList(nn.Linear(64, b) for b in channels[1:])
+        self.last = nn.Conv2d(last, last, 3, padding=1)
+        self.head, self.project = nn.Conv2d(last, 1, 1), nn.Linear(64, last, bias=False)
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, 1, h', w'], positive for real, and the features of every layer; x [B, 1, H, W], z int64 [B]."""
+    @staticmethod
+    def planes(x: Tensor, faithful: Tensor) -> Tensor:
+        """What it sees, [B, 3, H, W], of slices and their faithful pictures [B, 1, H, W] in [-1, 1].
+
+        Random numbers of one grey level hide that real slices have whole levels.
+        """
+        x = x + (util.draw_together(torch.rand_like, x) - 0.5) * LEVEL
+        return torch.cat([x, BEYOND * (x - faithful), FINEST * (x - smooth(x, 0.8))], 1)
+
+    def forward(self, planes: Tensor, z: Tensor) -> Tensor:
+        """Logits [B, 1, h', w'], higher for real, of `planes` and z int64 [B]."""
         embedding = F.silu(self.embed_z(z))
-        h, features = x, []
+        h = F.leaky_relu(self.first(planes), 0.2)
         for conv, shift in zip(self.convs, self.shifts):
             h = F.leaky_relu(conv(h) + shift(embedding)[:, :, None, None], 0.2)
-            features.append(h)
-        agreement = F.avg_pool2d((self.project(embedding)[:, :, None, None] * h).mean(1, keepdim=True), 4, 1, 1)
-        return (self.head(h) + agreement).float(), features
+        h = F.leaky_relu(self.last(h), 0.2)
+        agreement = (self.project(embedding)[:, :, None, None] * h).mean(1, keepdim=True)
+        return (self.head(h) + agreement).float()
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss E[max(0, 1 - D(x))] + E[max(0, 1 + D(x'))] (Lim and Ye 2017, eq. 4) of logits of any shape."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """E[ln(1 + exp(-(D(better) - D(worse))))] of logits in pairs (Jolicoeur-Martineau 2019, eq. 8).
 
-
-def generator_loss(fake: Tensor) -> Tensor:
-    """-E[D(x')] of logits of any shape."""
-    return -fake.mean()
-
-
-def feature_matching_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Mean L1 distance of the discriminator's features, VAE-GAN's learned similarity (Larsen et al. 2016, eq. 8)."""
-    return sum(F.l1_loss(f.float(), r.detach().float()) for r, f in zip(real, fake)) / len(real)
-
-
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 10.0) -> Tensor:
-    """||d reconstruction / d w|| / (||d adversarial / d w|| + 1e-4), clipped to [0, limit] (Esser et al. 2021, eq. 7).
-
-    Makes the two losses pull equally hard at the decoder's last layer w. The published clip of 10^4 lets one unlucky
-    step ruin the reconstruction. The gradients are those of all of torchrun's processes together.
+    The critic wants real slices to be better than drawn ones of the same code, the decoder the other way round.
     """
-    scale = 1024  # of both losses, a power of two: the gradient of one pixel alone may be 0 in float16
-    gradients = (torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float()
-                 for loss in (reconstruction, adversarial))  # fmt: skip
-    ours, theirs = (util.mean_of_processes(gradient).norm() / scale for gradient in gradients)
-    return (ours / (theirs + 1e-4)).clamp(0, limit).detach()
+    return F.softplus(worse - better).mean()
+
+
+def gradient_penalty(logits: Tensor, planes: Tensor) -> Tensor:
+    """E[||d D / d x||^2] of real and of drawn slices (Mescheder et al. 2018, eq. 9 and 10), for a logit.
+
+    It keeps the critic from being surer than it needs to be; with both, the game converges (Huang et al. 2024, "The
+    GAN is dead; long live the GAN!", section 2).
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), planes, create_graph=True)
+    return gradient.float().square().sum((1, 2, 3)).mean() / logits[0].numel()

@@ -395,8 +395,8 @@ def sample_brain(
 def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0) -> np.ndarray:
     """uint8 [Z, S, S] of the codes of a brain in the order of z, with grain if there is any: that of (seed, brain)."""
     Z, device = len(grids_of(idx)[0]), grids_of(idx)[0].device
-    latent, generator = first_stage.dequantise(idx), util.brain_generator(seed, brain, "grain")
-    x = first_stage.decode_with_grain(latent, torch.arange(Z, device=device), generator)
+    latent, generator = first_stage.dequantise(idx), util.brain_generator(seed, brain, "texture")
+    x = first_stage.draw(latent, torch.arange(Z, device=device), generator)
     return to_uint8(x)[:, 0].cpu().numpy()
 
 

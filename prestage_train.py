@@ -3,49 +3,42 @@
     python prestage_train.py --model vqvae                        # or vae, vqvae2; the same command resumes
     python prestage_train.py --start-from vqvae --name sharper    # a new perceptual decoder for a finished first stage
 
-Three phases. The codec (encoder, codes, fidelity decoder) is trained to be faithful. Then it is frozen, and a copy of
-its decoder, the perceptual one, goes on against a discriminator: both decode the same latents. Last, the grain learns
-how strong the texture is that the perceptual decoder leaves out. Writes model_ckpt/NAME/model.safetensors (averaged
+Two phases. The codec (encoder, codes, decoder) is trained to be faithful. Then it is frozen, and a texture learns
+against a discriminator to draw what the faithful picture leaves out. Writes model_ckpt/NAME/model.safetensors (averaged
 weights, for use) and a checkpoint for each phase, log/NAME (python logger.py log/NAME draws it) and NAME_vis/ (real |
 reconstructed | difference, draws from the prior).
 """
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
-import torch._functorch.config
+import torch.nn.functional as F
 from torch import Tensor
 
 import util
 from dataset import Slices, find_data, has_masks, is_phantom, load_slices, locate_data, to_uint8
-from model_discriminator import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
-)
+from model_discriminator import PatchDiscriminator, gradient_penalty, relativistic_loss, smooth
 from model_VAE import MODELS, VAE, VQVAE
 from parts.autoencoder import Autoencoder
 from pictures import sheets
-from scores.metrics import COUNTABLE, code_usage, mean_scores, slice_scores
+from scores.metrics import COUNTABLE, code_usage, decibel, mean_scores, radial_spectrum, slice_scores
 from training.checkpoints import digest_of, save_weights
 from training.optimizer import new_optimizers
-from training.run import Average, Run
+from training.run import Run
 from training.settings import LESS_MEMORY, Flags, open_run
 from training.stages import load_first_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
-SHARES = {"sharpen": 0.2, "grain": 0.05}  # of the steps; the codec has the rest
+SHARPEN = 0.5  # of the steps; the codec has the rest
 KL_CYCLES, KL_RAMP = 4, 0.5  # of cyclical annealing: how many, and the share of each in which the weight rises
-DISCRIMINATOR_CHANNELS = 32
-GAN_WEIGHT = 0.5  # with --start-from, where the preset would train no perceptual decoder
-FEATURE_WEIGHT = 0.1  # of feature matching beside the reconstruction
-ALONE, RAMPED = 0.1, 0.6  # of sharpening: the discriminator learns alone until, and has its full say from then on
-TOLERANCE = 0.01  # SSIM that the perceptual decoder may lose against the codec
+GAN_WEIGHT = 1.0  # with --start-from, where the preset would train no perceptual decoder
+LIKENESS, BLUR = 20.0, 2.0  # weight of the difference from the real slice, after a blur of so many pixels
+BETAS = (0.0, 0.99)  # of Adam, against a critic that moves too
+# The penalty's weight falls from the first to the second: a free critic is too sure at first, a bound one too weak in
+# the end. It is computed every so many steps, and counts so many times then (Karras et al. 2020, "StyleGAN2").
+PENALTY, EVERY = (0.03, 0.0012), 4
 WATCHED_SLICES = 128  # of validation, at every report
 STATISTICS_SLICES = 512  # give the scale of the latents, to about a per cent
 
@@ -104,9 +97,10 @@ def kl_factor(schedule: str, step: int, steps: int, cycles: int = KL_CYCLES, ram
     return min(1.0, position / ramp)
 
 
-def critic_say(step: int, steps: int) -> float:
-    """How much the discriminator is heard, 0 to 1: first it learns alone, then its weight rises."""
-    return min(1.0, max(0.0, (step / steps - ALONE) / (RAMPED - ALONE)))
+def penalty_weight(step: int, steps: int) -> float:
+    """Of the gradient penalty, falling by one factor from step to step."""
+    first, last = PENALTY
+    return first * (last / first) ** (step / steps)
 
 
 # ---------------------------------------------------------------------------------------------- validation and pictures
@@ -138,12 +132,20 @@ def validate(model: Autoencoder, data: Slices, run: Run) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate_grain(model: Autoencoder, data: Slices, run: Run) -> float:
-    """The loss of the grain over slices spread over a split."""
-    parts = watched_slices(data).split(32)
-    batches = (data.batch(part, run.device)[:2] for part in parts)
-    with run.autocast():
-        return float(sum(model.grain_loss(x, z) * len(x) for x, z in batches)) / sum(map(len, parts))
+def validate_texture(model: Autoencoder, data: Slices, run: Run) -> dict[str, float]:
+    """Of drawn slices spread over a split: mean SSIM with the real ones, and the rms difference of spectra, dB."""
+    ssim, spectra = [], []
+    for part in watched_slices(data).split(32):
+        x, z, _ = data.batch(part, run.device)
+        noise = torch.Generator().manual_seed(0)
+        with run.autocast():
+            drawn = to_uint8(model.draw(model.encode(x, z), z, noise))[:, 0].cpu()
+        real = data.images[part].cpu()
+        ssim.append(slice_scores(drawn, real, None)["ssim"])
+        spectra.append(torch.stack([radial_spectrum(pictures) for pictures in (drawn, real)], 1))
+    found, known = torch.cat(spectra).mean(0)
+    off = decibel(found, known).square().mean().sqrt()
+    return {"validate/ssim": float(torch.cat(ssim).mean()), "validate/spectrum": float(off)}
 
 
 @torch.no_grad()
@@ -151,7 +153,9 @@ def draw_reconstructions(model: Autoencoder, data: Slices, step: int):
     """Sheet real | reconstructed | 5 x difference of six slices of one validation brain."""
     index = torch.linspace(0, min(data.slices_per_brain, len(data)) - 1, 6).round().long()
     x, z, case = data.batch(index, model.latent_mean.device)
-    real, fake = to_uint8(x)[:, 0].cpu().int(), to_uint8(model.reconstruct(x, z))[:, 0].cpu().int()
+    noise = torch.Generator().manual_seed(0)
+    fake = model.draw(model.encode(x, z), z, noise) if model.texture is not None else model.reconstruct(x, z)
+    real, fake = (to_uint8(pictures)[:, 0].cpu().int() for pictures in (x, fake))
     difference = (128 + 5 * (fake - real)).clamp(0, 255)
     return sheets.sheet(
         sheets.heads([part.to(torch.uint8).numpy() for part in (real, fake, difference)]),
@@ -183,12 +187,11 @@ def default_preset(args: argparse.Namespace) -> str:
 
 
 def phase_steps(args: argparse.Namespace) -> dict[str, int]:
-    """The steps of each phase: shares of --steps, at least one each."""
+    """The steps of each phase; at least one, unless it is left out."""
     if args.gan_weight == 0:
-        return {"codec": args.steps, "sharpen": 0, "grain": 0}
-    shares = SHARES if not args.start_from else {"sharpen": 0.8, "grain": 0.2}
-    late = {phase: max(1, round(share * args.steps)) for phase, share in shares.items()}
-    return {"codec": 0 if args.start_from else max(1, args.steps - sum(late.values()))} | late
+        return {"codec": args.steps, "sharpen": 0}
+    sharpen = args.steps if args.start_from else max(1, round(SHARPEN * args.steps))
+    return {"codec": 0 if args.start_from else max(1, args.steps - sharpen), "sharpen": sharpen}
 
 
 def build(args: argparse.Namespace, box: tuple[int, int, int, int]) -> tuple[Autoencoder, dict]:
@@ -230,16 +233,15 @@ def measure_latents(model: Autoencoder, data: Slices, run: Run) -> None:
         model.set_latent_statistics(data.batch(part, run.device)[:2] for part in index.split(64))
 
 
-def with_perceptual(codec: Autoencoder) -> Autoencoder:
-    """A first stage with all of a codec, a perceptual decoder that begins as a copy of its own, and untrained grain."""
-    kwargs = codec.description["model_kwargs"] | {"perceptual": True, "grain": True}
+def with_texture(codec: Autoencoder) -> Autoencoder:
+    """A first stage with all of a codec, and an untrained texture."""
+    kwargs = codec.description["model_kwargs"] | {"perceptual": True}
     model = MODELS[codec.kind](**kwargs)
     model.description = {"kind": codec.kind, "model_kwargs": kwargs}
     if "digest" in codec.description:
         model.description["started_from"] = {name: codec.description[name] for name in ("digest", "step")}
-    kept = {name: t for name, t in codec.state_dict().items() if not name.startswith(("perceptual.", "grain."))}
+    kept = {name: t for name, t in codec.state_dict().items() if not name.startswith("texture.")}
     model.load_state_dict(kept, strict=False)
-    model.start_perceptual()
     return model
 
 
@@ -258,7 +260,6 @@ def train_codec(args: argparse.Namespace, data: dict[str, Slices]) -> Autoencode
     torch.manual_seed(args.seed)
     model, model_kwargs = build(args, train.content_box())
     description = {"kind": args.model, "model_kwargs": model_kwargs}
-    model.train_only("codec")
     run = Run(args, model, data=data, steps=phase_steps(args)["codec"], phase="codec",
               begin=lambda: fit_to_data(model, train))  # fmt: skip
     for step in run.steps():
@@ -284,80 +285,66 @@ def train_codec(args: argparse.Namespace, data: dict[str, Slices]) -> Autoencode
     return codec
 
 
-def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices]) -> Autoencoder:
-    """Phase two: a copy of the decoder against a PatchGAN; encoder and latents stay as they are.
+def latents_of(codec: Autoencoder, x: Tensor, z: Tensor) -> Tensor:
+    """Normalised latents of x; of every other slice those of its codes, where there are codes.
 
-    A GAN may ruin what it sharpens, so the last decoder within TOLERANCE of the codec's SSIM is kept.
+    Second stages over codes and over latents both decode with the texture.
     """
+    latent = codec.encode(x, z)
+    if isinstance(codec, VAE):
+        return latent
+    odd = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1) % 2 == 1
+    return torch.where(odd, latent, codec.dequantise(codec.encode_indices(x, z)))
+
+
+def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices]) -> None:
+    """Phase two: the texture against a PatchGAN; the codec stays as it is."""
     train, held_out = data["train"], data["validate"]
-    steps = phase_steps(args)
+    steps, device = phase_steps(args), util.pick_device(args.device)
     torch.manual_seed(args.seed)
-    critic = PatchDiscriminator(channels=DISCRIMINATOR_CHANNELS).to(util.pick_device(args.device))
-    model = with_perceptual(codec).eval()  # a frozen codebook must not follow the encoder
-    model.train_only("perceptual")
-    kept, balance = copy.deepcopy(model), Average()
-    (critic_optimizer,) = new_optimizers(critic, args.learning_rate, (0.5, 0.9))
-    keep = {"critic": critic, "critic_optimizer": critic_optimizer, "balance": balance, "kept": kept.perceptual}
-    run = Run(args, model, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
-              built_on=digest_of(codec.state_dict()), keep=keep)  # fmt: skip
-    faithful = validate(codec.to(run.device), held_out, run)["validate/ssim"]
+    critic = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+    model = with_texture(codec).to(device)
+    model.use_decoder("perceptual")
+    codec = codec.to(device).eval().requires_grad_(False)
+    (critic_optimizer,) = new_optimizers(critic, args.learning_rate, BETAS)
+    run = Run(args, model.texture, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
+              built_on=digest_of(codec.state_dict()), betas=BETAS,
+              keep={"critic": critic, "critic_optimizer": critic_optimizer})  # fmt: skip
     for step in run.steps():
-        x, z, _ = train.batch(run.index(len(train)), run.device, run.moves())
-        real = model.crop(x)
-        with run.autocast():
-            fake, _ = run.forward(x, z)  # the latent is frozen: its own losses are of no use
-
-        # the critic, on real and decoded slices in one batch
-        with run.autocast():
-            both = torch.cat([real, fake.detach().clamp(-1, 1)])
-            real_logits, fake_logits = critic(both, torch.cat([z, z]))[0].chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits)
-        run.descend({"discriminator": loss}, loss, critic, critic_optimizer)
-
-        # the decoder: faithful, and what the critic says; the critic is frozen, also its power iterations
-        critic.eval().requires_grad_(False)
-        with run.autocast():
-            fake_logits, fake_features = critic(fake.clamp(-1, 1), z)
-            _, real_features = critic(real, z)
-        critic.train().requires_grad_(True)
-        losses = {
-            "reconstruction": reconstruction_loss(fake, real),
-            "generator": generator_loss(fake_logits),
-            "feature_matching": feature_matching_loss(real_features, fake_features),
-        }
-        # both pull equally hard at the last layer; averaged, since one step's ratio is noise
-        pull = adaptive_weight(losses["reconstruction"], losses["generator"], model.perceptual.last_layer)
-        pull = balance.add(float(pull))
-        say = critic_say(step, run.total)
-        weights = {"generator": args.gan_weight * pull * say, "feature_matching": FEATURE_WEIGHT * say}
-        if run.update(losses, weights):
-            if run.report_due:
-                scores = validate(run.ema, held_out, run)
-                if scores["validate/ssim"] > faithful - TOLERANCE:
-                    kept.perceptual.load_state_dict(run.ema.perceptual.state_dict())
-                run.report(scores, reconstruction=draw_reconstructions(run.ema, held_out, run.before + run.done))
-            save_first_stage(run, kept, model.description)
-    run.finish()
-    return kept.to(run.device)
-
-
-def learn_grain(args: argparse.Namespace, model: Autoencoder, data: dict[str, Slices]) -> None:
-    """Phase three: how strong the texture is, at each place and frequency, that the perceptual decoder leaves out."""
-    train, steps = data["train"], phase_steps(args)
-    description = model.description
-    digest = digest_of({name: t for name, t in model.state_dict().items() if not name.startswith("grain.")})
-    model = model.eval()
-    model.train_only("grain")
-    before = steps["codec"] + steps["sharpen"]
-    run = Run(args, model, data=data, steps=steps["grain"], phase="grain", before=before, built_on=digest)
-    for _ in run.steps():
         x, z, _ = train.batch(run.index(len(train)), run.device)  # unmoved: interpolation takes the texture away
+        real = codec.crop(x)
+        with run.autocast(), torch.no_grad():
+            faithful, features = codec.faithful(latents_of(codec, x, z), z)
         with run.autocast():
-            loss = model.grain_loss(x, z)
-        if run.update({"grain": loss}):
+            drawn = run.forward(faithful, features, util.draw_together(torch.randn_like, real), z)
+
+        # the critic: real slices are better than drawn ones; both in one batch
+        seen = torch.cat([critic.planes(part, faithful) for part in (real, drawn.detach().clamp(-1, 1))])
+        punished = step % EVERY == 0
+        with run.autocast():
+            logits = critic(seen.requires_grad_(punished), torch.cat([z, z]))
+        real_logits, drawn_logits = logits.chunk(2)
+        total = loss = relativistic_loss(real_logits, drawn_logits)
+        if punished:
+            total = loss + penalty_weight(step, run.total) * EVERY * gradient_penalty(logits, seen)
+        run.descend({"discriminator": loss}, total, critic, critic_optimizer)
+
+        # the texture: drawn slices are better than real ones, and like the real one after a blur
+        critic.requires_grad_(False)
+        with run.autocast():
+            drawn_logits = critic(critic.planes(drawn.clamp(-1, 1), faithful), z)
+        critic.requires_grad_(True)
+        losses = {
+            "generator": relativistic_loss(drawn_logits, real_logits.detach()),
+            "likeness": (smooth(drawn, BLUR) - smooth(real, BLUR)).abs().mean(),
+            "below_black": F.relu(-1 - drawn).mean(),
+        }
+        if run.update(losses, {"generator": args.gan_weight, "likeness": LIKENESS}):
+            model.texture.load_state_dict(run.ema.state_dict())
             if run.report_due:
-                run.report({"validate/grain": validate_grain(run.ema, data["validate"], run)})
-            save_first_stage(run, run.ema, description)
+                picture = draw_reconstructions(model, held_out, run.before + run.done)
+                run.report(validate_texture(model, held_out, run), reconstruction=picture)
+            save_first_stage(run, model, model.description)
     run.finish()
     run.say_where()
 
@@ -380,11 +367,9 @@ def main() -> None:
     folder, size = find_data(args.data), codec.image_size if codec else args.image_size
     data = {"train": load_slices(folder, "train", size, util.pick_device(args.device)),
             "validate": load_slices(folder, "validate", size, masks=has_masks(folder, "validate"))}  # fmt: skip
-    if args.compile:
-        torch._functorch.config.donated_buffer = False  # adaptive_weight walks the graph before backward does
     codec = codec or train_codec(args, data)
     if args.gan_weight > 0:
-        learn_grain(args, sharpen(args, codec, data), data)
+        sharpen(args, codec, data)
 
 
 if __name__ == "__main__":

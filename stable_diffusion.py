@@ -193,8 +193,8 @@ def decode_brain(
     """uint8 [Z, S, S] of latents [Z, C, h, w] in the order of z, or only of the slices shown, with grain if there is
     any: that of (seed, brain)."""
     z = torch.arange(len(latent)) if shown is None else torch.tensor(shown)
-    generator = util.brain_generator(seed, brain, "grain")
-    x = first_stage.decode_with_grain(latent[z], z.to(latent.device), generator, len(latent))
+    generator = util.brain_generator(seed, brain, "texture")
+    x = first_stage.draw(latent[z], z.to(latent.device), generator, len(latent))
     return to_uint8(x)[:, 0].cpu().numpy()
 
 
@@ -239,8 +239,8 @@ def from_noise(
     latents = torch.stack([latent[z] for latent in way])
 
     def decode(latents: Tensor) -> np.ndarray:
-        at, grain = torch.full((len(latents),), z), util.brain_generator(seed, brain, "grain")
-        x = first_stage.decode_with_grain(latents, at.to(latents.device), grain, len(way[0]))
+        at, grain = torch.full((len(latents),), z), util.brain_generator(seed, brain, "texture")
+        x = first_stage.draw(latents, at.to(latents.device), grain, len(way[0]))
         return to_uint8(first_stage.crop(x))[:, 0].cpu().numpy()
 
     change = np.abs(np.diff(decode(latents).astype(float), axis=0)).mean((1, 2))

@@ -7,7 +7,7 @@ transform of f x f blocks of the training slices and the network's last convolut
 the best linear block codec ends.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from heads.layout import MOST_SLICES
 from module import Downsample, Embedding, ResBlock, SelfAttention, Upsample, norm, zero
-from parts.grain import Grain, noise_of_slices
+from parts.texture import Texture, noise_of_slices
 
 
 class Encoder(nn.Module):
@@ -134,12 +134,11 @@ class LinearPath(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Base of VAE, VQVAE and VQVAE2: coded box, encoder, two decoders, grain, linear path, scale of the latents.
+    """Base of VAE, VQVAE and VQVAE2: coded box, encoder, decoder, texture, linear path, scale of the latents.
 
-    Three parts are trained one after the other, see `train_only`: first the codec, which is all but the following; then
-    the perceptual decoder, which begins as a copy of the codec's fidelity decoder and is trained against a
-    discriminator too; then grain, the random texture that can be laid over its pictures. All three read the same
-    latents, since those come from the codec alone. `decoder_in_use` says which decoder decodes.
+    The codec is all but the texture, and is trained first, to be faithful. Then it stays as it is, and the texture
+    learns to draw what the faithful picture leaves out. `decoder_in_use` says what decodes for the eye: the fidelity
+    decoder alone, or the perceptual one, which is that and the texture.
 
     Args:
         image_size: S.
@@ -148,8 +147,7 @@ class Autoencoder(nn.Module):
         widths: channels of each level, from the pixels inwards; every level but the first halves the sides.
         blocks: residual blocks a level.
         latent_channels: C of the latent.
-        perceptual: whether there is a perceptual decoder.
-        grain: whether that has grain.
+        perceptual: whether there is a texture.
     Raises ValueError for a box or latent that does not fit the factor patch 2^(levels - 1).
     """
 
@@ -166,7 +164,6 @@ class Autoencoder(nn.Module):
         encoder_outputs: int,
         linear_channels: int,
         perceptual: bool = False,
-        grain: bool = False,
     ):
         super().__init__()
         self.image_size, self.box, widths = image_size, tuple(box), tuple(widths)
@@ -182,18 +179,16 @@ class Autoencoder(nn.Module):
         self.sizes = (patch, widths, blocks, 2 * widths[0])
         self.embed_z = Embedding(2 * widths[0])
         self.encoder = Encoder(encoder_inputs, encoder_outputs, *self.sizes)
-        self.decoder, self.perceptual, self.grain = Decoder(latent_channels, *self.sizes), None, None
+        self.decoder, self.texture = Decoder(latent_channels, *self.sizes), None
         if perceptual:
-            with torch.random.fork_rng(devices=[]):  # other weights are the same with and without the two
-                self.perceptual = Decoder(latent_channels, *self.sizes)
-                self.grain = Grain(widths[0], patch) if grain else None
-            self.start_perceptual()
+            with torch.random.fork_rng(devices=[]):  # other weights are the same with and without it
+                self.texture = Texture(widths[0])
         self.decoder_in_use, self.frozen, self.slices_per_brain = "fidelity", False, MOST_SLICES
         self.linear = LinearPath(linear_channels, self.factor)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_sd", torch.ones(latent_channels, 1, 1))
 
-    # ---- two decoders, three parts to train
+    # ---- two decoders
 
     def freeze(self) -> None:
         """From now on nothing changes: no gradients, and evaluation mode, whatever train() of a module around it says.
@@ -210,34 +205,9 @@ class Autoencoder(nn.Module):
         """Lets "fidelity" or "perceptual" decode from now on. Raises ValueError where there is no such decoder."""
         if name not in ("fidelity", "perceptual"):
             raise ValueError(f"decoder {name} is neither fidelity nor perceptual")
-        if name == "perceptual" and self.perceptual is None:
+        if name == "perceptual" and self.texture is None:
             raise ValueError("this first stage has no perceptual decoder")
         self.decoder_in_use = name
-
-    def train_only(self, part: str) -> None:
-        """Lets training change only "codec", "perceptual" or "grain", and the decoder that belongs to it decode.
-
-        The codec is all but the perceptual decoder and grain. Raises ValueError where there is no such part.
-        """
-        if part not in ("codec", "perceptual", "grain"):
-            raise ValueError(f"part {part} is neither codec, perceptual nor grain")
-        if part == "grain" and self.grain is None:
-            raise ValueError("this first stage has no grain")
-        self.use_decoder("fidelity" if part == "codec" else "perceptual")
-        for name, parameter in self.named_parameters():
-            module = name.partition(".")[0]
-            parameter.requires_grad_(part == (module if module in ("perceptual", "grain") else "codec"))
-
-    def start_perceptual(self) -> None:
-        """Makes the perceptual decoder a copy of the fidelity decoder. Raises ValueError where there is none."""
-        if self.perceptual is None:
-            raise ValueError("this first stage has no perceptual decoder")
-        self.perceptual.load_state_dict(self.decoder.state_dict())
-
-    @property
-    def has_grain(self) -> bool:
-        """Whether decode_with_grain differs from decode."""
-        return self.decoder_in_use == "perceptual" and self.grain is not None
 
     def keep_decoders(self) -> None:
         """Drops the encoder: a second stage does not need it once it is trained, and its file is smaller without."""
@@ -265,20 +235,12 @@ class Autoencoder(nn.Module):
         return self.linear.decode(latent)
 
     def _decode(self, latent: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(box float32 [B, 1, H, W], features for the grain) by the decoder in use.
+        """(faithful box float32 [B, 1, H, W], the features that it is read from).
 
         The box may leave [-1, 1] a little, mostly below -1 where it is black.
         """
-        decoder = self.perceptual if self.decoder_in_use == "perceptual" else self.decoder
-        features = decoder.features(latent, self.embed_z(z))
-        return self._linear_decode(latent) - 1 + decoder.out(features).float(), features
-
-    def _picture(self, latent: Tensor, z: Tensor, white: Tensor | None = None) -> Tensor:
-        """x [B, 1, S, S] by the decoder in use; with grain made of white noise [B, 1, H, W], if that is given."""
-        box, features = self._decode(latent, z)
-        if white is not None:
-            box = self.grain.add(box, white.to(box.device), self.grain.log_sd(features))
-        return self.pad(box.clamp(-1, 1))
+        features = self.decoder.features(latent, self.embed_z(z))
+        return self._linear_decode(latent) - 1 + self.decoder.out(features).float(), features
 
     # ---- training
 
@@ -286,62 +248,45 @@ class Autoencoder(nn.Module):
         """The latent that training decodes, not normalised, and its own losses."""
         raise NotImplementedError
 
-    def _every_other_before_rounding(self, rounded: Tensor, before: Callable[[], Tensor]) -> Tensor:
-        """Latents of a batch for training models with codes: rounded ones for the fidelity decoder.
-
-        The perceptual decoder gets every other slice's latent as it is before rounding, since second stages over codes
-        and over latents both decode with it.
-        """
-        if self.decoder_in_use == "fidelity":
-            return rounded
-        odd = torch.arange(len(rounded), device=rounded.device).view(-1, 1, 1, 1) % 2 == 1
-        return torch.where(odd, before(), rounded)
-
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """For training: the box float32 [B, 1, H, W] by the decoder in use, and {"kl" or "codebook": loss}.
+        """For training the codec: the box float32 [B, 1, H, W], and {"kl" or "codebook": loss}.
 
-        x: [B, 1, S, S] in [-1, 1]; z: int64 [B]. With the perceptual decoder no gradient goes to the latent.
+        x: [B, 1, S, S] in [-1, 1]; z: int64 [B].
         """
-        with torch.set_grad_enabled(self.decoder_in_use == "fidelity" and torch.is_grad_enabled()):
-            latent, losses = self._latent(x, z)
+        latent, losses = self._latent(x, z)
         return self._decode(latent, z)[0], losses
 
-    def grain_loss(self, x: Tensor, z: Tensor) -> Tensor:
-        """The loss, a number, of grain for x [B, 1, S, S] and z int64 [B]; its gradient goes to the grain alone.
-
-        x are slices without augmentation: interpolation takes away the texture that grain has to learn. Call it after
-        train_only("grain"); raises ValueError where the decoder in use has no grain.
-        """
-        if not self.has_grain:
-            raise ValueError(f"the {self.decoder_in_use} decoder of this first stage has no grain")
-        with torch.no_grad():
-            box, features = self._decode(self._latent(x, z)[0], z)
-        return self.grain.loss(self.crop(x), box, self.grain.log_sd(features))
+    @torch.no_grad()
+    def faithful(self, latent: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the texture begins with: boxes float32 [B, 1, H, W] in [-1, 1] of normalised latents, and features."""
+        box, features = self._decode(self._denormalise(latent), z)
+        return box.clamp(-1, 1), features
 
     # ---- use
 
     def decode(self, latent: Tensor, z: Tensor) -> Tensor:
-        """x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B]; without grain.
+        """The faithful x float32 [B, 1, S, S] in [-1, 1] of a normalised latent [B, C, h, w] and z int64 [B].
 
         Models with codes decode latents between the codes too: rounded to codes, a brain would flicker along z.
         """
         self._check_grid("latent", latent, self.latent_shape, z)
-        return self._picture(self._denormalise(latent), z)
+        return self.pad(self._decode(self._denormalise(latent), z)[0].clamp(-1, 1))
 
-    def decode_with_grain(
+    def draw(
         self, latent: Tensor, z: Tensor, generator: torch.Generator, slices_per_brain: int | None = None
     ) -> Tensor:
-        """As decode, and with grain where the decoder in use has any, for slices of ONE brain.
+        """As decode, but by the decoder in use: the perceptual one draws texture, for slices of ONE brain.
 
-        Grain is noise of the whole brain, drawn by the generator on the CPU. z are all its slices in their order, or,
+        Its noise is of the whole brain, drawn by the generator on the CPU. z are all its slices in their order, or,
         where slices_per_brain is given, some of 0 .. slices_per_brain - 1.
         """
+        if self.decoder_in_use == "fidelity":
+            return self.decode(latent, z)
         self._check_grid("latent", latent, self.latent_shape, z)
-        white = None
-        if self.has_grain:
-            white = noise_of_slices(slices_per_brain or len(z), *self.box[2:], generator)
-            white = white[z.cpu()] if slices_per_brain else white
-        return self._picture(self._denormalise(latent), z, white)
+        white = noise_of_slices(slices_per_brain or len(z), *self.box[2:], generator)
+        white = white[z.cpu()] if slices_per_brain else white
+        box, features = self.faithful(latent, z)
+        return self.pad(self.texture(box, features, white.to(box.device), z).clamp(-1, 1))
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         """x [B, 1, S, S] at z int64 [B] coded and decoded, by way of the codes where the model has codes."""

@@ -113,7 +113,7 @@ def score_reconstruction(
         latent, bits = price.add(x, z, real, masks)
         decoded, told_wrong = (_decode(model, latent, at) for at in (z, wrong_z[index].to(device)))
         score = all_scores(decoded, real, masks) | bits
-        if model.has_grain:
+        if model.decoder_in_use == "perceptual":
             decoded = _decode(model, latent, z, generator)
             score |= {f"{name}_drawn": value for name, value in slice_scores(decoded, real, masks).items()}
         wrong = slice_scores(told_wrong, real, masks)
@@ -146,7 +146,7 @@ def _decode(
     """uint8 [B, S, S], on the CPU, of a latent, or of codes, at z; with a generator the picture with its grain."""
     codes = hasattr(model, "decode_indices")
     if generator is not None:
-        x = model.decode_with_grain(model.dequantise(latent) if codes else latent, z, generator)
+        x = model.draw(model.dequantise(latent) if codes else latent, z, generator)
     else:
         x = model.decode_indices(latent, z) if codes else model.decode(latent, z)
     return to_uint8(x)[:, 0].cpu()

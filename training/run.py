@@ -73,27 +73,6 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float = 0.999
         kept.copy_(current)
 
 
-class Average:
-    """A moving average of scalars, which begins with the first; what is not finite is left out."""
-
-    def __init__(self, decay: float = 0.98):
-        self.decay, self.value = decay, None
-
-    def add(self, value: float) -> float:
-        """Takes one more value, and returns the average."""
-        if math.isfinite(value):
-            self.value = value if self.value is None else self.decay * self.value + (1 - self.decay) * value
-        return self.value or 0.0
-
-    def state_dict(self) -> dict:
-        """What load_state_dict takes."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on from there."""
-        self.value = state["value"]
-
-
 class Run:
     """One phase of a training run.
 
@@ -109,6 +88,7 @@ class Run:
         keep: what else the checkpoint holds: {name: something with state_dict and load_state_dict}.
         decay: of the average.
         matrices: weights of the model that Muon trains, and not Adam.
+        betas: Adam's.
     Raises UserError where data or checkpoint belong to another run.
     """
 
@@ -126,6 +106,7 @@ class Run:
         keep: dict | None = None,
         decay: float = 0.999,
         matrices: list[nn.Parameter] = (),
+        betas: tuple[float, float] = (0.9, 0.99),
     ):
         self.args, self.total, self.phase, self.before = args, steps, phase, before
         self.rank, self.world = util.start_processes()
@@ -150,7 +131,7 @@ class Run:
         # channels_last: convolutions run twice as fast in half precision, on GPU and CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizers = new_optimizers(model, args.learning_rate, matrices=matrices)
+        self.optimizers = new_optimizers(model, args.learning_rate, betas, matrices)
         halves = util.autocast_dtype(self.device, args.precision) == torch.float16  # whose small gradients would be 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
         self._network = torch.compile(model) if args.compile else model

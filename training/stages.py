@@ -88,7 +88,7 @@ def build_first_stage(
         model.keep_decoders()
     fill_model(model, weights, path)
     try:
-        model.use_decoder(decoder or ("perceptual" if model.perceptual is not None else "fidelity"))
+        model.use_decoder(decoder or ("perceptual" if model.texture is not None else "fidelity"))
     except ValueError as error:
         command = f"python prestage_train.py --start-from {path} --name NEW"
         raise UserError(f"--decoder {decoder}: {error}; train one with: {command}") from None
