@@ -23,7 +23,7 @@ from pictures import sheets
 from util import UserError
 
 CLOCKS = ("step", "seconds", "processor_seconds")  # of every line, and no scalars
-PHASES = {"train/kl": "codec", "train/codebook": "codec", "train/generator": "sharpen", "train/grain": "grain"}
+PHASES = {"train/kl": "codec", "train/codebook": "codec", "train/generator": "sharpen"}
 ABSURD = 1e30  # numbers from here on are damage, and axes cannot hold them
 MOST = 9  # panels of a picture, unless all are asked for
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
@@ -46,12 +46,10 @@ SCRIPTS = {
         Panel("Reconstruction loss", "|error| + (1 - SSIM) / 2", {"train/reconstruction": ""}),
         Panel("Distance of latents to their codes", "squared distance / 4", {"train/codebook": ""}),
         Panel("Information in the latent (KL)", "bits per slice", {"train/kl": ""}),
-        Panel("Generator's loss", "minus the critic's score", {"train/generator": ""}),
-        Panel("Critic's features, real - decoded", "mean |difference|", {"train/feature_matching": ""}),
-        Panel("Grain: fit of texture strength", "nats per coefficient",
-              {"train/grain": "training", "validate/grain": "held-out"}),
-        Panel("Weights of the critic's losses", "weight",
-              {"weight/generator": "generator", "weight/feature_matching": "features"}),
+        Panel("Spectrum of drawn held-out slices", "rms difference, dB", {"validate/spectrum": ""}),
+        Panel("Critic against texture, even at .69", "nats", {"train/discriminator": "critic",
+                                                              "train/generator": "texture"}),
+        Panel("Blurred slices, real - drawn", "mean |difference|", {"train/likeness": ""}),
         Panel("Weight of the KL", "weight of a bit per slice", {"weight/kl": ""}),
     ]),
     "stable_diffusion.py": ("Diffusion", [

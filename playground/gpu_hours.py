@@ -55,30 +55,39 @@ def half() -> torch.autocast:
 
 
 def first_stage() -> Work:
-    """The three phases together; the memory is that of sharpening, with the discriminator."""
+    """Both phases together; the memory is that of sharpening, with the discriminator."""
     args = prestage_train.flags().presets["base"]
     steps = prestage_train.phase_steps(argparse.Namespace(**args, start_from=None))
     sizes = {name: args[name] for name in ("image_size", "patch", "widths", "blocks", "codebook_size")}
-    sizes |= {"box": BOX, "latent_channels": LATENT[0], "perceptual": True, "grain": True}
+    sizes |= {"box": BOX, "latent_channels": LATENT[0], "perceptual": True}
 
     def models() -> tuple[VQVAE, PatchDiscriminator]:
-        return VQVAE(**sizes).eval(), PatchDiscriminator(channels=prestage_train.DISCRIMINATOR_CHANNELS)
+        return VQVAE(**sizes).eval(), PatchDiscriminator()
 
     def slices(B: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(B, 1, args["image_size"], args["image_size"]), torch.zeros(B, dtype=torch.long)
 
+    def drawing(model: VQVAE, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            faithful, features = model.faithful(prestage_train.latents_of(model, x, z), z)
+        return faithful, features, faithful, z  # any picture stands for the noise
+
     with FakeTensorMode():
-        (model, critic), (x, z), work = models(), slices(1), {}
-        box = model.crop(x)
-        for phase in steps:
-            model.train_only("codec" if phase == "codec" else "perceptual")
-            work[phase] = count(lambda: model(x, z)[0].sum().backward())
-        work["sharpen"] += 3 * count(lambda: critic(box, z)[0].sum().backward())  # both updates, and real features
+        (model, critic), (x, z) = models(), slices(1)
+        known = drawing(model, x, z)
+        seen = torch.cat([known[0]] * 3, 1)
+        work = {"codec": count(lambda: model(x, z)[0].sum().backward()),
+                "sharpen": count(lambda: drawing(model, x, z))
+                + count(lambda: model.texture(*known).sum().backward())
+                # real and drawn slices, then drawn ones again; the penalty is about twice the first, every few steps
+                + (3 + 4 / prestage_train.EVERY) * count(lambda: critic(seen, z).sum().backward())}  # fmt: skip
 
     def memory(B: int) -> int:
         (model, critic), (x, z) = models(), slices(B)
-        model.train_only("codec")
-        return step_bytes(model, (x, z), {}, half) + 2 * step_bytes(critic, (model.crop(x), z), {}, half)
+        known = drawing(model, x, z)
+        seen = torch.cat([known[0]] * 3, 1)
+        sharpening = step_bytes(model.texture, known, {}, half) + 3 * step_bytes(critic, (seen, z), {}, half)
+        return max(step_bytes(model, (x, z), {}, half), sharpening)
 
     return Work(args["batch_size"] * sum(steps[phase] * work[phase] for phase in steps), memory)
 

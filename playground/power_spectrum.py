@@ -2,8 +2,7 @@
 
     python playground/power_spectrum.py --first-stage vqvae        # trained with --gan-weight above 0
 
-Both decoders read the same latents of the first validation brains; a perceptual decoder with grain is shown without and
-with it. Above: power of their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is
+Both decoders read the same latents of the first validation brains; the perceptual one draws texture. Above: power of their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is
 too much texture; the legend gives the price, SSIM over the slices and over the brain. Below: a piece of real slices
 and of the reconstructions, enlarged. Anterior is right.
 """
@@ -49,15 +48,13 @@ def main() -> None:
     index, generator = brains.flatten(), torch.Generator().manual_seed(0)
     real, masks = data.images[index].cpu(), data.masks[index] if data.masks is not None else None
 
-    decoded = {"fidelity": [], "perceptual": []} | ({"perceptual, with grain": []} if model.has_grain else {})
+    decoded = {"fidelity": [], "perceptual": []}
     for brain in brains:
         x, z, _ = data.batch(brain, device)
         latent = model.encode(x, z)
         for name, pictures in decoded.items():
-            model.use_decoder(name.partition(",")[0])
-            grain = name.endswith("grain")
-            x_hat = model.decode_with_grain(latent, z, generator) if grain else model.decode(latent, z)
-            pictures.append(to_uint8(x_hat)[:, 0].cpu())
+            model.use_decoder(name)
+            pictures.append(to_uint8(model.draw(latent, z, generator))[:, 0].cpu())
     decoded = {name: torch.cat(pictures) for name, pictures in decoded.items()}
 
     figure = plt.figure(figsize=(10.5, 9.5), layout="constrained")

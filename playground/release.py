@@ -112,8 +112,7 @@ def file_row(path: Path) -> str:
         price = f"{math.prod(first_stage.latent_shape):,} numbers"
         if hasattr(first_stage, "fixed_bits") and described["kind"] not in stable_diffusion.MODELS:
             price = f"{first_stage.fixed_bits:,.0f} bits"
-        model += f", {first_stage.image_size} px" + (", two decoders" if first_stage.perceptual else "")
-        model += ", grain" if first_stage.grain else ""
+        model += f", {first_stage.image_size} px" + (", two decoders" if first_stage.texture else "")
     count = sum(tensor.numel() for tensor in weights.values())
     return f"| `{path.name}` | {path.stat().st_size:,} | `{file_digest(path)}` | {count:,} | {model} | {price} |"
 

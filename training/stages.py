@@ -18,7 +18,7 @@ from util import UserError
 
 def latent_digest(weights: dict[str, Tensor]) -> str:
     """16 hexadecimal digits of all that latents depend on: first stages that differ in their decoders share them."""
-    decoding = ("decoder.", "perceptual.", "grain.")
+    decoding = ("decoder.", "texture.")
     return digest_of({name: tensor for name, tensor in weights.items() if not name.startswith(decoding)})
 
 
@@ -172,5 +172,8 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
         weights |= {"gaussian.variance": torch.ones_like(mean), "gaussian.kind": channel}
     gone = {"slice_noise": "matched", "quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
     kwargs = {name: value for name, value in kwargs.items() if name != "quantizer" and gone.get(name) != value}
-    weights = {name.replace("perceptual.grain.", "grain."): tensor for name, tensor in weights.items()}
+    if "grain" in kwargs or any(name.startswith("perceptual.") for name in weights):
+        # the perceptual decoder of release 1, which was another: what it decoded is decoded by the fidelity decoder
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("perceptual", "grain")}
+        weights = {name: t for name, t in weights.items() if not name.startswith(("perceptual.", "grain."))}
     return weights, description | {"model_kwargs": kwargs}
