@@ -393,7 +393,7 @@ def sample_brain(
 
 @torch.no_grad()
 def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: int = 0) -> np.ndarray:
-    """uint8 [Z, S, S] of the codes of a brain in the order of z, with grain if there is any: that of (seed, brain)."""
+    """uint8 [Z, S, S] of the codes of a brain in the order of z, with texture if there is any."""
     Z, device = len(grids_of(idx)[0]), grids_of(idx)[0].device
     latent, generator = first_stage.dequantise(idx), util.brain_generator(seed, brain, "texture")
     x = first_stage.draw(latent, torch.arange(Z, device=device), generator)

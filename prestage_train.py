@@ -10,6 +10,7 @@ reconstructed | difference, draws from the prior).
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -307,7 +308,8 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
     model.use_decoder("perceptual")
     codec = codec.to(device).eval().requires_grad_(False)
     (critic_optimizer,) = new_optimizers(critic, args.learning_rate, BETAS)
-    run = Run(args, model.texture, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
+    trained = copy.deepcopy(model.texture)  # the model has its average
+    run = Run(args, trained, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
               built_on=digest_of(codec.state_dict()), betas=BETAS,
               keep={"critic": critic, "critic_optimizer": critic_optimizer})  # fmt: skip
     for step in run.steps():
@@ -331,8 +333,9 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
 
         # the texture: drawn slices are better than real ones, and like the real one after a blur
         critic.requires_grad_(False)
+        planes = critic.planes(drawn.clamp(-1, 1), faithful)  # in float32, as above: finest detail would be rounded
         with run.autocast():
-            drawn_logits = critic(critic.planes(drawn.clamp(-1, 1), faithful), z)
+            drawn_logits = critic(planes, z)
         critic.requires_grad_(True)
         losses = {
             "generator": relativistic_loss(drawn_logits, real_logits.detach()),

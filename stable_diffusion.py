@@ -190,8 +190,8 @@ def sample_latents(
 def decode_brain(
     first_stage: Autoencoder, latent: Tensor, seed: int = 0, brain: int = 0, shown: list[int] | None = None
 ) -> np.ndarray:
-    """uint8 [Z, S, S] of latents [Z, C, h, w] in the order of z, or only of the slices shown, with grain if there is
-    any: that of (seed, brain)."""
+    """uint8 [Z, S, S] of latents [Z, C, h, w] in the order of z, or only of the slices shown, with texture if there
+    is any: that of (seed, brain)."""
     z = torch.arange(len(latent)) if shown is None else torch.tensor(shown)
     generator = util.brain_generator(seed, brain, "texture")
     x = first_stage.draw(latent[z], z.to(latent.device), generator, len(latent))
@@ -239,8 +239,8 @@ def from_noise(
     latents = torch.stack([latent[z] for latent in way])
 
     def decode(latents: Tensor) -> np.ndarray:
-        at, grain = torch.full((len(latents),), z), util.brain_generator(seed, brain, "texture")
-        x = first_stage.draw(latents, at.to(latents.device), grain, len(way[0]))
+        at, texture = torch.full((len(latents),), z), util.brain_generator(seed, brain, "texture")
+        x = first_stage.draw(latents, at.to(latents.device), texture, len(way[0]))
         return to_uint8(first_stage.crop(x))[:, 0].cpu().numpy()
 
     change = np.abs(np.diff(decode(latents).astype(float), axis=0)).mean((1, 2))

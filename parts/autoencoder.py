@@ -69,13 +69,8 @@ class Decoder(nn.Module):
             norm(last), nn.SiLU(), zero(nn.Conv2d(last, patch**2, 3, padding=1)), nn.PixelShuffle(patch)
         )
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weight whose gradients balance the adversarial loss (Esser et al. 2021, eq. 7)."""
-        return self.out[2].weight
-
     def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
-        """[B, widths[0], H / patch, W / patch]: from these, picture and grain are read."""
+        """[B, widths[0], H / patch, W / patch]: the picture is read from these."""
         h = self.attention(self.mid(self.stem(latent), embedding))
         for up, blocks in zip(self.ups, self.levels):
             h = up(h)

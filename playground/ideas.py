@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
 import util
 from dataset import to_float
@@ -33,7 +33,6 @@ from module import norm
 from parts.autoencoder import Autoencoder
 from parts.quantizer import lloyd, nearest_code
 from pictures.drawings import DARK, GREY, ORANGE, YELLOW, Page, Place, svg_of
-from prestage_train import DISCRIMINATOR_CHANNELS
 from stable_diffusion import Sampling
 from training.checkpoints import RELEASED
 from training.stages import load_first_stage
@@ -380,7 +379,7 @@ def cube(page: Page, x: float, y: float, shares: Callable[[int, int], bool]) -> 
 def field_of_view(critic: PatchDiscriminator) -> tuple[int, int, int]:
     """(pixels a side that one verdict depends on, pixels from one verdict to the next, first pixel of the first)."""
     size, stride, first = 1, 1, 0
-    for conv in (*critic.convs, critic.head):
+    for conv in (critic.first, *critic.convs, critic.last, critic.head):
         size += (conv.kernel_size[0] - 1) * stride
         first -= conv.padding[0] * stride
         stride *= conv.stride[0]
@@ -391,8 +390,8 @@ def patchgan() -> Page:
     """What one verdict of the discriminator sees, and its layers."""
     model, (x, z), page = released("vqvae_f8"), the_slice(), Page(520)
     with torch.random.fork_rng(devices=[]):
-        critic, box = PatchDiscriminator(channels=DISCRIMINATOR_CHANNELS).eval(), model.crop(x)
-    logits, features = critic(box, z)
+        critic, box = PatchDiscriminator().eval(), model.crop(x)
+    logits = critic(box.expand(-1, 3, -1, -1), z)
     (size, stride, first), (height, width), (rows, columns) = field_of_view(critic), box.shape[2:], logits.shape[2:]
 
     seen = page.picture(126, 132, width, height, small(box, 1 / 2),
@@ -411,22 +410,21 @@ def patchgan() -> Page:
     for side in (-0.5, 0.5):
         page.line((field.right[0], field.y + side * size), (one.left[0], one.y + side * stride), linewidth=0.8)
     page.text(424, 150, f"One verdict sees {size} × {size} pixels; the field\nof the next one lies {stride} pixels "
-              "further.\nAbove 0: looks real. Below 0: looks decoded.")
+              "further.\nThe higher, the more it looks real.")
 
-    given = page.sheets(48, 316, 48, 42, 1, inside=r"$x$ or $\hat{x}$", below=shape(*box.shape[1:]))
+    given = page.sheets(48, 316, 48, 42, 3, inside=r"$x$ or $\hat{x}$", below=shape(3, height, width))
     vector = page.box(48, 412, 64, 40, "z, as a\nvector $a$")
-    for n, (conv, feature) in enumerate(zip(critic.convs, features)):
-        kernel = "×".join(map(str, conv.kernel_size))
-        step = page.box(130 + 148 * n, 316, 70, 50, f"{kernel} conv.\nstride {conv.stride[0]}")
-        made = page.sheets(198 + 148 * n, 316, 44 - 8 * n, 44 - 8 * n, 3 + n, inside=rf"$\phi_{n + 1}$",
-                           below=shape(*feature.shape[1:]))
+    kernels = {conv: "×".join(map(str, conv.kernel_size)) for conv in critic.modules() if isinstance(conv, nn.Conv2d)}
+    before, after = [f"{kernels[critic.first]},\n", "", ""], ["", "", f",\n{kernels[critic.last]}"]
+    for n, conv in enumerate(critic.convs):
+        step = page.box(130 + 148 * n, 316, 76, 50, f"{before[n]}{kernels[conv]} / {conv.stride[0]}{after[n]}")
+        made = page.sheets(198 + 148 * n, 316, 44 - 8 * n, 44 - 8 * n, 3 + n, inside=r"$\phi$" if n == 2 else "",
+                           below=shape(conv.out_channels, height // 2 ** (n + 1), width // 2 ** (n + 1)))
         page.chain(given, step, made)
         page.arrow((step.x, 412), step.bottom)
         given = made
-    kernel = "×".join(map(str, critic.head.kernel_size))
-    last, add = page.box(626, 316, 84, 50, f"{kernel} convo-\nlution"), page.sign(710, 316, "+")
-    agreement = page.box(626, 412, 120, 50, r"$\langle V a, \phi_3 \rangle \, / \, C$,"
-                         f"\n{kernel} average", size=13)
+    last, add = page.box(626, 316, 76, 50, kernels[critic.head]), page.sign(710, 316, "+")
+    agreement = page.box(626, 412, 120, 50, r"$\langle V a, \phi \rangle \, / \, C$", size=13)
     page.chain(given, last, add)
     page.arrow(add.right, (748, 316))
     page.text(790, 308, "$D(x, z)$", 13)
@@ -434,12 +432,13 @@ def patchgan() -> Page:
     page.chain(vector, agreement)
     page.arrow((552, 316), (552, 400), (agreement.left[0], 400))
     page.arrow(agreement.right, (add.x, 412), add.bottom)
-    page.text(300, 424, "$a$ is added in every layer: anatomy that is right at one z is wrong at another", 11)
-    page.box(212, 484, 396, 54, "discriminator: real above 1, decoded below $-$1\n"
-             r"$L_D = E[\max(0, 1 - D(x, z))] + E[\max(0, 1 + D(\hat{x}, z))]$", "loss", 13)
-    page.box(502, 484, 164, 54, "decoder: pass as real\n" r"$L_G = -E[D(\hat{x}, z)]$", "loss", 13)
-    page.box(709, 484, 230, 54, "decoder: same features\n"
-             r"$L_\mathrm{fm} =$ mean$|\phi_l(\hat{x}, z) - \phi_l(x, z)|$", "loss", 13)
+    page.text(300, 424, "Boxes: convolutions, k×k / stride. $a$ is added after each with a stride.", 11)
+    page.box(147, 484, 274, 54, "critic: real slices above drawn ones\n"
+             r"$L_D = E[\ln(1 + e^{D(\hat{x}, z) - D(x, z)})]$", "loss", 13)
+    page.box(428, 484, 268, 54, "texture: drawn slices above real ones\n"
+             r"$L_G = E[\ln(1 + e^{D(x, z) - D(\hat{x}, z)})]$", "loss", 13)
+    page.box(698, 484, 252, 54, "texture: like the slice after a blur $b$\n"
+             r"$L_b =$ mean$|b(\hat{x}) - b(x)|$", "loss", 13)
     return page
 
 

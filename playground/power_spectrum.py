@@ -2,9 +2,10 @@
 
     python playground/power_spectrum.py --first-stage vqvae        # trained with --gan-weight above 0
 
-Both decoders read the same latents of the first validation brains; the perceptual one draws texture. Above: power of their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is
-too much texture; the legend gives the price, SSIM over the slices and over the brain. Below: a piece of real slices
-and of the reconstructions, enlarged. Anterior is right.
+Both decoders read the same latents of the first validation brains; the perceptual one draws texture. Above: power of
+their pictures over that of the real ones, per spatial frequency; below 1 is blur, above 1 is too much texture; the
+legend gives the price, SSIM over the slices and over the brain. Below: a piece of real slices and of the
+reconstructions, enlarged. Anterior is right.
 """
 
 import argparse

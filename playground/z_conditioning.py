@@ -25,7 +25,7 @@ from dataset import Slices, find_data, has_masks, load_slices, to_uint8
 from model_discriminator import PatchDiscriminator
 from parts.autoencoder import Autoencoder
 from pictures import sheets
-from prestage_train import DISCRIMINATOR_CHANNELS, SCRIPT
+from prestage_train import SCRIPT
 from scores.metrics import mean_scores, slice_scores
 from training.checkpoints import fill_model, load_checkpoint
 from training.stages import load_first_stage
@@ -50,7 +50,7 @@ def permuted(z: Tensor, seed: int) -> Tensor:
 
 def load_discriminator(checkpoint: Path) -> PatchDiscriminator:
     """The discriminator of a checkpoint model_ckpt/NAME/sharpen.pt."""
-    critic = PatchDiscriminator(channels=DISCRIMINATOR_CHANNELS)
+    critic = PatchDiscriminator()
     fill_model(critic, load_checkpoint(checkpoint, SCRIPT)["critic"], checkpoint)
     return critic.eval().requires_grad_(False)
 
@@ -61,7 +61,8 @@ def judge(critic: PatchDiscriminator, model: Autoencoder, data: Slices, seed: in
     device, wrong, logits = model.latent_mean.device, permuted(data.z, seed), []
     for index in (wrong != data.z).nonzero()[:, 0].split(32):
         x, z, _ = data.batch(index, device)
-        logits.append(torch.stack([critic(model.crop(x), told)[0].mean((1, 2, 3)) for told in (z, wrong[index].to(z))]))
+        planes = critic.planes(model.crop(x), model.faithful(model.encode(x, z), z)[0])
+        logits.append(torch.stack([critic(planes, told).mean((1, 2, 3)) for told in (z, wrong[index].to(z))]))
     right, shuffled = torch.cat(logits, 1).cpu()
     return right, shuffled
 

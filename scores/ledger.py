@@ -96,11 +96,11 @@ def score_reconstruction(
     """Means with intervals, curves over z, power by frequency, and the price in bits, over a whole split.
 
     Args:
-        batch_size: slices at a time, by default those of one brain; where the decoder has grain, the slices of a batch
-            are decoded as neighbours of one brain.
+        batch_size: slices at a time, by default those of one brain; where the decoder draws texture, the slices of a
+            batch are decoded as neighbours of one brain.
         prior: adds "prior_bits", what the codes cost under it.
         seed: of the wrong z (a permutation of all slices' z) that the decoder gets for the scores "*_shuffled_z", and
-            of the grain for "*_drawn" and for the power, where the decoder has grain.
+            of the texture for "*_drawn" and for the power, where the decoder draws it.
     """
     generator = torch.Generator().manual_seed(seed)
     wrong_z = data.z[torch.randperm(len(data), generator=generator)]
@@ -143,7 +143,7 @@ def _pictures(data: Slices, index: Tensor) -> tuple[Tensor, Tensor | None]:
 def _decode(
     model: Autoencoder, latent: Tensor | tuple[Tensor, ...], z: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """uint8 [B, S, S], on the CPU, of a latent, or of codes, at z; with a generator the picture with its grain."""
+    """uint8 [B, S, S], on the CPU, of a latent, or of codes, at z; with a generator the picture with its texture."""
     codes = hasattr(model, "decode_indices")
     if generator is not None:
         x = model.draw(model.dequantise(latent) if codes else latent, z, generator)
@@ -267,7 +267,7 @@ def table(rows: list[dict]) -> str:
 
 
 def ledger_lines(result: dict) -> str:
-    """What the table has no column for, a line each: bits, codes or latent, shuffled z, grain, power by frequency."""
+    """What the table has no column for, a line each: bits, codes or latent, shuffled z, texture, power by frequency."""
     lines = [*_code_lines(result), *_latent_lines(result)]
     lines.append(f"shuffled z        SSIM {with_interval(result, 'ssim_shuffled_z')}, own z {result['ssim']:.4f}")
     if "brain_ssim" in result:
@@ -275,11 +275,11 @@ def ledger_lines(result: dict) -> str:
         lines[-1] += f"; brain SSIM {wrong}, own z {result['brain_ssim']:.4f}"
     if "ssim_drawn" in result:
         brain = f", brain SSIM {with_interval(result, 'brain_ssim_drawn')}" if "brain_ssim_drawn" in result else ""
-        lines.append(f"with grain        SSIM {with_interval(result, 'ssim_drawn')}{brain}")
+        lines.append(f"with texture      SSIM {with_interval(result, 'ssim_drawn')}{brain}")
     frequency, ratio = np.array(result["spectrum"]["frequency"]), result["spectrum"]["power_ratio"]
     rings = [int(np.abs(frequency - f).argmin()) for f in (0.05, 0.1, 0.2, 0.3, 0.4)]
     kept = ", ".join(f"{ratio[k]:.2f} at {frequency[k]:.2f}" for k in rings)
-    lines.append(f"power kept        {'with grain ' if 'ssim_drawn' in result else ''}{kept} cycles per pixel")
+    lines.append(f"power kept        {'with texture ' if 'ssim_drawn' in result else ''}{kept} cycles per pixel")
     return "\n".join(lines)
 
 

@@ -186,7 +186,7 @@ FIRST_STAGE += ["--codebook-size", 16, "--batch-size", 4, "--steps", 3, "--learn
 
 @pytest.fixture(scope="session")
 def first_stages(heads_folder, tmp_path_factory, run_in):
-    """first_stages("--model", "vqvae2"): the weights file of a first stage trained for a step a phase. Read only."""
+    """first_stages("--model", "vqvae2"): the weights of a first stage of one step, its texture of two. Read only."""
     import prestage_train
 
     made = {}
@@ -203,7 +203,7 @@ def first_stages(heads_folder, tmp_path_factory, run_in):
 
 @pytest.fixture(scope="session")
 def first_stage(first_stages) -> Path:
-    """The weights file of a VQ-VAE of heads_folder: latents of 4x6x7, 16 codes, grain. Read only."""
+    """The weights file of a VQ-VAE of heads_folder: latents of 4x6x7, 16 codes, texture. Read only."""
     return first_stages()
 
 

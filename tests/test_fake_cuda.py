@@ -19,7 +19,7 @@ import prestage_train
 import stable_diffusion
 from heads.people import CONDITIONS
 from model_diffusion import RECIPES, SAMPLERS, LatentDiffusion
-from model_discriminator import PatchDiscriminator, discriminator_loss, feature_matching_loss, generator_loss
+from model_discriminator import PatchDiscriminator, relativistic_loss
 from model_VAE import VAE, VQVAE, VQVAE2
 from parts.autoencoder import Autoencoder
 from pixelCNN import PixelCNN, PixelCNN2, brain_noise
@@ -66,22 +66,22 @@ def use_autoencoder(model: Autoencoder) -> list:
         model.use_decoder(decoder)
         latent = model.encode(x, z)
         out += [latent, model.decode(latent, z), model.reconstruct(x, z), model.prior_latent(2, cpu_generator())]
-        out += [model(x, z)[0], model.decode_with_grain(latent, z, cpu_generator()), model.channel_weight()]
-        out += [model.decode_with_grain(latent[1:3], z[1:3], cpu_generator(), Z)]
+        out += [model(x, z)[0], model.draw(latent, z, cpu_generator()), model.channel_weight()]
+        out += [model.draw(latent[1:3], z[1:3], cpu_generator(), Z)]
     model.set_latent_statistics([(x, z)])
     if not isinstance(model, VAE):
         idx = model.encode_indices(x, z)
         out += [idx, model.decode_indices(idx, z), model.dequantise(idx)]
-    model.train_only("grain")
-    return [*out, model.grain_loss(x, z), model.latent_mean]
+    latent = prestage_train.latents_of(model, x, z)
+    return [*out, latent, model.faithful(latent, z), model.latent_mean]
 
 
 def use_discriminator(model: PatchDiscriminator) -> list:
-    """In training, when its power iterations go on, and frozen; and all losses. Nothing goes backward without a GPU."""
+    """What it sees, its logits and all losses. Nothing goes backward without a GPU."""
     x, z = on_cuda(Z, 1, 64, 64), torch.arange(Z, device=CUDA)
-    (real, features), (fake, _) = model.train()(x, z), model.eval()(x, z)
-    losses = [discriminator_loss(real, fake), generator_loss(fake), feature_matching_loss(features, features)]
-    return [real, fake, features, losses, prestage_train.reconstruction_loss(x, x)]
+    planes = model.planes(x, x.flip(0))
+    real, drawn = model.train()(planes, z), model.eval()(planes, z)
+    return [planes, real, drawn, relativistic_loss(real, drawn), prestage_train.smooth(x, prestage_train.BLUR)]
 
 
 def use_recipe(model: LatentDiffusion) -> list:
@@ -118,7 +118,7 @@ def use_pixelcnn(model: PixelCNN | PixelCNN2) -> list:
 
 
 SIZES = {"image_size": 64, "box": (8, 4, 48, 56), "patch": 2, "widths": (8, 16), "blocks": 1, "latent_channels": 4}
-SIZES |= {"perceptual": True, "grain": True}
+SIZES |= {"perceptual": True}
 DIFFUSION = {"latent_shape": (4, 6, 7), "widths": (4, 8), "blocks": 1, "slices": 2, "slices_per_brain": Z, "modes": 2}
 DIFFUSION |= {"conditions": tuple(CONDITIONS), "moved": True, "T": 3}
 CODES = {"codebook_size": 16, "channels": 8, "layers": 2, "slices_per_brain": Z}
@@ -127,7 +127,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], list]]] =
     "vqvae": (lambda: VQVAE(**SIZES, codebook_size=16), use_autoencoder),
     "fsq": (lambda: VQVAE(**SIZES, levels=(3, 3, 3, 3)), use_autoencoder),
     "vqvae2": (lambda: VQVAE2(**SIZES, codebook_size=16), use_autoencoder),
-    "discriminator": (lambda: PatchDiscriminator(channels=8), use_discriminator),
+    "discriminator": (lambda: PatchDiscriminator(channels=(8, 8, 8)), use_discriminator),
     "diffusion": (lambda: LatentDiffusion(**DIFFUSION), use_diffusion),
     **{name: (lambda name=name: LatentDiffusion(**DIFFUSION, recipe=name), use_recipe) for name in RECIPES},
     "pixelcnn": (lambda: PixelCNN(**CODES, grid=(4, 6)), use_pixelcnn),
@@ -172,7 +172,7 @@ def left_on_the_cpu(name: str, tensor: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["vae", "vqvae", "fsq", "vqvae2", "discriminator", "diffusion"])
+@pytest.mark.parametrize("name", ["vae", "vqvae", "fsq", "vqvae2", "diffusion"])
 def test_a_buffer_left_on_the_cpu_is_found(name):
     """Whichever it is: the test above can fail. Only single numbers fit tensors of any device."""
     with made_on_cuda():
@@ -181,6 +181,7 @@ def test_a_buffer_left_on_the_cpu_is_found(name):
 
 
 @pytest.mark.parametrize("name, weight", [("pixelcnn", "position"), ("pixelcnn2", "bottom.layers.1.down.weight"),
+                                          ("vae", "texture.read.weight"), ("discriminator", "project.weight"),
                                           ("scorer", "stem.weight")])  # fmt: skip
 def test_a_weight_left_on_the_cpu_is_found(name, weight):
     assert left_on_the_cpu(name, weight)

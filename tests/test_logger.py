@@ -172,10 +172,10 @@ def test_curves_show_scalars_of_all_runs_at_their_values():
 
 
 def phased(*counts: int) -> Curves:
-    """A first stage with so many lines, a step each, in each of its three phases, and a report at the end of each."""
+    """A first stage with so many lines, a step each, in each of its two phases, and a report at the end of each."""
     log, step = [], 0
-    for names, report, count in zip((["codebook", "reconstruction"], ["reconstruction", "generator"], ["grain"]),
-                                    ("ssim", "ssim", "grain"), counts, strict=True):  # fmt: skip
+    for names, report, count in zip((["codebook", "reconstruction"], ["discriminator", "generator", "likeness"]),
+                                    ("ssim", "spectrum"), counts, strict=True):  # fmt: skip
         for _ in range(count):
             step += 1
             clocks = {"step": step, "seconds": 2.0 * step}
@@ -186,22 +186,22 @@ def phased(*counts: int) -> Curves:
 
 def test_phases_are_marked_where_their_losses_begin():
     """In every panel the names of just the phases that it shows, and a line where one begins inside."""
-    run = phased(20, 10, 5)
+    run = phased(20, 10)
     for x, unit in (("step", 1), ("seconds", 2)):
-        assert run.phases(x) == [("codec", 0), ("sharpen", 20 * unit), ("grain", 30 * unit)]
+        assert run.phases(x) == [("codec", 0), ("sharpen", 20 * unit)]
         shown = panels(draw_curves([run], x=x))
         said = {title: [text.get_text() for text in axis.texts] for title, axis in shown.items()}
-        assert said["Learning rate"] == ["codec", "sharpen", "grain"]
-        assert said["Reconstruction loss"] == ["codec", "sharpen"] and said["Generator's loss"] == ["sharpen"]
+        assert said["Learning rate"] == ["codec", "sharpen"]
+        assert said["Reconstruction loss"] == ["codec"] and said["Blurred slices, real - drawn"] == ["sharpen"]
         marks = [line.get_xdata()[0] for line in shown["Learning rate"].lines if line.get_linestyle() == ":"]
-        assert marks == [20 * unit, 30 * unit]
+        assert marks == [20 * unit]
     other = Curves("log/other", {}, [line for line in run.lines if "train/codebook" in line])
     assert not any(axis.texts for axis in panels(draw_curves([other])).values())  # one phase needs no name
 
 
 def test_runs_of_a_script_share_a_block_and_few_panels_are_drawn_unless_all_are_asked_for():
     """Blocks come in the order of the stages, and all together have at most MOST panels; what matters most is first."""
-    one, two = phased(20, 10, 5), phased(15, 15, 5)
+    one, two = phased(20, 10), phased(15, 15)
     names = [f"train/x{n}" for n in range(20)]
     many = [{"step": s, "seconds": s} | dict.fromkeys(names, 1.0) | {"validate/bits": 1 / s} for s in (1, 2, 3)]
     runs = [Curves("log/z", {"script": "pixelCNN.py"}, many), one, two]

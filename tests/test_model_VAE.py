@@ -1,4 +1,4 @@
-"""Laws of model_VAE.py and parts/autoencoder.py: the autoencoders against algebra, and their three parts."""
+"""Laws of model_VAE.py and parts/autoencoder.py: the autoencoders against algebra, and their two decoders."""
 
 import copy
 import math
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from model_VAE import MODELS, VAE, VQVAE, VQVAE2, quantise
-from parts.grain import KNEE, compand, noise_of_slices
 from parts.quantizer import FiniteScalarQuantizer
+from parts.texture import noise_of_slices
 
 
 def slices(count: int, fill_box: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +77,8 @@ def coded(request, tiny_sizes, awaken):
 
 @pytest.fixture
 def double(request, tiny_sizes, awaken, model):
-    """A tiny autoencoder of each kind with all three parts, as if its codec was trained."""
-    sizes = tiny_sizes | {"perceptual": True, "grain": True}
+    """A tiny autoencoder of each kind with texture, as if trained."""
+    sizes = tiny_sizes | {"perceptual": True}
     return as_if_trained(build(request.node.callspec.params["model"], sizes), awaken)
 
 
@@ -358,130 +358,81 @@ def test_models_that_cannot_be_built_are_refused(tiny_sizes):
             VQVAE(**tiny_sizes, **codes)
 
 
-def part_of(name: str) -> str:
-    module = name.partition(".")[0]
-    return module if module in ("perceptual", "grain") else "codec"
+def test_training_the_codec_leaves_the_texture_alone(double):
+    """And a loss of the texture leaves the codec alone, to the last bit, codebooks and counts too."""
+    (x, z), before = slices(3), copy.deepcopy(double.state_dict())
+    x_hat, losses = double.train()(x, z)
+    ((x_hat - double.crop(x)).abs().mean() + sum(losses.values())).backward()
+    assert all((parameter.grad is None) == name.startswith("texture.") for name, parameter in double.named_parameters())
+    double.eval().zero_grad()
+    double.load_state_dict(before)
+    faithful, features = double.faithful(double.encode(x, z), z)
+    assert not faithful.requires_grad and not features.requires_grad
+    double.texture(faithful, features, torch.randn_like(faithful), z).sum().backward()
+    assert all((parameter.grad is None) != name.startswith("texture.") for name, parameter in double.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in double.state_dict().items())
 
 
-@pytest.mark.parametrize("part", ["codec", "perceptual", "grain"])
-def test_training_one_part_changes_nothing_else(double, part):
-    """To the last bit, codebooks, counts and scale too; what is trained decodes, and nothing else has gradients."""
-    x, z = slices(2)
-    latent, faithful = double.encode(x, z), double.decode(double.encode(x, z), z)
-    before = copy.deepcopy(double.state_dict())
-    double.train_only(part)
-    optimizer = torch.optim.Adam((p for p in double.train().parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(3):
-        batch = slices(3)
-        x_hat, losses = (None, {}) if part == "grain" else double(*batch)
-        loss = double.grain_loss(*batch) if part == "grain" else (x_hat - double.crop(batch[0])).abs().mean()
-        optimizer.zero_grad()
-        (loss + (sum(losses.values()) if part == "codec" else 0)).backward()
-        optimizer.step()
-    double.eval()
-    changed = {name for name, tensor in double.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {part_of(name) for name in changed} == {part}
-    for name, parameter in double.named_parameters():
-        assert parameter.requires_grad == (part_of(name) == part)
-        assert (parameter.grad is not None) <= parameter.requires_grad
-        if part == "perceptual" and part_of(name) == part:
-            assert name in changed  # every layer
-    assert double.decoder_in_use == ("fidelity" if part == "codec" else "perceptual")
-    if part != "codec":
-        assert torch.equal(double.encode(x, z), latent)
-        double.use_decoder("fidelity")
-        assert torch.equal(double.decode(latent, z), faithful)
+def test_before_training_both_decoders_are_one(tiny_sizes):
+    model, (x, z) = build("vae", tiny_sizes, perceptual=True), slices(2)
+    latent = model.encode(x, z)
+    model.use_decoder("perceptual")
+    assert torch.equal(model.draw(latent, z, torch.Generator()), model.decode(latent, z))
 
 
-def test_both_decoders_make_a_difference_and_begin_alike(double):
-    x, z = slices(2)
+def test_texture_changes_no_weight_of_the_codec(tiny_sizes):
+    """Built from one seed, with and without it; also all that is drawn later is the same."""
+    drawn, weights = [], []
+    for perceptual in (False, True):
+        torch.manual_seed(3)
+        weights.append(build("vqvae2", tiny_sizes, perceptual=perceptual).state_dict())
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn) and all(torch.equal(weights[1][name], w) for name, w in weights[0].items())
+    more = weights[1].keys() - weights[0].keys()
+    assert more and all(name.startswith("texture.") for name in more)
+
+
+def test_texture_is_drawn_by_the_generator_over_the_faithful_picture(double):
+    """From noise of neighbouring slices; `decode` stays faithful, whichever decoder is in use."""
+    x, z = slices(3)
     latent = double.encode(x, z)
     faithful = double.decode(latent, z)
+
+    def draw(seed: int = 5, some=(0, 1, 2), **more) -> torch.Tensor:
+        return double.draw(latent[list(some)], z[list(some)], torch.Generator().manual_seed(seed), **more)
+
+    assert torch.equal(draw(), faithful)
     double.use_decoder("perceptual")
-    assert not torch.equal(double.decode(latent, z), faithful)
-    double.start_perceptual()
-    assert torch.equal(double.decode(latent, z), faithful)
-    copied = double.perceptual.state_dict()
-    assert all(torch.equal(tensor, copied[name]) for name, tensor in double.decoder.state_dict().items())
-    assert all(a is not b for a, b in zip(double.perceptual.parameters(), double.decoder.parameters()))
-
-
-def test_the_other_parts_change_no_weight_of_the_codec(tiny_sizes):
-    """Built from one seed, with and without them; also all that is drawn later is the same."""
-    drawn, weights = [], []
-    for parts in ({}, {"perceptual": True}, {"perceptual": True, "grain": True}):
-        torch.manual_seed(3)
-        weights.append(build("vqvae2", tiny_sizes, **parts).state_dict())
-        drawn.append(torch.rand(4))
-    for other, rand in zip(weights[1:], drawn[1:], strict=True):
-        assert torch.equal(rand, drawn[0]) and all(torch.equal(other[name], w) for name, w in weights[0].items())
-    assert {part_of(name) for name in weights[2]} == {"codec", "perceptual", "grain"}
-
-
-def test_the_perceptual_decoder_trains_on_codes_and_on_latents_by_turns(double):
-    """The fidelity decoder trains on codes alone. A VAE trains both on a sample of the posterior."""
-    x, z = slices(4)
-    if isinstance(double, VAE):
-        return
-    assert torch.allclose(double.pad(double(x, z)[0].clamp(-1, 1)), double.reconstruct(x, z), atol=1e-5)
-    double.train_only("perceptual")
-    picture, of_latents = double.pad(double(x, z)[0].clamp(-1, 1)), double.decode(double.encode(x, z), z)
-    assert torch.allclose(picture[::2], double.reconstruct(x, z)[::2], atol=1e-5)
-    assert torch.allclose(picture[1::2], of_latents[1::2], atol=1e-5)
-    assert not torch.allclose(picture[::2], of_latents[::2], atol=1e-3)
-
-
-def test_grain_is_a_field_of_the_generator_over_the_picture(double):
-    """Of noise of neighbouring slices; where its strength is the same everywhere, it adds to companded grey."""
-    x, z = slices(3)
-    latents = double.encode(x, z), double.encode(x.flip(0), z)
-
-    def with_grain(latent, seed=5):
-        return double.decode_with_grain(latent, z, torch.Generator().manual_seed(seed))
-
-    assert torch.equal(with_grain(latents[0]), double.decode(latents[0], z)) and not double.has_grain
-    double.use_decoder("perceptual")
-    assert double.has_grain and torch.equal(with_grain(latents[0]), with_grain(latents[0]))
-    assert (with_grain(latents[0]) - with_grain(latents[0], 6)).abs().max() > 1e-3
-    box, features = double._decode(double._denormalise(latents[0]), z)
+    assert torch.equal(double.decode(latent, z), faithful) and torch.equal(draw(), draw())
+    assert (draw() - draw(6)).abs().max() > 1e-3 and not torch.equal(draw(), faithful)
+    box, features = double.faithful(latent, z)
     white = noise_of_slices(3, *double.box[2:], torch.Generator().manual_seed(5))
-    expected = double.grain.add(box, white, double.grain.log_sd(features)).clamp(-1, 1)
-    assert torch.allclose(with_grain(latents[0]), double.pad(expected), atol=1e-5)
-    some = double.decode_with_grain(latents[0][[2, 0]], z[[2, 0]], torch.Generator().manual_seed(5), slices_per_brain=3)
-    assert torch.allclose(some, with_grain(latents[0])[[2, 0]], atol=1e-4)
-
-    torch.nn.init.zeros_(double.grain.strength[-1].weight)
-    torch.nn.init.constant_(double.grain.strength[-1].bias, -3)
-    pairs = [(double.crop(double.decode(latent, z)), double.crop(with_grain(latent))) for latent in latents]
-    fields = [compand(grainy) - compand(picture) for picture, grainy in pairs]
-    between = torch.stack([part for pair in pairs for part in pair])  # black is cut off, white bent
-    between = ((between > -1) & (between < KNEE)).all(0)
-    assert between.float().mean() > 0.1 and (pairs[0][0] - pairs[1][0])[between].abs().max() > 0.1
-    assert torch.allclose(fields[0][between], fields[1][between], atol=1e-4) and fields[0][between].std() > 0.02
+    assert torch.equal(double.pad(box), faithful)
+    assert torch.allclose(draw(), double.pad(double.texture(box, features, white, z).clamp(-1, 1)), atol=1e-5)
+    assert torch.allclose(draw(some=(2, 0), slices_per_brain=3), draw()[[2, 0]], atol=1e-4)
+    assert draw().amin() >= -1 and draw().amax() <= 1
 
 
-def test_parts_that_do_not_exist_are_refused(model, double):
+def test_decoders_that_do_not_exist_are_refused(model, double):
     for ask, words in (
         (lambda: double.use_decoder("sharp"), "neither fidelity nor perceptual"),
-        (lambda: double.train_only("decoder"), "neither codec, perceptual nor grain"),
         (lambda: model.use_decoder("perceptual"), "no perceptual decoder"),
-        (lambda: model.train_only("perceptual"), "no perceptual decoder"),
-        (lambda: model.start_perceptual(), "no perceptual decoder"),
-        (lambda: model.train_only("grain"), "no grain"),
-        (lambda: double.grain_loss(*slices(2)), "fidelity decoder.*no grain"),
     ):
         with pytest.raises(ValueError, match=words):
             ask()
     assert model.decoder_in_use == double.decoder_in_use == "fidelity"
+    with pytest.raises(ValueError, match="latent must be"):
+        double.use_decoder("perceptual")
+        double.draw(torch.zeros(2, 4, 3, 3), torch.arange(2), torch.Generator())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_float32_and_finite_in_half_precision(double, dtype):
+def test_pictures_and_losses_are_float32_and_finite_in_half_precision(double, dtype):
     x, z = slices(3)
-    for part in ("codec", "perceptual", "grain"):
-        double.train_only(part)
-        with torch.autocast("cpu", dtype):
-            x_hat, losses = (None, {"grain": double.grain_loss(x, z)}) if part == "grain" else double(x, z)
-            x_hat = double.decode(double.encode(x, z), z) if x_hat is None else x_hat
-        for tensor in (x_hat, *losses.values()):
-            assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+    double.use_decoder("perceptual")
+    with torch.autocast("cpu", dtype):
+        x_hat, losses = double(x, z)
+        latent = double.encode(x, z)
+        pictures = x_hat, double.decode(latent, z), double.draw(latent, z, torch.Generator())
+    for tensor in (*pictures, *losses.values()):
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all()

@@ -1,101 +1,117 @@
-"""Laws of model_discriminator.py: what a logit may depend on, and the losses by hand."""
+"""Laws of model_discriminator.py: what it sees, what a logit may depend on, and the losses by hand."""
+
+import math
 
 import pytest
 import torch
 
-import model_discriminator
-from model_discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from model_discriminator import LEVEL, PatchDiscriminator, gradient_penalty, relativistic_loss, smooth
 
-PATCH = 46  # receptive field of three strided 4x4 convolutions and the head: 1 + 3 (8 + 4 + 2 + 1)
+# receptive field: 1, and 2 more for a 3x3 at an eighth of the side, three strided 4x4, and a 3x3 at full resolution
+PATCH = 1 + 2 * 8 + 3 * (4 + 2 + 1) + 2
 
 
 @pytest.fixture
 def critic():
-    return PatchDiscriminator(channels=8).eval()
+    return PatchDiscriminator(channels=(8, 8, 8, 8)).eval()
 
 
 def test_a_logit_depends_on_one_patch(critic):
-    """By gradient: on all of 46x46 pixels around its position, and on nothing else."""
-    x = torch.randn(1, 1, 128, 128, requires_grad=True)
-    logits = critic(x, torch.tensor([3]))[0]
-    assert logits.shape[-2:] == (15, 15)
+    """By gradient: on all of 40x40 pixels around its position, and on nothing else."""
+    x = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = critic(x, torch.tensor([3]))
+    assert logits.shape == (1, 1, 16, 16) and PATCH == 40
     for i, j in ((7, 7), (5, 9)):
         (gradient,) = torch.autograd.grad(logits[0, 0, i, j], x, retain_graph=True)
-        seen = gradient[0, 0] != 0
+        seen = gradient[0].abs().amax(0) != 0
         rows, columns = (seen.any(axis).nonzero()[:, 0] for axis in (1, 0))
         assert rows.max() - rows.min() + 1 == PATCH == columns.max() - columns.min() + 1
         assert seen[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].float().mean() > 0.99
-        assert abs((rows.min() + rows.max()) / 2 - 8 * i - 7.5) <= 8  # near the position it stands for
+        for place, found in ((i, rows), (j, columns)):
+            assert (found.min() + found.max()) / 2 == 8 * place + 3.5  # the middle of its 8x8 pixels
 
 
 def test_slices_of_a_batch_do_not_see_each_other(critic):
-    """Also in training mode: batch statistics would tell real from fake by company."""
-    for network in (critic, PatchDiscriminator(channels=8).train()):
-        x = torch.randn(3, 1, 48, 48, requires_grad=True)
-        logits, features = network(x, torch.tensor([0, 5, 31]))
-        for out in (logits, *features):
-            (gradient,) = torch.autograd.grad(out[1].sum(), x, retain_graph=True)
-            assert gradient[1].any() and not gradient[[0, 2]].any()
+    """Also in training mode: batch statistics would tell real from drawn by company."""
+    for mode in (True, False):
+        x = torch.randn(3, 3, 48, 48, requires_grad=True)
+        logits = critic.train(mode)(x, torch.tensor([0, 5, 31]))
+        (gradient,) = torch.autograd.grad(logits[1].sum(), x)
+        assert gradient[1].any() and not gradient[[0, 2]].any()
 
 
 def test_z_enters_every_layer_and_every_logit_by_the_projection(critic):
-    """<E(z), phi(x)>, on top of what z does inside the layers."""
-    x, z = torch.randn(1, 1, 64, 64), torch.tensor([3])
-    (a, features_a), (b, features_b) = critic(x, z), critic(x, torch.tensor([28]))
-    assert (a != b).all() and all((f != g).float().mean() > 0.99 for f, g in zip(features_a, features_b))
-    with torch.no_grad():
-        critic.project.weight.zero_()
-    without = critic(x, z)[0]
-    assert torch.allclose(without, critic.head(features_a[-1]), atol=1e-6) and len(features_a) == 3
-    assert not torch.allclose(a, without, atol=1e-4)
+    """<E(z), phi(x)> counts alone where the layers are told nothing; each layer's shift counts alone too."""
+    x, z = torch.randn(1, 3, 64, 64), (torch.tensor([3]), torch.tensor([28]))
+    ways = [critic.project, *critic.shifts]
+    weights = [way.weight.detach().clone() for way in ways]
+    for alone in (None, *range(len(ways))):
+        for place, (way, weight) in enumerate(zip(ways, weights, strict=True)):
+            way.weight.data = weight if place == alone else torch.zeros_like(weight)
+        a, b = (critic(x, at) for at in z)
+        assert torch.equal(a, b) if alone is None else (a != b).float().mean() > 0.99, alone
 
 
-def test_convolutions_are_spectrally_normalised():
-    network = PatchDiscriminator(channels=8)
-    layers = [*network.convs, network.head]
-    with torch.no_grad():
-        for layer in layers:
-            layer.parametrizations.weight.original.mul_(50)
-    for _ in range(50):
-        network(torch.zeros(1, 1, 48, 48), torch.tensor([0]))
-    assert all(abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2) - 1) < 0.05 for layer in layers)
+def test_the_logit_is_its_formula(critic):
+    """Head of phi(x), and the mean over channels of E(z) phi(x)."""
+    features = []
+    critic.head.register_forward_hook(lambda module, inputs, output: features.append((inputs[0], output)))
+    x, z = torch.randn(2, 3, 32, 32), torch.tensor([3, 28])
+    logits = critic(x, z)
+    (phi, head), embedding = features[0], critic.project(torch.nn.functional.silu(critic.embed_z(z)))
+    assert torch.allclose(logits, head + torch.einsum("bc,bchw->bhw", embedding, phi)[:, None] / 8, atol=1e-5)
 
 
-def test_hinge_losses_and_feature_matching_by_hand():
-    """The latter is zero on equal features and moves the fake only; every layer counts the same, whatever its size."""
-    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
-    assert discriminator_loss(real, fake) == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
-    assert discriminator_loss(torch.tensor([1.0, 9.0]), torch.tensor([-1.0, -9.0])) == 0
-    assert generator_loss(fake) == pytest.approx(-1 / 3)
-    real = [torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 2, 2, requires_grad=True)]
-    assert model_discriminator.feature_matching_loss(real, [r.detach().clone() for r in real]) == 0
-    fake = [(r + shift).detach().requires_grad_() for r, shift in zip(real, (1.0, -3.0))]
-    loss = model_discriminator.feature_matching_loss(real, fake)
-    loss.backward()
-    assert loss.item() == pytest.approx((1 + 3) / 2)
-    assert all(r.grad is None for r in real) and all(f.grad.any() for f in fake)
+def test_the_relativistic_loss_by_hand():
+    better, worse = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-1.0, 0.0, 3.0])
+    by_hand = sum(math.log(1 + math.exp(-d)) for d in (3, 0, -4)) / 3
+    assert relativistic_loss(better, worse).item() == pytest.approx(by_hand)
+    assert relativistic_loss(better + 7, worse + 7).item() == pytest.approx(by_hand, rel=1e-5)  # only differences
+    assert relativistic_loss(better, better).item() == pytest.approx(math.log(2))
+    assert relativistic_loss(torch.tensor([50.0]), torch.tensor([-50.0])) < 1e-6
 
 
-def test_the_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clipped():
-    w, x = torch.randn(4, 3, requires_grad=True), torch.randn(3, 7)
-    ours, theirs = (w @ x).square().mean(), -(w @ x).mean()
-    norm = [torch.autograd.grad(loss, w, retain_graph=True)[0].norm() for loss in (ours, theirs)]
-    weight = adaptive_weight(ours, theirs, w, limit=1e6)
-    assert weight.item() == pytest.approx((norm[0] / (norm[1] + 1e-4)).item(), rel=1e-5) and not weight.requires_grad
-    assert adaptive_weight(7 * ours, theirs, w, limit=1e6).item() == pytest.approx(7 * weight.item(), rel=1e-5)
-    assert adaptive_weight(1e6 * ours, theirs, w) == 10 and adaptive_weight(1e6 * ours, theirs, w, limit=3.0) == 3
-    assert adaptive_weight(ours, 0 * theirs, w) == 10  # a silent critic divides by nothing
-    (ours + weight * theirs).backward()  # both graphs are whole afterwards
-    assert w.grad.any()
+def test_the_gradient_penalty_of_a_linear_critic_by_hand():
+    """Mean over the slices of the squared norm of the gradient; the same however many logits a slice has."""
+    weight, x = torch.randn(5, 7, requires_grad=True), torch.randn(4, 1, 5, 7, requires_grad=True)
+    logit = (weight * x).sum((1, 2, 3), keepdim=True)
+    penalty = gradient_penalty(logit, x)
+    assert penalty.item() == pytest.approx(weight.square().sum().item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(penalty, weight, retain_graph=True)
+    assert torch.allclose(gradient, 2 * weight, rtol=1e-4)  # it teaches the critic
+    eight = torch.stack([(weight[:4, :2] * patch).sum((1, 2)) for patch in
+                         (x[:, 0, :4, :2], x[:, 0, :4, 2:4], x[:, 0, :4, 4:6])], 1)  # fmt: skip
+    assert gradient_penalty(eight, x).item() == pytest.approx(weight[:4, :2].square().sum().item(), rel=1e-5)
 
 
-def test_the_adaptive_weight_is_the_same_in_float16(critic):
-    """Of losses averaged over many pixels, the gradient of one pixel is below the least number of float16."""
-    w, z = torch.randn(1, 4, requires_grad=True), torch.zeros(1, dtype=torch.long)
-    features, weights = torch.randn(4, 512 * 512), []
-    for half in (False, True):
-        with torch.autocast("cpu", torch.float16, enabled=half):
-            picture = (w @ features).float()
-            logits, _ = critic(picture[:, : 256 * 256].view(1, 1, 256, 256), z)
-        weights.append(adaptive_weight((picture - 1).abs().mean() / 256, generator_loss(logits), w, limit=1e6).item())
-    assert weights[1] == pytest.approx(weights[0], rel=0.02)
+def test_smooth_is_a_gaussian_that_keeps_the_mean_and_has_black_around_it():
+    black = torch.full((1, 1, 20, 24), -1.0)
+    assert torch.allclose(smooth(black, 2.0), black, atol=1e-5)
+    dot = black.clone()
+    dot[0, 0, 10, 12] = 0
+    spread = smooth(dot, 1.2)[0, 0] + 1
+    profile, place = spread.sum(0), torch.arange(24.0)
+    assert spread.sum().item() == pytest.approx(1, abs=1e-3)
+    assert (profile * place).sum().item() == pytest.approx(12, abs=1e-2)
+    assert (profile * (place - 12).square()).sum().sqrt().item() == pytest.approx(1.2, rel=0.03)
+    assert torch.allclose(spread, torch.outer(spread.sum(1), profile), atol=1e-5)  # alike in all rows
+    assert (smooth(-black, 2.0)[0, 0, 0] < 0.99).all()  # light at the border mixes with the black around
+
+
+def test_the_planes_are_picture_difference_and_detail():
+    """A constant shift of all pixels is seen by the first two, and by the third only near the black around."""
+    x, faithful = torch.rand(2, 1, 24, 28) * 2 - 1, torch.rand(2, 1, 24, 28) * 2 - 1
+
+    def planes(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)  # the same noise
+        return PatchDiscriminator.planes(x, faithful)
+
+    seen, moved = planes(x), planes(x + 0.25)
+    change = (moved - seen)[..., 3:-3, 3:-3].mean((0, 2, 3))
+    assert seen.shape == (2, 3, 24, 28)
+    assert torch.allclose((moved - seen)[:, 2, 3:-3, 3:-3], torch.zeros(()), atol=1e-4)
+    assert change[0].item() == pytest.approx(0.25, abs=1e-5) and change[1] > 4 * change[0]
+    noise = seen[:, :1] - x
+    assert 0.95 < noise.abs().max() / (LEVEL / 2) <= 1.001 and noise.mean().abs() < 0.05 * LEVEL  # half a grey level
+    ratio = seen[:, 1:2] / (seen[:, :1] - faithful)
+    assert torch.allclose(ratio, ratio[0, 0, 0, 0].expand_as(ratio), rtol=1e-3)

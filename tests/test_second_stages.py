@@ -53,7 +53,7 @@ def drawn(script, name: str, seed: int, i: int) -> np.ndarray:
 
 def test_a_run_leaves_what_the_layout_promises(script, name, trained, first_stage):
     model, inside = load(name)
-    assert inside.has_grain  # the decoder with grain is the default
+    assert inside.decoder_in_use == "perceptual"  # the default, where there is one
     assert model.slices_per_brain == 20 and model.description["data"]["slices"] == 80
     expected = load_first_stage(first_stage)
     assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), expected.state_dict().values()))

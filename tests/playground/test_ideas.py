@@ -74,14 +74,14 @@ def test_letters_are_large_enough_and_none_is_cut_or_covered(drawing):
 
 
 def test_field_of_view_is_where_a_verdict_has_a_gradient():
-    critic = PatchDiscriminator(channels=4).eval()
+    critic = PatchDiscriminator(channels=(4, 4, 4, 4)).eval()
     size, stride, first = ideas.field_of_view(critic)
-    x = torch.randn(1, 1, 96, 120, requires_grad=True)
-    verdicts = critic(x, torch.tensor([3]))[0][0, 0]
+    x = torch.randn(1, 3, 96, 120, requires_grad=True)
+    verdicts = critic(x, torch.tensor([3]))[0, 0]
     for row, column in ((4, 5), (6, 9)):
         (gradient,) = torch.autograd.grad(verdicts[row, column], x, retain_graph=True)
         for at, axis in ((row, 1), (column, 0)):
-            seen = gradient[0, 0].abs().amax(axis).nonzero()[:, 0].tolist()
+            seen = gradient[0].abs().amax((0, 1 + axis)).nonzero()[:, 0].tolist()
             assert seen == list(range(first + stride * at, first + stride * at + size))
 
 

@@ -151,27 +151,27 @@ def test_a_decoder_that_needs_z_is_found_out(tiny_sizes, validate, monkeypatch):
     assert result["ssim"] == pytest.approx(1) and result["ssim_shuffled_z"] < 0.9
 
 
-def test_grain_has_scores_of_its_own_and_the_power(tiny_sizes, validate, awaken):
-    """The other scores are those of the picture without it; equal seeds give equal grain."""
-    model = fitted(VQVAE(**tiny_sizes, codebook_size=16, perceptual=True, grain=True), validate)
-    model.start_perceptual()
+def test_texture_has_scores_of_its_own_and_the_power(tiny_sizes, validate, awaken):
+    """The other scores are those of the faithful picture; equal seeds give equal texture."""
+    model = fitted(VQVAE(**tiny_sizes, codebook_size=16, perceptual=True), validate)
+    faithful = score_reconstruction(model, validate, batch_size=8)
     model.use_decoder("perceptual")
-    awaken(model.grain, 1.0)
-    assert model.has_grain
+    awaken(model.texture)
     result, again, other = (score_reconstruction(model, validate, batch_size=8, seed=seed) for seed in (0, 0, 1))
     x, z, _ = validate.batch(EVERY)
     generator = torch.Generator().manual_seed(0)
     torch.randperm(8, generator=generator)  # of the wrong z
     latent = model.dequantise(model.encode_indices(x, z))
     with torch.no_grad():
-        drawn = dataset.to_uint8(model.decode_with_grain(latent, z, generator))[:, 0]
+        drawn = dataset.to_uint8(model.draw(latent, z, generator))[:, 0]
+    assert faithful["ssim"] == result["ssim"] and "ssim_drawn" not in faithful
     direct = slice_scores(drawn, validate.images, validate.masks)
     for name in ("ssim", "brain_ssim", "psnr"):
         assert result[f"{name}_drawn"] == pytest.approx(direct[name].mean().item(), rel=1e-4)
         assert result[f"{name}_drawn"] == again[f"{name}_drawn"] != other[f"{name}_drawn"] < result[name]
     power = radial_spectrum(drawn).sum(0) / radial_spectrum(validate.images).sum(0)
     assert result["spectrum"]["power_ratio"] == pytest.approx(power.tolist(), rel=1e-3)
-    assert "with grain        SSIM" in ledger_lines(result) and "power kept        with grain" in ledger_lines(result)
+    assert "with texture      SSIM" in ledger_lines(result) and "power kept        with texture" in ledger_lines(result)
 
 
 def test_codes_of_two_levels_are_priced_one_by_one(tiny_sizes, validate):

@@ -16,7 +16,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import prestage_train
 import stable_diffusion
 import util
 from training import run
@@ -47,7 +46,7 @@ def main() -> None:
 
 if rank == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1":
     time.sleep(3)  # the other process must wait, and not look for the one that is gone
-prestage_train.DISCRIMINATOR_CHANNELS, stable_diffusion.BLOCKS = 8, 1
+stable_diffusion.BLOCKS = 1
 run.Run.save, run.update_ema = save_and_keep, update_or_die
 if __name__ == "__main__":
     util.command(main)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, unlike
 
-import prestage_train
 import stable_diffusion
 import util
 from logger import read_log
@@ -123,7 +122,7 @@ def together(runs, tmp_path_factory) -> tuple[Path, str]:
 def processes_differ(folder: Path, other: Path, name: str) -> list[str]:
     """Where the first process of a run in `folder` and the second in `other` differ at the end of a phase."""
     phases = [path.name.removesuffix("_0.pt") for path in folder.glob(f"{name}_*_0.pt")]
-    assert len(phases) == (3 if name == "vqvae" else 1)
+    assert len(phases) == (2 if name == "vqvae" else 1)
     pairs = ((torch.load(folder / f"{phase}_0.pt"), torch.load(other / f"{phase}_1.pt"), phase) for phase in phases)
     return [found for pair in pairs for found in unlike(*pair)]
 
@@ -143,12 +142,11 @@ def test_two_processes_train_one_run(runs, together):
 @pytest.mark.parametrize("name", ["vqvae", "vae", "diffusion", "pixelcnn"])
 def test_two_processes_make_what_one_makes_of_the_joined_batch(name, runs, together, run_in, monkeypatch, tmp_path):
     """Weights and buffers, of model, average and discriminator, after six steps, up to roundings."""
-    monkeypatch.setattr(prestage_train, "DISCRIMINATOR_CHANNELS", 8)
     monkeypatch.setattr(stable_diffusion, "BLOCKS", 1)
     script, *flags = runs[name]
     run_in(tmp_path, importlib.import_module(script), *flags, "--batch-size", 4)
     checkpoints = list((tmp_path / "model_ckpt" / name).glob("*.pt"))
-    assert len(checkpoints) == (3 if name == "vqvae" else 1)
+    assert len(checkpoints) == (2 if name == "vqvae" else 1)
     for checkpoint in checkpoints:
         one, two = (torch.load(folder / "model_ckpt" / name / checkpoint.name) for folder in (tmp_path, together[0]))
         for part in {"model", "ema", "critic"} & one.keys():

@@ -15,7 +15,7 @@ import util
 from logger import read_log
 from training import run as training_run
 from training.checkpoints import save_weights
-from training.run import REPORTS, Average, Run, learning_rate_factor, update_ema
+from training.run import REPORTS, Run, learning_rate_factor, update_ema
 from training.settings import Flags, open_run
 from util import UserError
 
@@ -111,14 +111,6 @@ def test_ema_warms_up_copies_buffers_and_leaves_alone_what_is_frozen():
         ema.line.weight.fill_(0.0)
     update_ema(ema, model, 10**6, decay=0.99)
     assert torch.allclose(ema.line.weight, torch.tensor(0.01)) and torch.equal(model.line.weight, torch.ones(1, 1))
-
-
-def test_an_average_begins_with_the_first_and_leaves_out_what_is_not_finite():
-    average = Average(decay=0.5)
-    assert [average.add(value) for value in (math.inf, 4.0, math.nan, 8.0)] == [0, 4, 4, 6]
-    again = Average(decay=0.5)
-    again.load_state_dict(average.state_dict())
-    assert again.add(2.0) == 4
 
 
 @pytest.mark.parametrize("steps", [1, 7, 10, 25, 31])

@@ -22,10 +22,15 @@ def slices(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 2 * torch.rand(count, 1, 64, 64) - 1, torch.arange(count)
 
 
+def noise() -> torch.Generator:
+    """Of the texture, always the same."""
+    return torch.Generator().manual_seed(5)
+
+
 @pytest.fixture(params=VARIANTS)
 def described(request, tiny_sizes) -> dict:
     """The description of a tiny autoencoder of each kind with all its parts."""
-    sizes = tiny_sizes | VARIANTS[request.param] | {"perceptual": True, "grain": True}
+    sizes = tiny_sizes | VARIANTS[request.param] | {"perceptual": True}
     return {"kind": request.param.split()[0], "model_kwargs": sizes, "step": 3}
 
 
@@ -50,11 +55,11 @@ def test_a_saved_model_gives_identical_outputs(trained, path):
     x, z = slices(3)
     latent, faithful = trained.encode(x, z), trained.decode(trained.encode(x, z), z)
     trained.use_decoder("perceptual")
-    sharp = trained.decode(latent, z)
+    sharp = trained.draw(latent, z, noise())
     files = (path, "fidelity", faithful), (path.parent, "perceptual", sharp), (path, None, sharp)
     for run, decoder, picture in files:
         loaded = load_first_stage(run, decoder=decoder)
-        assert torch.equal(loaded.encode(x, z), latent) and torch.equal(loaded.decode(latent, z), picture)
+        assert torch.equal(loaded.encode(x, z), latent) and torch.equal(loaded.draw(latent, z, noise()), picture)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert loaded.description["step"] == 3
         assert loaded.description["digest"] == latent_digest(trained.state_dict())
@@ -89,10 +94,10 @@ def test_what_a_frozen_first_stage_does_not_take_is_said(path):
         model.bfloat16().decode(latent, z)
 
 
-def test_the_digest_of_latents_ignores_decoders_and_grain(trained):
+def test_the_digest_of_latents_ignores_decoder_and_texture(trained):
     """Whoever learned the latents of one first stage can decode with another that differs in its decoders only."""
     before = latent_digest(trained.state_dict())
-    for layer in (trained.decoder.stem, trained.perceptual.stem, trained.grain.strength[2]):
+    for layer in (trained.decoder.stem, trained.texture.stem):
         layer.weight.data += 1
     assert latent_digest(trained.state_dict()) == before
     trained.encoder.stem[1].weight.data += 1
@@ -142,7 +147,7 @@ def test_a_file_of_another_kind_shape_or_decoder_is_refused(trained, described, 
         checkpoints.save_weights(path, tensors, described | other)
         with pytest.raises(util.UserError, match=words):
             load_first_stage(path, decoder="perceptual")
-    assert load_first_stage(path, decoder=None).perceptual is None
+    assert load_first_stage(path, decoder=None).texture is None
 
 
 OPTIONS = {"ema": True, "sphere": False, "rotation": False}  # of a quantiser of release 1
@@ -170,6 +175,25 @@ def test_a_second_stage_carries_its_first(trained, path):
         load_second_stage("nobody", {"prior": Prior})
     with pytest.raises(util.UserError, match=trained.kind):
         load_second_stage(path, {"prior": Prior})
+
+
+@pytest.mark.parametrize("extra", [{"perceptual": True, "grain": True}, {"perceptual": True}, {"grain": False}])
+def test_the_perceptual_decoder_of_release_1_is_left_out(trained, described, tmp_path, extra):
+    """Its pictures came from another network; the codec is the same to the last bit, and decodes alone."""
+    (x, z), path = slices(3), tmp_path / "release_1.safetensors"
+    weights = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("texture.")}
+    if "perceptual" in extra:
+        weights |= {f"perceptual.{name}": tensor for name, tensor in trained.decoder.state_dict().items()}
+    if extra.get("grain"):
+        weights |= {"perceptual.grain.synthesis": torch.ones(3), "grain.strength.2.weight": torch.ones(3)}
+    kwargs = {name: value for name, value in described["model_kwargs"].items() if name != "perceptual"} | extra
+    checkpoints.save_weights(path, weights, described | {"model_kwargs": kwargs})
+    loaded = load_first_stage(path, decoder=None)
+    assert loaded.texture is None and loaded.decoder_in_use == "fidelity"
+    assert loaded.description["digest"] == latent_digest(trained.state_dict())
+    assert torch.equal(loaded.decode(loaded.encode(x, z), z), trained.decode(trained.encode(x, z), z))
+    with pytest.raises(util.UserError, match="no perceptual decoder.*--start-from"):
+        load_first_stage(path, decoder="perceptual")
 
 
 def test_weights_of_removed_choices_are_refused(tiny_sizes, tmp_path):
