@@ -18,7 +18,7 @@ from util import UserError
 
 def latent_digest(weights: dict[str, Tensor]) -> str:
     """16 hexadecimal digits of all that latents depend on: first stages that differ in their decoders share them."""
-    decoding = ("decoder.", "texture.")
+    decoding = ("decoder.", "texture.", "perceptual.", "grain.")  # the last two in files of release 1
     return digest_of({name: tensor for name, tensor in weights.items() if not name.startswith(decoding)})
 
 
