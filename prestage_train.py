@@ -342,7 +342,8 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
             "likeness": (smooth(drawn, BLUR) - smooth(real, BLUR)).abs().mean(),
             "below_black": F.relu(-1 - drawn).mean(),
         }
-        if run.update(losses, {"generator": args.gan_weight, "likeness": LIKENESS}):
+        weights = {"generator": args.gan_weight, "likeness": LIKENESS}
+        if run.update(losses, weights, {"discriminator": loss}):
             model.texture.load_state_dict(run.ema.state_dict())
             if run.report_due:
                 picture = draw_reconstructions(model, held_out, run.before + run.done)

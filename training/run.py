@@ -274,9 +274,15 @@ class Run:
         for optimizer in optimizers:
             self.scaler.step(optimizer)
 
-    def update(self, losses: dict[str, Tensor], weights: dict[str, float] | None = None) -> bool:
+    def update(
+        self,
+        losses: dict[str, Tensor],
+        weights: dict[str, float] | None = None,
+        others: dict[str, Tensor] | None = None,
+    ) -> bool:
         """Trains the model on the weighted sum of the losses (weight 1 unless given), averages it, writes the log.
 
+        `others` are losses of other networks, for the log.
         Returns whether to save now: a report is due, the run is to stop, or the last checkpoint is old.
         """
         weights = weights or {}
@@ -285,7 +291,7 @@ class Run:
         self.scaler.update()
         update_ema(self.ema, self.model, self.step, self.decay)
         self.done, self.shown = self.step + 1, total.detach()
-        scalars = {f"train/{name}": loss for name, loss in losses.items()}
+        scalars = {f"train/{name}": loss for name, loss in (losses | (others or {})).items()}
         scalars |= {f"weight/{name}": weight for name, weight in weights.items()} | {"learning_rate": self.rate}
         self.logger.add(self.before + self.done, scalars, self.args.batch_size * self.world)
 
