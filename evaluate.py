@@ -48,7 +48,7 @@ def flags() -> argparse.ArgumentParser:
         help="first stage: run name, folder or weights file (default: %(default)s)")  # fmt: skip
     add("--samples", metavar="RUN", help="score new brains instead: a second stage's run, or a folder of slices")
     add("--train-scorer", type=util.positive_int, nargs="?", const=STEPS, metavar="STEPS", help="train the scorer of "
-        f"samples instead, {STEPS} steps, 25 minutes on a CPU core; the same command resumes")  # fmt: skip
+        f"samples instead, {STEPS} steps, half an hour on a CPU core; the same command resumes")  # fmt: skip
     add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all")
     add("--scorer", metavar="RUN", help="reads the samples: run or file; default: the run scorer, else the released "
         "one; with --train-scorer the name of the run to train")  # fmt: skip

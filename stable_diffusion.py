@@ -8,10 +8,10 @@ The slices of a brain are denoised together: their noise is correlated along z a
 network slices one by one, and later, unless --slices is 1, windows of so many neighbouring slices, which hear of each
 other.
 
-Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into
-NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG slices
-(pictures/volume.py), process.gif, one slice on its way from noise, samples.json, what they come from,
-and index.html, a page that shows them in three planes.
+Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis. Sampling writes, into
+NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG
+slices, both also as masks of tissue (pictures/volume.py); process.gif, one slice on its way from noise; samples.json,
+what they come from; and index.html, a page that shows them in three planes.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def draw(heads: dict[str, np.ndarray], z: list[int], title: str):
 
 def main() -> None:
     args = flags().parse_args()
-    device, folder = util.pick_device(args.device), find_data(args.data)
+    device = util.pick_device(args.device)
     model, first_stage = load_second_stage(args.run, MODELS, device)
     encoder, Z = find_encoder(first_stage), model.slices_per_brain
     if encoder is None:
@@ -115,6 +115,7 @@ def main() -> None:
     missing = [n for n in range(Z) if n not in z]
     if not missing:
         raise UserError(f"--every {args.every}: all slices are given; choose 2 or more")
+    folder = find_data(args.data)
     data = load_slices(folder, "validate", first_stage.image_size, masks=has_masks(folder, "validate"))
     whole = data.whole_cases()[: args.heads]
     if not len(whole) or data.slices_per_brain != Z:

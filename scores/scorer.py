@@ -193,7 +193,7 @@ def train_scorer(
     precision: str = "auto",
     model_kwargs: dict | None = None,
 ) -> dict:
-    """Trains a scorer on the training split of a data folder, 25 minutes on one CPU core; the same call resumes.
+    """Trains a scorer on the training split of a data folder, half an hour on one CPU core; the same call resumes.
 
     Args:
         device, precision: as the flags of training.

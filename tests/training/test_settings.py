@@ -56,7 +56,8 @@ def test_a_default_lives_in_one_place(name):
     assert all(set(values) == decided for values in flags.presets.values())
     assert all(plain[flag] is None for flag in decided)
     undecided = {flag for flag, value in plain.items() if value is None} - decided
-    assert undecided <= {"data", "name", "preset", "minutes", "start_from", "levels", "out", "age", "sex", "cdr"}
+    of_sampling = {"out", "complete", "age", "sex", "cdr"}
+    assert undecided <= {"data", "name", "preset", "minutes", "start_from", "levels"} | of_sampling
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,9 @@ def test_flags_of_one_start_and_of_sampling_are_neither_recorded_nor_inherited()
 
 
 def test_all_that_decides_how_a_brain_looks_is_in_the_record_of_samples():
-    """Every flag of sampling does, but for those that say whether, how many and where."""
+    """Every flag of sampling does, but for those that say whether, which, how many and where."""
     flags = stable_diffusion.flags()
-    others = {"sample", "brains", "out"}
+    others = {"sample", "complete", "brains", "out"}
     group = {action.dest for action in flags.groups["sampling"]._group_actions}
     assert others < group and flags.sampling == group - others | {"seed", "precision"}
     assert settings.file_digest(Path(stable_diffusion.__file__)) != settings.file_digest(Path(prestage_train.__file__))
