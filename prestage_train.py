@@ -32,11 +32,11 @@ from training.stages import load_first_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
-SHARPEN = 0.5  # of the steps; the codec has the rest
+SHARPEN = 7 / 12  # of the steps; the codec has the rest
 KL_CYCLES, KL_RAMP = 4, 0.5  # of cyclical annealing: how many, and the share of each in which the weight rises
 GAN_WEIGHT = 1.0  # with --start-from, where the preset would train no perceptual decoder
 LIKENESS, BLUR = 20.0, 2.0  # weight of the difference from the real slice, after a blur of so many pixels
-BETAS = (0.0, 0.99)  # of Adam, against a critic that moves too
+BETAS, SHARE = (0.0, 0.99), 0.5  # of Adam; of batch size and learning rate: the critic moves too
 # The penalty's weight falls from the first to the second: a free critic is too sure at first, a bound one too weak in
 # the end. It is computed every so many steps, and counts so many times then (Karras et al. 2020, "StyleGAN2").
 PENALTY, EVERY = (0.03, 0.0012), 4
@@ -307,10 +307,10 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
     model = with_texture(codec).to(device)
     model.use_decoder("perceptual")
     codec = codec.to(device).eval().requires_grad_(False)
-    (critic_optimizer,) = new_optimizers(critic, args.learning_rate, BETAS)
+    (critic_optimizer,) = new_optimizers(critic, SHARE * args.learning_rate, BETAS)
     trained = copy.deepcopy(model.texture)  # the model has its average
     run = Run(args, trained, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
-              built_on=digest_of(codec.state_dict()), betas=BETAS,
+              built_on=digest_of(codec.state_dict()), betas=BETAS, share=SHARE,
               keep={"critic": critic, "critic_optimizer": critic_optimizer})  # fmt: skip
     for step in run.steps():
         x, z, _ = train.batch(run.index(len(train)), run.device)  # unmoved: interpolation takes the texture away

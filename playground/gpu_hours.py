@@ -84,12 +84,15 @@ def first_stage() -> Work:
 
     def memory(B: int) -> int:
         (model, critic), (x, z) = models(), slices(B)
+        codec = step_bytes(model, (x, z), {}, half)
+        x, z = slices(round(prestage_train.SHARE * B))
         known = drawing(model, x, z)
         seen = torch.cat([known[0]] * 3, 1)
         sharpening = step_bytes(model.texture, known, {}, half) + 3 * step_bytes(critic, (seen, z), {}, half)
-        return max(step_bytes(model, (x, z), {}, half), sharpening)
+        return max(codec, sharpening)
 
-    return Work(args["batch_size"] * sum(steps[phase] * work[phase] for phase in steps), memory)
+    operations = steps["codec"] * work["codec"] + prestage_train.SHARE * steps["sharpen"] * work["sharpen"]
+    return Work(args["batch_size"] * operations, memory)
 
 
 def diffusion() -> Work:

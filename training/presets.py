@@ -13,9 +13,9 @@ PRESETS: dict[str, dict[str, dict]] = {
         "demo": {"image_size": 64, "patch": 4, "widths": (32, 64), "blocks": 1, "codebook_size": 256,
                  "steps": 400, "batch_size": 16, "learning_rate": 1e-3, "gan_weight": 0.0},
         "small": {"image_size": 256, "patch": 8, "widths": (128,), "blocks": 3, "codebook_size": 1024,
-                  "steps": 3800, "batch_size": 4, "learning_rate": 8e-4, "gan_weight": 1.0},
+                  "steps": 24_000, "batch_size": 4, "learning_rate": 8e-4, "gan_weight": 1.0},
         "base": {"image_size": 256, "patch": 4, "widths": (96, 192), "blocks": 3, "codebook_size": 1024,
-                 "steps": 36_000, "batch_size": 32, "learning_rate": 3e-4, "gan_weight": 1.0},
+                 "steps": 54_000, "batch_size": 32, "learning_rate": 3e-4, "gan_weight": 1.0},
     },
     "stable_diffusion.py": {
         "demo": {"widths": (64, 128), "slices": 8, "moved_heads": 0,

@@ -82,13 +82,14 @@ class Run:
         data: {split: Slices}; a run never goes on with other slices.
         steps: of this phase.
         phase: names the checkpoint, model_ckpt/NAME/PHASE.pt.
-        before: steps of the phases before, so that log and seeds go on.
+        before: steps of the phases before, so that the log goes on.
         built_on: digest of what the phase starts from; with another one it starts anew.
         begin: is called where there is no checkpoint, to set what is measured and not trained.
         keep: what else the checkpoint holds: {name: something with state_dict and load_state_dict}.
         decay: of the average.
         matrices: weights of the model that Muon trains, and not Adam.
         betas: Adam's.
+        share: of the settings' batch size and learning rate, for this phase.
     Raises UserError where data or checkpoint belong to another run.
     """
 
@@ -107,8 +108,10 @@ class Run:
         decay: float = 0.999,
         matrices: list[nn.Parameter] = (),
         betas: tuple[float, float] = (0.9, 0.99),
+        share: float = 1.0,
     ):
         self.args, self.total, self.phase, self.before = args, steps, phase, before
+        self.batch_size, self.learning_rate = max(1, round(share * args.batch_size)), share * args.learning_rate
         self.rank, self.world = util.start_processes()
         self.device = util.pick_device(args.device)
         self.built_on, self.decay, self.done, self.step = built_on, decay, 0, 0
@@ -131,7 +134,7 @@ class Run:
         # channels_last: convolutions run twice as fast in half precision, on GPU and CPU
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizers = new_optimizers(model, args.learning_rate, betas, matrices)
+        self.optimizers = new_optimizers(model, self.learning_rate, betas, matrices)
         halves = util.autocast_dtype(self.device, args.precision) == torch.float16  # whose small gradients would be 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
         self._network = torch.compile(model) if args.compile else model
@@ -195,8 +198,8 @@ class Run:
             left = range(self.done, self.total)
             for step in util.progress(left, title, self.total, "step", start=self.done, note=self._loss_in_words):
                 self.step = step
-                torch.manual_seed(util.mix_seed(self.args.seed, self.before + step, 0))  # see util.draw_together
-                self.rate = self.args.learning_rate * learning_rate_factor(step, self.total)
+                torch.manual_seed(util.mix_seed(self.args.seed, step, 0))  # see util.draw_together
+                self.rate = self.learning_rate * learning_rate_factor(step, self.total)
                 for optimizer in self.kept.values():
                     for group in getattr(optimizer, "param_groups", []):
                         group["lr"] = self.rate
@@ -221,17 +224,17 @@ class Run:
 
     def index(self, count: int, batch_size: int | None = None) -> Tensor:
         """int64 [batch_size]: which of `count` examples this process sees in this step; an epoch is a permutation."""
-        batch_size = batch_size or self.args.batch_size
-        return util.batch_index(self.args.seed, self.before + self.step, batch_size, count, self.rank, self.world)
+        batch_size = batch_size or self.batch_size
+        return util.batch_index(self.args.seed, self.step, batch_size, count, self.rank, self.world)
 
     def generator(self) -> torch.Generator:
         """A generator on the CPU for this step and process, such as for augmentation."""
-        seed = util.mix_seed(self.args.seed, self.before + self.step, self.rank, 1)
+        seed = util.mix_seed(self.args.seed, self.step, self.rank, 1)
         return torch.Generator().manual_seed(seed)
 
     def moves(self) -> Tensor:
         """float32 [batch_size, 4]: how the slices of `index` are moved; the same for any number of processes."""
-        B, seed = self.args.batch_size, util.mix_seed(self.args.seed, self.before + self.step, 0, 1)
+        B, seed = self.batch_size, util.mix_seed(self.args.seed, self.step, 0, 1)
         moves = random_moves(B * self.world, torch.Generator().manual_seed(seed))
         return moves[self.rank * B :][:B]
 
@@ -293,7 +296,7 @@ class Run:
         self.done, self.shown = self.step + 1, total.detach()
         scalars = {f"train/{name}": loss for name, loss in (losses | (others or {})).items()}
         scalars |= {f"weight/{name}": weight for name, weight in weights.items()} | {"learning_rate": self.rate}
-        self.logger.add(self.before + self.done, scalars, self.args.batch_size * self.world)
+        self.logger.add(self.before + self.done, scalars, self.batch_size * self.world)
 
         now, minutes = time.monotonic(), self.args.minutes
         self.stepped = now

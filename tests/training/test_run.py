@@ -169,7 +169,7 @@ def test_only_what_is_possible_is_advised(capsys):
 
 
 def test_phases_go_on_counting():
-    """Seeds and log of the second phase follow those of the first; the rate begins anew."""
+    """In the log; seeds and rate begin anew, so that a phase does not depend on what came before."""
     drawn = {}
     for phase, before in (("first", 0), ("second", 3)):
         run = Run(parse(), Line(), data={"train": Data()}, steps=3, phase=phase, before=before)
@@ -177,8 +177,7 @@ def test_phases_go_on_counting():
             drawn[before + run.step] = (torch.rand(()).item(), *run.index(24).tolist(), run.generator().initial_seed())
             if run.update({"loss": run.model(Data().x)}):
                 run.save()
-    assert len(set(drawn.values())) == 6
-    assert torch.cat([util.batch_index(0, step, 4, 24) for step in range(6)]).sort()[0].tolist() == list(range(24))
+    assert len(set(drawn.values())) == 3 and all(drawn[step] == drawn[step + 3] for step in range(3))
     assert [line["step"] for line in read_log(Path("log/line"))] == [1, 2, 3, 4, 5, 6]
     Run(parse(), Line(), data={"train": Data()}, steps=3, phase="first")  # as the same command does
     assert [line["step"] for line in read_log(Path("log/line"))] == [1, 2, 3, 4, 5, 6]
