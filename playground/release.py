@@ -144,17 +144,35 @@ def training_runs(described: dict) -> list[dict]:
     return [made.get("training", made) | {"step": made["step"]} for made in made_by]  # a scorer has it all in one
 
 
+def card_tables(files: list[Path]) -> str:
+    """The model card's tables of files, and of how they were made, in Markdown."""
+    tables = []
+    for columns, row in ((FILE_COLUMNS, file_row), (TRAINING_COLUMNS, training_row)):
+        tables.append("\n".join([columns, "|---" * (columns.count("|") - 1) + "|", *map(row, files)]))
+    return "\n\n".join(tables) + "\n"
+
+
+def print_rows(file: Path) -> None:
+    """Says what was written, and prints its rows of the model card."""
+    print(f"\nwritten: {file}\n\nfor the model card, pretrained/README.md:\n\n{card_tables([file])}")
+
+
 def main() -> None:
     args = flags().parse_args()
     if args.file.suffix != ".safetensors":
         raise UserError(f"{args.file} must end in .safetensors")
     path = find_weights(args.run, "python prestage_train.py, stable_diffusion.py or pixelCNN.py")
-    is_first = load_weights(path)[1]["kind"] in MODELS
+    weights, described = load_weights(path)
+    record = described.get("training") or training_record(path.parent.name)
+    if described["kind"] == "scorer":  # is in fp16 already
+        save_weights(args.file, weights, without_folders(described | {"training": record}))
+        print_rows(args.file)
+        return
+    is_first = described["kind"] in MODELS
     if is_first and (args.first_stage or args.without_encoder):
         raise UserError("--first-stage and --without-encoder are for second stages: this is a first stage itself")
     prior, before = (None, load_first_stage(path)) if is_first else load_second_stage(path, PRIORS, decoder="fidelity")
     described = (before if is_first else prior).description
-    record = described.get("training") or training_record(path.parent.name)
     if args.first_stage:
         carried, before = before, load_first_stage(args.first_stage)
         if before.description["digest"] != carried.description["digest"]:
@@ -174,9 +192,7 @@ def main() -> None:
     description = without_folders((own if is_first else described | {"first_stage": own}) | {"training": record})
     save_weights(args.file, weights, description)
 
-    print(f"\nwritten: {args.file}\n\nfor the model card, pretrained/README.md:\n")
-    for columns, row in ((FILE_COLUMNS, file_row), (TRAINING_COLUMNS, training_row)):
-        print(f"{columns}\n{'|---' * (columns.count('|') - 1)}|\n{row(args.file)}\n")
+    print_rows(args.file)
 
 
 if __name__ == "__main__":
