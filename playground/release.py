@@ -164,8 +164,9 @@ def main() -> None:
     path = find_weights(args.run, "python prestage_train.py, stable_diffusion.py or pixelCNN.py")
     weights, described = load_weights(path)
     record = described.get("training") or training_record(path.parent.name)
-    if described["kind"] == "scorer":  # is in fp16 already
-        save_weights(args.file, weights, without_folders(described | {"training": record}))
+    if described["kind"] == "scorer":
+        halves = {name: tensor.half() for name, tensor in weights.items()}  # as they were before they were loaded
+        save_weights(args.file, halves, without_folders(described | {"training": record}))
         print_rows(args.file)
         return
     is_first = described["kind"] in MODELS
