@@ -237,7 +237,7 @@ def at_hand(brains: list[Brain], unpacked: Path) -> Iterator[tuple[Brain, dict[s
 def _load(path: Path) -> nibabel.spatialimages.SpatialImage:
     """The header of a volume. Raises UserError if it is no volume of three axes and plain numbers."""
     with _one_line(path, "copy it again"), LoggingOutputSuppressor():
-        image = nibabel.load(path)
+        image = nibabel.load(path.absolute())  # it takes a first "~" for a home
     if any(n != 1 for n in image.shape[3:]):
         size = "x".join(map(str, image.shape))
         raise UserError(f"{path} has {len(image.shape)} axes, {size}; a brain has 3: give one volume of it")

@@ -259,7 +259,7 @@ class Samples:
 def read_slices(file: Path) -> np.ndarray:
     """Slices uint8 [N, S, S] of a volume that to_nifti made. Raises UserError where the file is no such volume."""
     try:
-        voxels = np.asanyarray(nibabel.load(file).dataobj)
+        voxels = np.asanyarray(nibabel.load(file.absolute()).dataobj)  # it takes a first "~" for a home
         if voxels.dtype != np.uint8 or voxels.ndim != 3:
             raise ValueError(f"{voxels.dtype} {list(voxels.shape)}, not uint8 of 3 axes")
     except (nibabel.filebasedimages.ImageFileError, ValueError, OSError, EOFError, zlib.error) as error:

@@ -196,7 +196,7 @@ def prepare() -> None:
 def outcome(read: Callable) -> str:
     """"taken", "refused", or what is wrong with how an input was read."""
     said, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: other programs may be at work
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             util.command(read)
@@ -210,12 +210,12 @@ def outcome(read: Callable) -> str:
         refused = ended.code == 2 and lines and (len(lines) == 1 or lines[0].startswith("usage"))
         return "refused" if refused else f"status {ended.code}: {lines[-3:]}"
     except TooLong:
-        return f"more than {SECONDS} s: {sys.argv} {traceback.format_exc().splitlines()[-6:]}"
+        return f"more than {SECONDS} s of the processor: {sys.argv} {traceback.format_exc().splitlines()[-6:]}"
     except Exception as error:  # noqa: BLE001
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {str(error)[:100]} ({Path(where.filename).name}, {where.lineno})"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.environ.pop("OASIS_DATA", None)
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     os.chdir(args.folder)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare()
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGPROF, too_long)
     shutil.copytree(".", "../pristine", dirs_exist_ok=True)
     kinds, counted, faults = inputs(), {"taken": 0, "refused": 0}, []
     for i in range(args.count):

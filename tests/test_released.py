@@ -35,11 +35,15 @@ def thinned(pictures: torch.Tensor, every: int = 53) -> np.ndarray:
     return to_uint8(pictures).flatten()[::every].numpy()
 
 
+def slices() -> torch.Tensor:
+    """x [8, 1, 256, 256] of the recorded pictures, which are the box of the picture that holds the head."""
+    return to_float(F.pad(torch.from_numpy(RECORDED["images"]), (16, 16, 32, 32)))[:, None]
+
+
 @torch.no_grad()
 def answers_of_first_stage(name: str) -> dict[str, np.ndarray]:
-    """Latents, codes and pictures of the recorded slices, which are the box of a picture that holds the head."""
-    model = load_first_stage(PRETRAINED / f"{name}.safetensors", decoder=None)
-    x = to_float(F.pad(torch.from_numpy(RECORDED["images"]), (16, 16, 32, 32)))[:, None]
+    """Latents, codes and pictures of the recorded slices."""
+    model, x = load_first_stage(PRETRAINED / f"{name}.safetensors", decoder=None), slices()
     latent = model.encode(x, Z)
     found = {"latent": latent.flatten()[::11].numpy(), "decode": thinned(model.decode(latent, Z))}
     if hasattr(model, "encode_indices"):
@@ -61,13 +65,17 @@ def answers_of_diffusion() -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def answers_of_pixelcnn() -> dict[str, np.ndarray]:
-    """One code drawn otherwise would change all that come after it: so known codes are priced and decoded again."""
+def answers_of_pixelcnn(codes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Known codes priced and decoded: one that is drawn otherwise would change all that come after it.
+
+    Where None are known, those of the recorded slices.
+    """
     prior, first_stage = load_second_stage(PRETRAINED / "pixelcnn.safetensors", pixelCNN.PRIORS)
-    idx, z = torch.from_numpy(RECORDED["pixelcnn.idx"]).long(), torch.arange(32)[::4]
-    generator = util.brain_generator(1234, 0, "texture")
-    drawn = first_stage.draw(first_stage.dequantise(idx), z, generator, 32)
-    return {"pixelcnn.bits": prior.bits(idx, z).numpy(), "pixelcnn.brain": thinned(drawn)}
+    codes = first_stage.encode_indices(slices(), Z).numpy() if codes is None else codes
+    idx = torch.from_numpy(codes).long()
+    drawn = first_stage.draw(first_stage.dequantise(idx), Z, util.brain_generator(1234, 0, "texture"), 32)
+    bits = prior.bits(idx, Z).numpy()
+    return {"pixelcnn.codes": codes.astype(np.int16), "pixelcnn.bits": bits, "pixelcnn.brain": thinned(drawn)}
 
 
 def assert_as_recorded(found: dict[str, np.ndarray]) -> None:
@@ -93,13 +101,13 @@ def test_diffusion_draws_the_brain_it_was_released_with():
 
 
 def test_the_pixelcnn_prices_and_decodes_the_codes_it_was_released_with():
-    assert_as_recorded(answers_of_pixelcnn())
+    assert_as_recorded(answers_of_pixelcnn(RECORDED["pixelcnn.codes"]))
 
 
 if __name__ == "__main__":
+    others = {"stable_diffusion": answers_of_diffusion, "pixelcnn": lambda: answers_of_pixelcnn(None)}
     new = dict(RECORDED)
     for file in sys.argv[1:]:
-        new = {name: value for name, value in new.items() if not name.startswith(f"{file}.") or name == "pixelcnn.idx"}
-        others = {"stable_diffusion": answers_of_diffusion, "pixelcnn": answers_of_pixelcnn}
+        new = {name: value for name, value in new.items() if not name.startswith(f"{file}.")}
         new |= others[file]() if file in others else answers_of_first_stage(file)
     np.savez_compressed(HERE / "released.npz", **new)

@@ -105,6 +105,20 @@ class Flags:
         self.sample("--brains", type=util.positive_int, default=1, decides=False, help="how many")
         self.sample("--out", type=Path, metavar="DIR", decides=False, help=f"where they go; default: {results}")
 
+    def check(self, settings: dict) -> None:
+        """Raises ValueError for a value of the settings that the command line would not take."""
+        for flag in self.parser._actions:
+            value = settings.get(flag.dest)
+            if value is None or flag.nargs == 0:
+                continue
+            for part in value if isinstance(value, list | tuple) else [value]:
+                try:
+                    taken = part if flag.type is None else flag.type(str(part))
+                except (argparse.ArgumentTypeError, TypeError) as error:
+                    raise ValueError(str(error)) from None
+                if flag.choices is not None and taken not in flag.choices:
+                    raise ValueError(f"{flag.dest}: {taken}")
+
     def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         """(settings with plain defaults, {flag: value} of what was typed); --minutes count from here."""
         plain, unset = vars(self.parser.parse_args([])), object()
@@ -160,6 +174,11 @@ def read_run(flags: Flags, name: str, typed: dict) -> dict | None:
     settings, log = recorded_settings(flags.script, name), Path("log") / name
     if settings is None or not has_saved(name):
         return None  # it failed before its first checkpoint, perhaps because of its settings
+    try:
+        flags.check(settings)
+    except ValueError:
+        what = f"{log}/run.json has a value that no flag takes"
+        raise UserError(f"{what}; restore it, or choose another --name") from None
     for flag, value in typed.items():
         value = list(value) if isinstance(value, tuple) else value
         if flag not in flags.one_start | flags.changeable and flag in settings and settings[flag] != value:

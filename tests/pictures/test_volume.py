@@ -171,6 +171,14 @@ def test_the_gif_goes_up_and_down_once(head, size, count, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(frames, reversed(frames)))
 
 
+def test_a_folder_may_begin_with_a_tilde(head, tmp_path, monkeypatch):
+    """As ~1 of a name: it is no home."""
+    monkeypatch.chdir(tmp_path)
+    slices = small(head, 64, 20)
+    *_, nifti = volume.write_brain(Path("~1"), 0, slices, "a head")
+    assert np.array_equal(volume.read_slices(nifti), slices)
+
+
 @pytest.mark.parametrize("count, seen", [(20, True), (32, True), (48, False)])
 def test_write_brain_returns_what_it_wrote(head, count, seen, tmp_path):
     """And so the masks, which are as the slices are: the release's names, and a volume of the same place in mm."""

@@ -120,8 +120,10 @@ def test_a_run_of_something_else_is_refused():
     for text, words in (
         (json.dumps(description | {"script": "pixelCNN.py"}), "pixelCNN.py"),
         (json.dumps(description | {"settings": recorded() | {"channel_multipliers": [1]}}), "--channel-multipliers"),
+        *((json.dumps(description | {"settings": recorded() | {flag: value}}), "no flag takes")
+          for flag, value in (("kl_schedule", 0), ("steps", "many"), ("widths", [8, -1]), ("seed", {}))),
         *((text, "run.json") for text in ("", "[]", "{}", '{"script": "prestage_train.py"}', "not JSON")),
-    ):
+    ):  # fmt: skip
         Path("log/run/run.json").write_text(text)
         with pytest.raises(UserError, match=words):
             start()
