@@ -66,6 +66,15 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_slices(x: Tensor) -> Tensor:
+    """Floating x [N, 1, S, S] in [-1, 1] to uint8 [N, S, S] by the release's rule: the brightest pixel of each is 255.
+
+    What is nowhere brighter than half grey is made twice as bright, and no more.
+    """
+    white = (x.float() + 1).amax((1, 2, 3), keepdim=True)
+    return to_uint8((x.float() + 1) * (2 / white.clamp(min=1)) - 1)[:, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------ folders
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import util
-from dataset import find_data, has_masks, load_slices, to_float, to_uint8
+from dataset import find_data, has_masks, load_slices, to_float, to_slices
 from model_diffusion import LatentDiffusion
 from parts.autoencoder import Autoencoder
 from pictures.volume import RECORD, read_record, write_index
@@ -132,7 +132,7 @@ def first_stage_of(record: dict, device: torch.device) -> Callable[[Tensor], Ten
             x = to_float(brain.to(device))[:, None]
             diffused = prior.kind == LatentDiffusion.kind
             latent = encoder.encode(x, z) if diffused else encoder.dequantise(encoder.encode_indices(x, z))
-            done.append(to_uint8(decoder.draw(latent, z, util.brain_generator(0, i, "texture")))[:, 0].cpu())
+            done.append(to_slices(decoder.draw(latent, z, util.brain_generator(0, i, "texture"))).cpu())
         return torch.stack(done)
 
     return through

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import util
-from dataset import Slices, find_data, load_slices, to_uint8
+from dataset import Slices, find_data, load_slices, to_slices
 from model_VAE import VQVAE, VQVAE2
 from module import Embedding, Upsample
 from parts.quantizer import digits_of
@@ -397,7 +397,7 @@ def decode_brain(first_stage: VQVAE | VQVAE2, idx: Codes, seed: int = 0, brain: 
     Z, device = len(grids_of(idx)[0]), grids_of(idx)[0].device
     latent, generator = first_stage.dequantise(idx), util.brain_generator(seed, brain, "texture")
     x = first_stage.draw(latent, torch.arange(Z, device=device), generator)
-    return to_uint8(x)[:, 0].cpu().numpy()
+    return to_slices(x).cpu().numpy()
 
 
 def filling(picture: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import util
-from dataset import Slices, find_data, load_slices, move, people_table, random_moves, to_float, to_uint8
+from dataset import Slices, find_data, load_slices, move, people_table, random_moves, to_float, to_slices, to_uint8
 from heads.layout import MASK_VALUES, has_splits, list_slices, read_slice
 from heads.people import (
     CONDITIONS,
@@ -195,7 +195,7 @@ def decode_brain(
     z = torch.arange(len(latent)) if shown is None else torch.tensor(shown)
     generator = util.brain_generator(seed, brain, "texture")
     x = first_stage.draw(latent[z], z.to(latent.device), generator, len(latent))
-    return to_uint8(x)[:, 0].cpu().numpy()
+    return to_slices(x).cpu().numpy()
 
 
 def check_finite(latent: Tensor, brain: int) -> None:

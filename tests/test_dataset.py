@@ -14,7 +14,7 @@ from PIL import Image
 
 import dataset
 import util
-from dataset import check_folder, load_slices, move, people_table, random_moves, to_float, to_uint8
+from dataset import check_folder, load_slices, move, people_table, random_moves, to_float, to_slices, to_uint8
 from heads.layout import read_png, write_slices
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
@@ -36,6 +36,16 @@ def test_every_grey_level_survives_the_way_to_float_and_back():
     assert torch.equal(to_uint8(x), pixels) and x[0] == -1 and x[255] == 1
     assert torch.equal(to_uint8(x.double() + 0.49 / 127.5), pixels)  # rounded, not cut off
     assert to_uint8(torch.tensor([-7.0, 1.2])).tolist() == [0, 255]
+
+
+def test_new_slices_obey_the_rule_of_the_release(phantom_folder):
+    """Each has a pixel of 255 and keeps its proportions; slices that have one already stay as they are."""
+    pixels = load_slices(phantom_folder, "validate", 256).images
+    x = to_float(pixels)[:, None]
+    assert torch.equal(to_slices(x), pixels)
+    darker = to_slices((x + 1) * 0.8 - 1)
+    assert (darker.amax((1, 2)) == 255).all() and (darker.int() - pixels.int()).abs().max() <= 1
+    assert to_slices(torch.full((1, 1, 2, 2), -0.9)).unique().tolist() == [26]  # no picture is made of nothing
 
 
 def test_slices_are_the_files_pixels_with_their_case_and_z(phantom_folder):
