@@ -1,11 +1,12 @@
-"""Everything that is released, from random weights: first stages, scorer, second stages, cards, samples, figures.
+"""Can everything that is released be made again, from random weights, by one command?
 
     python playground/make_release.py RELEASE            # on OASIS, in the folder RELEASE; `make release` does this
     python playground/make_release.py RELEASE --small    # the same on the phantom of 64 px, in minutes
 
-One part after the other, by the commands below, with fixed seeds. The same command goes on where it was stopped; what
-is in RELEASE/pretrained is not made again. At the end the figures stand beside those of the release, with what they may
-differ by on another processor, and every file's digest. Exit status 1 where a figure is too far off.
+First stages, scorer, second stages, cards, samples and pictures are made one after the other, with fixed seeds. The
+same command goes on where it was stopped; what is in RELEASE/pretrained is not made again. At the end the figures stand
+beside those of the release, with what they may differ by on another processor, and every file's digest. Exit status 1
+where a figure is too far off.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
 FIRST = "prestage_train.py --preset small --name"
 FULL = (
-    Part("vqvae_f8", 145, f"{FIRST} vqvae_f8"),
+    Part("vqvae_f8", 135, f"{FIRST} vqvae_f8"),
     Part("vqvae_2048bit", 65, f"{FIRST} vqvae_2048bit --patch 16 --widths 192 --batch-size 8 --codebook-size 4096 "
          "--latent-channels 32 --steps 3000 --gan-weight 0"),
     Part("vqvae_fidelity", 50, f"{FIRST} vqvae_fidelity --steps 10000 --gan-weight 0 "
@@ -51,7 +52,7 @@ FULL = (
     Part("vae_f8d4", 50, f"{FIRST} vae_f8d4 --model vae --latent-channels 4 --steps 10000 --gan-weight 0"),
     Part("vae_f8d8", 50, f"{FIRST} vae_f8d8 --model vae --steps 10000 --gan-weight 0"),
     Part("scorer", 35, "evaluate.py --train-scorer --scorer scorer"),
-    Part("pixelcnn", 80, "pixelCNN.py --preset small --first-stage vqvae_f8 --name pixelcnn"),
+    Part("pixelcnn", 50, "pixelCNN.py --preset small --first-stage vqvae_f8 --name pixelcnn"),
     Part("stable_diffusion", 520, "stable_diffusion.py --preset small --first-stage vqvae_f8 --name stable_diffusion",
          "--without-encoder"),
 )  # fmt: skip
