@@ -286,15 +286,16 @@ def train_codec(args: argparse.Namespace, data: dict[str, Slices]) -> Autoencode
     return codec
 
 
-def latents_of(codec: Autoencoder, x: Tensor, z: Tensor) -> Tensor:
+def latents_of(codec: Autoencoder, x: Tensor, z: Tensor, first: int = 0) -> Tensor:
     """Normalised latents of x; of every other slice those of its codes, where there are codes.
 
-    Second stages over codes and over latents both decode with the texture.
+    Second stages over codes and over latents both decode with the texture. `first` is the number of the first slice
+    among all that training sees: batches of one take turns too, in every process.
     """
     latent = codec.encode(x, z)
     if isinstance(codec, VAE):
         return latent
-    odd = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1) % 2 == 1
+    odd = torch.arange(first, first + len(x), device=x.device).view(-1, 1, 1, 1) % 2 == 1
     return torch.where(odd, latent, codec.dequantise(codec.encode_indices(x, z)))
 
 
@@ -316,7 +317,8 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
         x, z, _ = train.batch(run.index(len(train)), run.device)  # unmoved: interpolation takes the texture away
         real = codec.crop(x)
         with run.autocast(), torch.no_grad():
-            faithful, features = codec.faithful(latents_of(codec, x, z), z)
+            first = (step * run.world + run.rank) * len(x)
+            faithful, features = codec.faithful(latents_of(codec, x, z, first), z)
         with run.autocast():
             drawn = run.forward(faithful, features, util.draw_together(torch.randn_like, real), z)
 

@@ -166,7 +166,7 @@ def main() -> None:
     here, kind = figures(), "small" if args.small else "full"
     util.write_file(Path(f"cards/{kind}.json"), json.dumps(here, indent=2).encode())
     util.write_file(Path("cards/tables.md"), release.card_tables(files).encode())
-    known = ROOT / "pretrained" / "cards" / f"{kind}.json"
+    known = ROOT / "pretrained" / "expected" / f"{kind}.json"
     rows, fine = comparison(here, json.loads(known.read_text()) if known.exists() else {})
     widths = [max(map(len, column)) for column in zip(*rows)]
     print("\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows))
