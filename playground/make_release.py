@@ -5,8 +5,8 @@
 
 First stages, scorer, second stages, cards, samples and pictures are made one after the other, with fixed seeds. The
 same command goes on where it was stopped; what is in RELEASE/pretrained is not made again. At the end the figures stand
-beside those of the release, with what they may differ by on another processor, and every file's digest. Exit status 1
-where a figure is too far off.
+beside those of the release, with what they may differ by on another processor, and a digest of every file's weights,
+which two runs on one machine share. Exit status 1 where a figure is too far off.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import util
 from dataset import PHANTOM, locate_data
 from logger import read_log
 from playground import release
-from training.checkpoints import file_digest, load_weights
+from training.checkpoints import digest_of, load_weights
 from util import UserError
 
 
@@ -151,10 +151,11 @@ def main() -> None:
             run(part.train, data)
             run(f"playground/release.py {part.name} {file} {part.release}", data)
     files = [Path("pretrained") / f"{part.name}.safetensors" for part in parts]
-    for file in files:
-        if file.stem.startswith("v") and not Path(f"cards/{file.stem}/reconstruction_validate.json").exists():
+    for part, file in zip(parts, files):
+        is_first = part.train.startswith("prestage_train.py")
+        if is_first and not Path(f"cards/{part.name}/reconstruction_validate.json").exists():
             priced = f"--prior {P}" if str(file) == F else ""
-            run(f"evaluate.py --reconstruction {file} --no-floors --out cards/{file.stem} {priced}", data)
+            run(f"evaluate.py --reconstruction {file} --no-floors --out cards/{part.name} {priced}", data)
     if not Path("samples/samples_validate.json").exists():
         of = "stable_diffusion.py --sample --name pretrained/stable_diffusion.safetensors"
         run(f"{of} --brains {SAMPLES[args.small]} --out samples", data)
@@ -170,7 +171,7 @@ def main() -> None:
     rows, fine = comparison(here, json.loads(known.read_text()) if known.exists() else {})
     widths = [max(map(len, column)) for column in zip(*rows)]
     print("\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows))
-    print("\n" + "\n".join(f"{file_digest(file)}  {file}" for file in files))
+    print("\n" + "\n".join(f"{digest_of(load_weights(file)[0])}  {file}" for file in files))
     print(f"the release: {Path.cwd()}: pretrained, cards (tables.md for the model card), samples"
           + ("" if args.small else ", figures"))  # fmt: skip
     sys.exit(0 if fine else 1)
