@@ -108,12 +108,15 @@ def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
 
 
 def save_picture(path: Path, picture) -> None:
-    """Writes a PIL image or a matplotlib figure as PNG, whole or not at all."""
+    """Writes a PIL image or a matplotlib figure as PNG, whole or not at all, and closes the figure."""
     buffer = io.BytesIO()
     if isinstance(picture, Image.Image):
         picture.save(buffer, "PNG")
     else:
+        import matplotlib.pyplot as plt
+
         picture.savefig(buffer, format="png", dpi=110)
+        plt.close(picture)  # it would be kept for ever
     write_file(path, buffer.getvalue())
 
 
