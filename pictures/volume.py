@@ -1,8 +1,8 @@
 """A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
 
-write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
-folder of new brains, which is a data folder too: training reads its slices, masks and table of people. write_index
-writes a page that shows the brains.
+write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Where its tissue is
+known, the volume is steady: equally bright along z. Samples keeps a folder of new brains, which is a data folder too:
+training reads its slices, masks and table of people. write_index writes a page that shows the brains.
 
 Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
 wide; it is 1 mm high, as neighbouring slices lie 1 mm apart. The origin is the middle of the volume. So at 256 px and
@@ -28,7 +28,7 @@ import nibabel
 import numpy as np
 
 import util
-from heads.layout import RELEASE, files_of_case, write_slices
+from heads.layout import MASK_VALUES, RELEASE, files_of_case, write_slices
 from heads.people import CONDITIONS, PEOPLE_TABLE, write_people
 from pictures import sheets
 from pictures.page import page
@@ -39,6 +39,7 @@ RECORD = "samples.json"  # in every folder of samples: what they come from
 DESCRIPTION = b"synthetic: drawn by a generative model, in whole or in part"  # at most 79 bytes
 PICTURES, VOLUMES = (".png", "_scroll.gif", "_reslices.png"), {"case": ".nii.gz", "seg": "_seg.nii.gz"}
 BYTES_PER_SLICE, BYTES_PER_PIXEL = 20_000, 2  # of all files of a brain, and its part of the page
+GREY_LEAST = 100  # pixels of grey matter whose median tells how bright a slice is
 PAGE_HEADS = 40  # on one page at most, about a megabyte each
 SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 0  # where reslices cuts, mm
 
@@ -50,6 +51,20 @@ def affine_of(slices: np.ndarray) -> np.ndarray:
     affine = np.diag([pixel, pixel, 1.0, 1.0])
     affine[:3, 3] = -pixel * (size - 1) / 2, -pixel * (size - 1) / 2, -(len(slices) - 1) / 2
     return affine
+
+
+def steady(slices: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Slices uint8 [N, S, S], darkened so that grey matter is as bright in all as in the darkest of them.
+
+    Each slice is scaled to its own maximum, as in the release, so brightness flickers along z. Grey matter has one
+    brightness in a head. Slices with little of it, by masks uint8 [N, S, S], are darkened as their neighbours are.
+    """
+    grey = masks == MASK_VALUES[2]
+    known = np.flatnonzero(grey.sum((1, 2)) >= GREY_LEAST)
+    if not len(known):
+        return slices
+    medians = np.interp(np.arange(len(slices)), known, [np.median(slices[z][grey[z]]) for z in known])
+    return (slices * (medians.min() / medians)[:, None, None]).round().astype(np.uint8)
 
 
 def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
@@ -184,7 +199,8 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str, masks: np.nda
 
     The files of brain 0 are brain_000.png, the sheet; brain_000_scroll.gif, up and down through z;
     brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on, in the folder of the
-    release's layout for split_of(0). With masks also brain_000_seg.nii.gz, and seg_000_slice_0.nii.png and so on.
+    release's layout for split_of(0). With masks also brain_000_seg.nii.gz, and seg_000_slice_0.nii.png and so on; and
+    the volume and the two pictures that cross the slices are steady.
 
     Args:
         slices: uint8 [N, S, S] in the order of z.
@@ -194,14 +210,15 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str, masks: np.nda
     """
     files = [out / f"brain_{i:03d}{ending}" for ending in PICTURES]
     sheet, gif, across = files
-    for kind, voxels in (("case", slices), ("seg", masks)):
+    head = slices if masks is None else steady(slices, masks)
+    for kind, pictures, voxels in (("case", slices, head), ("seg", masks, masks)):
         if voxels is not None:
-            write_slices(folder_of_slices(out, i, kind), i, voxels, kind)
+            write_slices(folder_of_slices(out, i, kind), i, pictures, kind)
             files.append(out / f"brain_{i:03d}{VOLUMES[kind]}")
             util.write_file(files[-1], gzip.compress(to_nifti(voxels).to_bytes(), mtime=0))  # no clock in the file
     sheets.save_picture(sheet, sheets.brain_sheet(slices, title))
-    sheets.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
-    sheets.save_picture(across, reslices(slices, title))
+    sheets.save_gif(gif, scroll(head, f"synthetic brain {i}"), seconds=6)
+    sheets.save_picture(across, reslices(head, title))
     return files
 
 

@@ -197,10 +197,32 @@ def test_write_brain_returns_what_it_wrote(head, count, seen, tmp_path):
         found = list_slices(tmp_path / "new", "train", kind)
         assert [place[:2] for place in found] == [(12, z) for z in range(count)]
         assert np.array_equal(np.stack([read_png(path) for *_, path in found]), voxels)
-        assert np.array_equal(volume.read_slices(nifti), voxels)
+        steady = volume.steady(slices, masks) if seen and kind == "case" else voxels
+        assert np.array_equal(volume.read_slices(nifti), steady)
         assert np.array_equal(nibabel.load(nifti).affine, volume.affine_of(slices))
         expected |= {*volume.files_of_brain(tmp_path / "new", 12, count, kind)}
     assert expected == {path for path in (tmp_path / "new").rglob("*") if path.is_file()} > set(files)
+
+
+def test_a_steady_head_is_equally_bright_along_z(head):
+    """A planted flicker is gone, from grey matter, which is looked at, and from white, and no pixel is brighter.
+
+    Slices without grey matter follow their neighbours; a head without any stays as it is.
+    """
+    masks, factors = phantom_case(0, 1)[1].copy(), np.random.default_rng(0).uniform(0.6, 1, len(head))
+    flickering, masks[:2] = (head * factors[:, None, None]).round().astype(np.uint8), 0
+
+    def levels(slices: np.ndarray, tissue: int) -> np.ndarray:
+        seen = [z for z in range(len(slices)) if (masks[z] == tissue).sum() >= 100]
+        return np.array([np.median(slices[z][masks[z] == tissue]) for z in seen])
+
+    before, after = volume.steady(head, masks), volume.steady(flickering, masks)
+    assert after.dtype == np.uint8 and (after <= flickering).all()
+    assert np.ptp(levels(flickering, 170)) > 20 and np.ptp(levels(after, 170)) <= 1
+    planted, left = (levels(a, 255) / levels(b, 255) for a, b in ((flickering, head), (after, before)))
+    assert planted.max() / planted.min() > 1.4 and left.max() / left.min() < 1.06
+    assert after[0].max() / flickering[0].max() == pytest.approx(after[2].max() / flickering[2].max(), abs=0.01)
+    assert np.array_equal(volume.steady(flickering, np.zeros_like(masks)), flickering)
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):
