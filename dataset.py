@@ -41,11 +41,12 @@ from heads.layout import (
     list_slices,
     other_names,
     read_slice,
+    slices_of_splits,
     write_slices,
 )
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
-from pictures import sheets
+from pictures import sheets, volume
 from util import UserError
 
 CACHE, CACHE_GB = Path("data/cache"), 20  # decoded slices, latents, measures: all can be made again
@@ -96,7 +97,7 @@ def find_data(flag: str | None, naming: str = "--data FOLDER") -> Path:
     Raises UserError where it is not divided into splits: any split of a folder of bare slices would be the same slices.
     """
     folder, source = locate_data(flag)
-    print(f"data: {folder} ({source})")
+    print(f"data: {folder} ({source}{', synthetic' if is_synthetic(folder) else ''})")
     if folder == PHANTOM:
         print(f"for real brains put OASIS at data/keras_png_slices_data, or use {naming} or $OASIS_DATA")
         with util.alone(folder.parent):  # two processes that start at once draw it once
@@ -114,12 +115,18 @@ def is_phantom(folder: Path) -> bool:
     return folder == PHANTOM or (folder / "PHANTOM.txt").is_file()
 
 
+def is_synthetic(folder: Path) -> bool:
+    """Whether a model drew the brains of the folder, in whole or in part: it is a folder of samples."""
+    return (folder / volume.RECORD).is_file()
+
+
 def people_table(folder: Path) -> Path | None:
     """The table of people in a data folder or one folder up, or None.
 
-    For the phantom, and for what was imported, only the folder itself counts: other people may have the same numbers.
+    For the phantom, for samples, and for what was imported, only the folder itself counts: other people may have the
+    same numbers.
     """
-    itself = is_phantom(folder) or (folder / imports.RECORD).is_file()
+    itself = is_phantom(folder) or is_synthetic(folder) or (folder / imports.RECORD).is_file()
     places = [folder] if itself else [folder, folder.resolve().parent]
     return next((place / PEOPLE_TABLE for place in places if (place / PEOPLE_TABLE).is_file()), None)
 
@@ -182,7 +189,8 @@ def _write_phantom_case(job: tuple[Path, str, int, int, int]) -> None:
 def write_subset(folder: Path, count: int, out: Path) -> None:
     """Writes a data folder `out`, which must be new, with the `count` training brains of the lowest numbers.
 
-    Their masks, the other splits and the table of people come with them. Files are hard links where that is possible.
+    Their masks, the other splits, the table of people and the record of samples come with them. Files are hard links
+    where that is possible.
     Raises UserError if there are no splits or fewer brains, or `out` exists.
     """
     if not has_splits(folder):
@@ -190,7 +198,8 @@ def write_subset(folder: Path, count: int, out: Path) -> None:
     cases = sorted({case for case, _, _ in list_slices(folder, "train")})
     if count > len(cases):
         raise UserError(f"--take {count}: {folder} has {len(cases)} training brains; take at most so many")
-    files = [table for table in (people_table(folder), folder / "PHANTOM.txt") if table and table.is_file()]
+    beside = (people_table(folder), folder / "PHANTOM.txt", folder / volume.RECORD)
+    files = [file for file in beside if file and file.is_file()]
     pairs = [(file, Path(file.name)) for file in files]
     for split, kind in itertools.product(SPLITS, ("case", "seg")):
         with contextlib.suppress(UserError):  # not every folder has masks, or a test split
@@ -443,7 +452,9 @@ def move(
 
 def check_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Reads every file once. Returns (report lines, problems); no problems means the folder can be trained on."""
-    report, problems, files_of, seen_pictures = [], [], _files_of_splits(folder), {}
+    report, problems, files_of, seen_pictures = [], [], slices_of_splits(folder), {}
+    if is_synthetic(folder):
+        report.append(f"synthetic: drawn by a model, in whole or in part, as {folder / volume.RECORD} says")
     per_brain = _slices_of_most(files_of)
     if per_brain:
         report.append(f"most brains have {per_brain} slices, z = 0..{per_brain - 1}")
@@ -540,17 +551,6 @@ class Looks:
         return found
 
 
-def _files_of_splits(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
-    """{split: its (case, z, file), perhaps none}; a folder of bare slices, such as samples, counts as "train"."""
-    files = {}
-    for split in SPLITS if has_splits(folder) else SPLITS[:1]:
-        try:
-            files[split] = list_slices(folder, split)
-        except UserError:
-            files[split] = []
-    return files
-
-
 def _slices_of_most(files_of: dict[str, list[tuple[int, int, Path]]]) -> int:
     """The number of slices, 1 + the largest z, of most brains of all splits; of two equally frequent the larger."""
     last = {(split, case): z for split, files in files_of.items() for case, z, _ in files}  # files are sorted by z
@@ -585,7 +585,7 @@ def _some(what: str, items: list[str]) -> list[str]:
 
 def contact_sheet(folder: Path) -> Image.Image:
     """A row for each of up to six brains, spread over the splits, with about seven z; anterior is to the right."""
-    files_of = _files_of_splits(folder)
+    files_of = slices_of_splits(folder)
     per_brain = max(1, _slices_of_most(files_of))
     rows, names, wanted = [], [], range(0, per_brain, math.ceil(per_brain / 7))
     for split, files in files_of.items():

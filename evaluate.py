@@ -3,7 +3,7 @@
     python evaluate.py --reconstruction vqvae               # a run, its folder, or a weights file
     python evaluate.py --reconstruction vqvae --no-floors   # without k-means, block KLT and AVIF, which take minutes
     python evaluate.py --samples diffusion                  # samples of a second stage's run: NAME_vis/samples
-    python evaluate.py --samples FOLDER                     # any folder of case_NNN_slice_Z.nii.png, whole brains
+    python evaluate.py --samples FOLDER                     # any data folder, or one of case_NNN_slice_Z.nii.png
     python evaluate.py --utility FOLDER                     # new brains with masks, as those of --sample
     python evaluate.py --train-scorer                       # the network that reads samples, on your own data
 
@@ -12,7 +12,7 @@ without a network (scores/ledger.py). Writes DIR/reconstruction_SPLIT.json and .
 
 Samples. Every score is computed in the same way of the sampled brains, of as many held-out people, of these after they
 went through the first stage, and of draws of training people, which say what is allowed (scores/samples.py). Writes
-DIR/samples_SPLIT.md, a page with its pictures, and .json.
+DIR/samples_SPLIT.md, a page with its pictures, and .json; and scores and copies into README.md of a folder of samples.
 
 Utility. A small network learns to find tissue from new brains, from as many real ones, and from both, and is tested on
 real brains: nine trainings, half an hour on a CPU core (scores/utility.py). Writes DIR/utility_SPLIT.md and .json. The
@@ -35,6 +35,7 @@ from model_diffusion import LatentDiffusion
 from parts.autoencoder import Autoencoder
 from pictures.volume import RECORD, read_record, write_index
 from pixelCNN import PRIORS, PixelCNN, PixelCNN2
+from scores.card import write_card
 from scores.ledger import ledger_lines, table, write_ledger
 from scores.page import sample_table, write_page
 from scores.samples import load_samples
@@ -178,7 +179,8 @@ def evaluate_samples(args: argparse.Namespace) -> None:
                         ages=ages_of_samples(samples, record, numbers), through=through)  # fmt: skip
     print(sample_table(report))
     if out == samples:
-        write_index(samples)  # with a link to the scores
+        write_card(samples)  # with the scores
+        write_index(samples)  # with links to them
     print(f"page: {out}/samples_{args.split}.md, and .json and .png beside it; {time.monotonic() - began:.0f} s")
 
 

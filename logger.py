@@ -23,7 +23,7 @@ from pictures import sheets
 from util import UserError
 
 CLOCKS = ("step", "seconds", "processor_seconds")  # of every line, and no scalars
-PHASES = {"train/kl": "codec", "train/codebook": "codec", "train/generator": "sharpen"}
+PHASES = {"train/kl": "codec", "train/codebook": "codec", "train/generator": "texture"}
 ABSURD = 1e30  # numbers from here on are damage, and axes cannot hold them
 MOST = 9  # panels of a picture, unless all are asked for
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}

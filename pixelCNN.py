@@ -9,8 +9,8 @@ are predicted digit by digit.
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
 brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, a
-slice that appears code by code, samples.json, what they come from, and index.html, a page that shows them in three
-planes.
+slice that appears code by code, samples.json, what they come from, README.md, a card that says so in words, and
+index.html, a page that shows them in three planes. The folder is a data folder, as that of stable_diffusion.py.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from module import Embedding, Upsample
 from parts.quantizer import digits_of
 from pictures import sheets
 from pictures.volume import Samples, samples_folder, write_index
+from scores.card import write_card
 from scores.scorer import find_scorer, read_masks
 from training.checkpoints import RELEASED, run_weights
 from training.run import Run
@@ -417,28 +418,30 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     device = util.pick_device(args.device)
     model, first_stage = load_second_stage(weights, PRIORS, device)
-    scorer = find_scorer()[0].to(device)
+    scorer, about = find_scorer()
+    scorer.to(device)
     how = f"temperature {args.temperature}" + (f", top-p {args.top_p}" if args.top_p < 1 else "")
     how += f", {first_stage.decoder_in_use} decoder"
-    made_by = describe_samples(declared, weights, args)
+    made_by = describe_samples(declared, weights, args, model.description, scorer=about["digest"])
     out = args.out or samples_folder(args.name, made_by)
     samples = Samples(out, made_by)
     print(
         f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), "
         f"seed {args.seed}, {how}, on {util.describe_device(device)}"
     )
-    for i in range(args.brains):
+    for i in samples.missing(range(args.brains), model.slices_per_brain, first_stage.image_size):
         idx = sample_brain(model, args.seed, i, args.temperature, args.top_p)
         slices = decode_brain(first_stage, idx, args.seed, i)
-        words = f"seed {args.seed}, PixelCNN, {how}, one noise for all z"
-        samples.add(i, slices, f"brain {i}", words, masks=read_masks(scorer, slices))
-        if i == 0:
+        if i == 0:  # before the brain is recorded: after that it is not drawn again
             z, (*_, (h, w)) = len(slices) // 2, (grid.shape[1:] for grid in grids_of(idx))
             pictures, drawn = filling(first_stage.crop(slices[z]), (h, w))
             frames = sheets.frames(pictures, f"slice z = {z} of brain 0, code by code; grey: no code yet",
                                    [f"{n} of {h * w} codes" for n in drawn])  # fmt: skip
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"codes filling the grid, slice z = {z}: {out}/process.gif")
+        words = f"seed {args.seed}, PixelCNN, {how}, one noise for all z"
+        samples.add(i, slices, f"brain {i}", words, masks=read_masks(scorer, slices))
+    write_card(out)
     write_index(out)
 
 

@@ -1,7 +1,7 @@
-"""First stage: trains a VAE, a VQ-VAE or a VQ-VAE-2 on slices, then sharpens its decoder with a z-conditioned PatchGAN.
+"""First stage: trains a VAE, a VQ-VAE or a VQ-VAE-2 on slices, then its texture against a z-conditioned PatchGAN.
 
     python prestage_train.py --model vqvae                        # or vae, vqvae2; the same command resumes
-    python prestage_train.py --start-from vqvae --name sharper    # a new perceptual decoder for a finished first stage
+    python prestage_train.py --start-from vqvae --name textured   # new texture for a finished first stage
 
 Two phases. The codec (encoder, codes, decoder) is trained to be faithful. Then it is frozen, and a texture learns
 against a discriminator to draw what the faithful picture leaves out. Writes model_ckpt/NAME/model.safetensors (averaged
@@ -32,7 +32,7 @@ from training.stages import load_first_stage
 from util import UserError
 
 SCRIPT = Path(__file__).name
-SHARPEN = 7 / 12  # of the steps; the codec has the rest
+TEXTURE = 7 / 12  # of the steps; the codec has the rest
 KL_CYCLES, KL_RAMP = 4, 0.5  # of cyclical annealing: how many, and the share of each in which the weight rises
 GAN_WEIGHT = 1.0  # with --start-from, where the preset would train no perceptual decoder
 LIKENESS, BLUR = 20.0, 2.0  # weight of the difference from the real slice, after a blur of so many pixels
@@ -49,7 +49,7 @@ def flags() -> Flags:
     flags = Flags(SCRIPT, __doc__)
     train, positive = flags.train, util.positive_int
     train("--model", choices=sorted(MODELS), default="vqvae", of_first_stage=True, help="which first stage")
-    train("--start-from", metavar="RUN", help="run or file of a first stage to sharpen; all steps go into that")
+    train("--start-from", metavar="RUN", help="run or file of a first stage; all steps go into a new texture for it")
     train("--steps", type=positive, changeable=True, help="of all phases together")
     train("--batch-size", type=positive, help="slices per step and process")
     train("--learning-rate", type=util.positive_float, help="Adam's, after warm-up")
@@ -68,7 +68,7 @@ def flags() -> Flags:
     train("--kl-schedule", choices=("cyclical", "monotonic", "constant"), default="cyclical", of_first_stage=True,
           help="of that weight")  # fmt: skip
     train("--gan-weight", type=util.fraction, help="of the discriminator's gradient over the "
-          "reconstruction's; 0 trains no perceptual decoder")  # fmt: skip
+          "reconstruction's; 0 trains no texture")  # fmt: skip
     return flags
 
 
@@ -190,9 +190,9 @@ def default_preset(args: argparse.Namespace) -> str:
 def phase_steps(args: argparse.Namespace) -> dict[str, int]:
     """The steps of each phase; at least one, unless it is left out."""
     if args.gan_weight == 0:
-        return {"codec": args.steps, "sharpen": 0}
-    sharpen = args.steps if args.start_from else max(1, round(SHARPEN * args.steps))
-    return {"codec": 0 if args.start_from else max(1, args.steps - sharpen), "sharpen": sharpen}
+        return {"codec": args.steps, "texture": 0}
+    texture = args.steps if args.start_from else max(1, round(TEXTURE * args.steps))
+    return {"codec": 0 if args.start_from else max(1, args.steps - texture), "texture": texture}
 
 
 def build(args: argparse.Namespace, box: tuple[int, int, int, int]) -> tuple[Autoencoder, dict]:
@@ -299,7 +299,7 @@ def latents_of(codec: Autoencoder, x: Tensor, z: Tensor, first: int = 0) -> Tens
     return torch.where(odd, latent, codec.dequantise(codec.encode_indices(x, z)))
 
 
-def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices]) -> None:
+def train_texture(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices]) -> None:
     """Phase two: the texture against a PatchGAN; the codec stays as it is."""
     train, held_out = data["train"], data["validate"]
     steps, device = phase_steps(args), util.pick_device(args.device)
@@ -310,7 +310,7 @@ def sharpen(args: argparse.Namespace, codec: Autoencoder, data: dict[str, Slices
     codec = codec.to(device).eval().requires_grad_(False)
     (critic_optimizer,) = new_optimizers(critic, SHARE * args.learning_rate, BETAS)
     trained = copy.deepcopy(model.texture)  # the model has its average
-    run = Run(args, trained, data=data, steps=steps["sharpen"], phase="sharpen", before=steps["codec"],
+    run = Run(args, trained, data=data, steps=steps["texture"], phase="texture", before=steps["codec"],
               built_on=digest_of(codec.state_dict()), betas=BETAS, share=SHARE,
               keep={"critic": critic, "critic_optimizer": critic_optimizer})  # fmt: skip
     for step in run.steps():
@@ -365,7 +365,7 @@ def main() -> None:
     args = open_run(declared, args, typed, default_preset)
     if args.start_from and args.gan_weight == 0:
         if "gan_weight" in typed:
-            raise UserError(f"--start-from {args.start_from} sharpens a decoder: it needs --gan-weight above 0")
+            raise UserError(f"--start-from {args.start_from} trains a texture: it needs --gan-weight above 0")
         args.gan_weight = GAN_WEIGHT
     codec = load_first_stage(args.start_from) if args.start_from else None
     for flag in typed.keys() & declared.of_first_stage if codec else ():
@@ -375,7 +375,7 @@ def main() -> None:
             "validate": load_slices(folder, "validate", size, masks=has_masks(folder, "validate"))}  # fmt: skip
     codec = codec or train_codec(args, data)
     if args.gan_weight > 0:
-        sharpen(args, codec, data)
+        train_texture(args, codec, data)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ other.
 Training writes model_ckpt/NAME (the weights carry their first stage), log/NAME and NAME_vis. Sampling writes, into
 NAME_vis/samples or --out DIR, per brain a sheet of all slices, a GIF through z, reslices, a NIfTI volume and PNG
 slices, both also as masks of tissue (pictures/volume.py); process.gif, one slice on its way from noise; samples.json,
-what they come from; and index.html, a page that shows them in three planes.
+what they come from; README.md, a card that says so in words; and index.html, a page that shows them in three planes.
+The folder is a data folder: dataset.py checks it and trainers take it as --data. The same command goes on after a kill,
+and with more --brains.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from parts.completion import complete
 from parts.gaussian_prior import moments_at_each_z
 from pictures import sheets
 from pictures.volume import Samples, samples_folder, write_index
+from scores.card import write_card
 from scores.metrics import adjacent_ssim
 from scores.scorer import find_scorer, read_masks
 from training.checkpoints import RELEASED, cached, digest_of, load_weights, run_weights
@@ -263,17 +266,17 @@ def load_sampling(args: argparse.Namespace, weights: Path) -> tuple[LatentDiffus
 def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
     """Writes args.brains new brains, and the GIF of the first."""
     model, first_stage, sampling = load_sampling(args, weights)
-    scorer = find_scorer()[0].to(model.alpha.device)
-    made_by = describe_samples(declared, weights, args)
+    scorer, about = find_scorer()
+    scorer.to(model.alpha.device)
+    made_by = describe_samples(declared, weights, args, model.description, scorer=about["digest"])
     out = args.out or samples_folder(args.name, made_by)
     samples = Samples(out, made_by)
     how = f"seed {args.seed}, {sampling.words()}, {first_stage.decoder_in_use} decoder"
     print(f"sampling {args.brains} brains of {weights} (trained for {model.description['step']} steps), {how}, on "
           f"{util.describe_device(model.alpha.device)}")  # fmt: skip
-    for i, (slices, person, way) in enumerate(draw_brains(model, first_stage, sampling, range(args.brains))):
-        masks = read_masks(scorer, slices)
-        samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person), masks)
-        if i == 0:
+    for i in samples.missing(range(args.brains), model.slices_per_brain, first_stage.image_size):
+        slices, person, way = next(draw_brains(model, first_stage, sampling, range(i, i + 1)))
+        if i == 0:  # before the brain is recorded: after that it is not drawn again
             z, steps = len(slices) // 2, model.T if args.sampler == "ddpm" else args.sample_steps
             pictures, places = from_noise(first_stage, way, z, args.seed, i)
             at = np.interp(places, np.arange(len(way)), steps_kept(steps))
@@ -281,6 +284,9 @@ def sample(args: argparse.Namespace, declared: Flags, weights: Path) -> None:
                                    [f"after step {step:.1f} of {steps}" for step in at])  # fmt: skip
             sheets.save_gif(out / "process.gif", frames, seconds=4)
             print(f"from noise to brain, slice z = {z}: {out}/process.gif")
+        masks = read_masks(scorer, slices)
+        samples.add(i, slices, ", ".join([f"brain {i}", *words_for(person)]), how, in_letters(person), masks)
+    write_card(out)
     write_index(out)
 
 
@@ -345,25 +351,28 @@ def complete_folder(args: argparse.Namespace, declared: Flags, weights: Path) ->
     model, first_stage, sampling = load_sampling(args, weights)
     given = given_slices(args.complete, first_stage.image_size, model.slices_per_brain)
     asked, table = person_of(sampling.person, model.description), people_table(args.complete)
-    people, scorer = read_people(table) if table else {}, find_scorer()[0].to(model.alpha.device)
+    people, (scorer, about) = read_people(table) if table else {}, find_scorer()
+    scorer.to(model.alpha.device)
     encoder = find_encoder(first_stage)
     if encoder is None:
         raise UserError(f"{weights} has no encoder, and its first stage is not here; copy that to "
                         "model_ckpt/NAME/model.safetensors")  # fmt: skip
     pictures = (f"{case} {z}".encode() + given[case][z].tobytes() for case in given for z in given[case])
     digest = hashlib.blake2b(b"".join(pictures), digest_size=8).hexdigest()
-    made_by = describe_samples(declared, weights, args) | {"given": digest}
+    made_by = describe_samples(declared, weights, args, model.description, scorer=about["digest"], given=digest)
     samples = Samples(args.out or samples_folder(args.name, made_by), made_by)
     how = f"seed {args.seed}, {sampling.words()}, {first_stage.decoder_in_use} decoder"
     print(f"completing {len(given)} brains of {args.complete} by {weights}, {how}, on "
           f"{util.describe_device(model.alpha.device)}")  # fmt: skip
-    for case, slices in given.items():
+    for case in samples.missing(given, model.slices_per_brain, first_stage.image_size):
+        slices = given[case]
         known = {name: people.get(case, {}).get(name, math.nan) for name in model.conditions} | asked
         person = {name: number for name, number in known.items() if not math.isnan(number)}
         brain = complete_brain(model, first_stage, encoder, sampling, slices, case, person)
         kept = " ".join(map(str, slices))
         name = ", ".join([f"case {case}", *words_for(person), f"given z = {kept}"])
         samples.add(case, brain, name, how, in_letters(person) | {"given": kept}, read_masks(scorer, brain))
+    write_card(samples.out)
     write_index(samples.out)
 
 

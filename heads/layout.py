@@ -71,7 +71,7 @@ def release_folder(folder: Path) -> Path:
 
 
 def has_splits(folder: Path) -> bool:
-    """Whether the folder is divided into splits; else it holds the slices themselves, as a folder of samples does."""
+    """Whether the folder is divided into splits; else it holds the slices themselves."""
     names = (name for layout in LAYOUTS for name in layout.folders.values())
     return any((folder / name.format(split=split)).is_dir() for name in names for split in SPLITS)
 
@@ -92,10 +92,21 @@ def list_slices(folder: Path, split: str, kind: str = "case") -> list[tuple[int,
     raise UserError(f"{parts[0]} has no {kind}_NNN_slice_Z.nii.png; python dataset.py {folder} tells what is there")
 
 
+def slices_of_splits(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
+    """{split: its (case, z, file), perhaps none}; a folder of bare slices counts as "train"."""
+    files = {}
+    for split in SPLITS if has_splits(folder) else SPLITS[:1]:
+        try:
+            files[split] = list_slices(folder, split)
+        except UserError:
+            files[split] = []
+    return files
+
+
 def other_names(folder: Path, split: str, kind: str = "case") -> list[str]:
     """The files in the folders of a split that list_slices does not take, hidden ones aside."""
     divided, found = has_splits(folder), []
-    for layout in LAYOUTS if divided else ():  # a folder of samples has sheets and volumes beside its slices
+    for layout in LAYOUTS if divided else ():  # beside bare slices there may be anything
         part = folder / layout.folders[kind].format(split=split)
         names = (path.name for path in sorted(part.glob("[!.]*")))
         found += [name for name in names if not re.fullmatch(layout.names[kind], name)]
@@ -108,11 +119,16 @@ def read_slice(path: Path) -> np.ndarray:
     return next(layout for layout, name in names if re.fullmatch(name, path.name)).read(path)
 
 
+def files_of_case(folder: Path, case: int, count: int, kind: str = "case") -> list[Path]:
+    """The files that write_slices writes of one brain of `count` slices, in the order of z."""
+    return [folder / f"{kind}_{case:03d}_slice_{z}.nii.png" for z in range(count)]
+
+
 def write_slices(folder: Path, case: int, images: np.ndarray, kind: str = "case") -> None:
     """Writes one brain, uint8 [N, H, W], in the release's layout: {kind}_{case}_slice_{0..N-1}.nii.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    for z, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{kind}_{case:03d}_slice_{z}.nii.png", compress_level=1)
+    for image, file in zip(images, files_of_case(folder, case, len(images), kind), strict=True):
+        Image.fromarray(image).save(file, compress_level=1)
 
 
 def content_box(seen: np.ndarray) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from util import UserError, brain_generator
+from util import UserError, brain_generator, write_file
 
 
 class Condition(NamedTuple):
@@ -80,6 +80,14 @@ def read_people(table: Path) -> dict[int, dict[str, float]]:
             "train without"
         ) from None
     return people
+
+
+def write_people(table: Path, people: dict[int, dict[str, str]]) -> None:
+    """Writes a table that read_people reads, of {case: {name of a condition: text}}. What is not known stays empty."""
+    rows = [["ID", *(condition.column for condition in CONDITIONS.values())]]
+    for case, person in sorted(people.items()):
+        rows.append([f"OAS1_{case:04d}_MR1", *(person.get(name, "") for name in CONDITIONS)])
+    write_file(table, "".join(",".join(row) + "\n" for row in rows).encode())
 
 
 def describe_people(people: Tensor, conditions: list[str]) -> dict[str, list[float]]:

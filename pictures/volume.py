@@ -1,7 +1,8 @@
 """A brain as a volume: NIfTI for viewers of medical images, and pictures that cross the slices.
 
-write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Samples keeps a
-folder of new brains, write_index a page that shows them.
+write_brain writes all files of one new brain: sheet, scroll through z, reslices, volume and slices. Where its tissue is
+known, the volume is steady: equally bright along z. Samples keeps a folder of new brains, which is a data folder too:
+training reads its slices, masks and table of people. write_index writes a page that shows the brains.
 
 Space: mm, RAS+ (x to the right, y to the front, z up). Slices of S x S pixels cover 256 mm, so a voxel is 256 / S mm
 wide; it is 1 mm high, as neighbouring slices lie 1 mm apart. The origin is the middle of the volume. So at 256 px and
@@ -17,14 +18,18 @@ row 40 holds the voxels farthest to the left.
 import gzip
 import itertools
 import json
+import shutil
+import time
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
 import util
-from heads.layout import write_slices
+from heads.layout import MASK_VALUES, RELEASE, files_of_case, write_slices
+from heads.people import CONDITIONS, PEOPLE_TABLE, write_people
 from pictures import sheets
 from pictures.page import page
 from util import UserError
@@ -32,6 +37,9 @@ from util import UserError
 FIELD = 256  # mm, the side of a slice
 RECORD = "samples.json"  # in every folder of samples: what they come from
 DESCRIPTION = b"synthetic: drawn by a generative model, in whole or in part"  # at most 79 bytes
+PICTURES, VOLUMES = (".png", "_scroll.gif", "_reslices.png"), {"case": ".nii.gz", "seg": "_seg.nii.gz"}
+BYTES_PER_SLICE, BYTES_PER_PIXEL = 20_000, 2  # of all files of a brain, and its part of the page
+GREY_LEAST = 100  # pixels of grey matter whose median tells how bright a slice is
 PAGE_HEADS = 40  # on one page at most, about a megabyte each
 SAGITTAL, CORONAL, AXIAL = (0, 25), (20, -30), 0  # where reslices cuts, mm
 
@@ -43,6 +51,20 @@ def affine_of(slices: np.ndarray) -> np.ndarray:
     affine = np.diag([pixel, pixel, 1.0, 1.0])
     affine[:3, 3] = -pixel * (size - 1) / 2, -pixel * (size - 1) / 2, -(len(slices) - 1) / 2
     return affine
+
+
+def steady(slices: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Slices uint8 [N, S, S], darkened so that grey matter is as bright in all as in the darkest of them.
+
+    Each slice is scaled to its own maximum, as in the release, so brightness flickers along z. Grey matter has one
+    brightness in a head. Slices with little of it, by masks uint8 [N, S, S], are darkened as their neighbours are.
+    """
+    grey = masks == MASK_VALUES[2]
+    known = np.flatnonzero(grey.sum((1, 2)) >= GREY_LEAST)
+    if not len(known):
+        return slices
+    medians = np.interp(np.arange(len(slices)), known, [np.median(slices[z][grey[z]]) for z in known])
+    return (slices * (medians.min() / medians)[:, None, None]).round().astype(np.uint8)
 
 
 def to_nifti(slices: np.ndarray) -> nibabel.Nifti1Image:
@@ -155,12 +177,30 @@ def scroll(slices: np.ndarray, name: str) -> list[np.ndarray]:
     return sheets.frames(shown[order], title, captions, width=FIELD)
 
 
+def split_of(i: int) -> str:
+    """The split of new brain i: 1, 11, 21 and so on are to validate, all others to train. So two brains are enough."""
+    return "validate" if i % 10 == 1 else "train"
+
+
+def folder_of_slices(out: Path, i: int, kind: str = "case") -> Path:
+    """Where the slices of new brain i are in a folder of samples, or with kind "seg" its masks."""
+    return out / RELEASE.folders[kind].format(split=split_of(i))
+
+
+def files_of_brain(out: Path, i: int, count: int, kind: str = "case") -> list[Path]:
+    """The files that write_brain writes of a brain of `count` slices, or with kind "seg" those of its masks."""
+    endings = (*(PICTURES if kind == "case" else ()), VOLUMES[kind])
+    beside = [out / f"brain_{i:03d}{ending}" for ending in endings]
+    return beside + files_of_case(folder_of_slices(out, i, kind), i, count, kind)
+
+
 def write_brain(out: Path, i: int, slices: np.ndarray, title: str, masks: np.ndarray | None = None) -> list[Path]:
     """Writes all files of new brain i into the folder `out`. Equal slices give equal bytes.
 
     The files of brain 0 are brain_000.png, the sheet; brain_000_scroll.gif, up and down through z;
-    brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on. With masks also
-    brain_000_seg.nii.gz, and seg_000_slice_0.nii.png and so on.
+    brain_000_reslices.png; brain_000.nii.gz; and the slices, case_000_slice_0.nii.png and so on, in the folder of the
+    release's layout for split_of(0). With masks also brain_000_seg.nii.gz, and seg_000_slice_0.nii.png and so on; and
+    the volume and the two pictures that cross the slices are steady.
 
     Args:
         slices: uint8 [N, S, S] in the order of z.
@@ -168,21 +208,22 @@ def write_brain(out: Path, i: int, slices: np.ndarray, title: str, masks: np.nda
         masks: the same of their tissues, with the values that masks have in heads/layout.py.
     Returns the paths of all but the slices, in this order.
     """
-    files = [out / f"brain_{i:03d}{ending}" for ending in (".png", "_scroll.gif", "_reslices.png")]
+    files = [out / f"brain_{i:03d}{ending}" for ending in PICTURES]
     sheet, gif, across = files
-    for kind, ending, voxels in (("case", ".nii.gz", slices), ("seg", "_seg.nii.gz", masks)):
+    head = slices if masks is None else steady(slices, masks)
+    for kind, pictures, voxels in (("case", slices, head), ("seg", masks, masks)):
         if voxels is not None:
-            write_slices(out, i, voxels, kind)
-            files.append(out / f"brain_{i:03d}{ending}")
+            write_slices(folder_of_slices(out, i, kind), i, pictures, kind)
+            files.append(out / f"brain_{i:03d}{VOLUMES[kind]}")
             util.write_file(files[-1], gzip.compress(to_nifti(voxels).to_bytes(), mtime=0))  # no clock in the file
     sheets.save_picture(sheet, sheets.brain_sheet(slices, title))
-    sheets.save_gif(gif, scroll(slices, f"synthetic brain {i}"), seconds=6)
-    sheets.save_picture(across, reslices(slices, title))
+    sheets.save_gif(gif, scroll(head, f"synthetic brain {i}"), seconds=6)
+    sheets.save_picture(across, reslices(head, title))
     return files
 
 
 def read_record(folder: Path) -> dict[str, dict]:
-    """What a folder of samples records: {"made_by": weights and settings, "brains": {number: person}}.
+    """What a folder of samples records: {"made_by": weights and settings, "brains": {number: person}}, all in text.
 
     Both are empty where nothing is recorded. Raises UserError where the file says something else.
     """
@@ -191,7 +232,8 @@ def read_record(folder: Path) -> dict[str, dict]:
         return {"made_by": {}, "brains": {}}
     try:
         record = json.loads(file.read_text())
-        if not all(isinstance(person, dict) for person in [record["made_by"], *record["brains"].values()]):
+        texts = [text for i, person in record["brains"].items() for text in (str(int(i)), *person.values())]
+        if not isinstance(record["made_by"], dict) or not all(isinstance(text, str) for text in texts):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is no record of samples; move it elsewhere, or give another folder") from None
@@ -215,7 +257,9 @@ def samples_folder(name: str, made_by: dict) -> Path:
 class Samples:
     """A folder of new brains that all come from the same weights and settings; its samples.json records them.
 
-    Nothing else is written into, over or away: so no file of anybody is lost, and no score is of a mixture.
+    Nothing else is written into, over or away: so no file of anybody is lost, and no score is of a mixture. It is a
+    data folder: people of whom anything is known stand in its table of people. A brain is recorded when all its files
+    are written, so a killed process goes on with the brain at which it was.
 
     Args:
         out: the folder; new, empty, or with brains of the same weights and settings.
@@ -235,6 +279,39 @@ class Samples:
 
     def _write(self) -> None:
         util.write_file(self.file, json.dumps(self.record, indent=2).encode())
+        people = {int(i): person for i, person in self.record["brains"].items()}
+        if any(CONDITIONS.keys() & person.keys() for person in people.values()):
+            write_people(self.out / PEOPLE_TABLE, people)
+
+    def has(self, i: int, count: int) -> bool:
+        """Whether brain i of `count` slices is recorded, and all of its files are there; of masks all or none."""
+        case, seg = ([file.is_file() for file in files_of_brain(self.out, i, count, kind)] for kind in VOLUMES)
+        return str(i) in self.record["brains"] and all(case) and all(seg) == any(seg)
+
+    def missing(self, numbers: Iterable[int], count: int, size: int) -> Iterator[int]:
+        """The numbers of the brains that are not there yet, to be drawn and added one after the other.
+
+        Says first how much of the disk they need, and before each how long they still take.
+
+        Args:
+            numbers: of all brains that shall be there in the end.
+            count, size: of slices in a brain, and of pixels a side.
+        Raises UserError where the disk has not enough room.
+        """
+        numbers = list(numbers)
+        missing = [i for i in numbers if not self.has(i, count)]
+        need = len(missing) * count * (BYTES_PER_SLICE + BYTES_PER_PIXEL * size**2) / 1e6
+        free = shutil.disk_usage(self.out).free / 1e6
+        words = f"{len(missing)} of {len(numbers)} brains are to be drawn, about {need:,.0f} MB in {self.out}"
+        if need > free:
+            raise UserError(f"{words}, where {free:,.0f} MB are free; free some space, or choose an --out elsewhere")
+        print(f"{words}, where {free:,.0f} MB are free", flush=True)
+        began = time.monotonic()
+        for done, i in enumerate(missing):
+            if done:
+                left = (time.monotonic() - began) / done * (len(missing) - done)
+                print(f"brains to go: {len(missing) - done}, about {util.duration(left)}", flush=True)
+            yield i
 
     def add(self, i: int, slices: np.ndarray, name: str, how: str, known: dict | None = None,
             masks: np.ndarray | None = None) -> None:  # fmt: skip
@@ -247,7 +324,8 @@ class Samples:
             masks: of the slices' tissues, as in write_brain.
         """
         files = [file.name for file in write_brain(self.out, i, slices, f"sampled {name}: {how}", masks)]
-        files += [f"{kind}_{i:03d}_slice_*.nii.png" for kind in ("case", *(() if masks is None else ("seg",)))]
+        for kind in ("case", *(() if masks is None else ("seg",))):
+            files.append(f"{folder_of_slices(self.out, i, kind).name}/{kind}_{i:03d}_slice_*.nii.png")
         self.record["brains"][str(i)] = known or {}
         self._write()
         print(f"{name}, in {self.out}: {', '.join(files)}", flush=True)

@@ -55,7 +55,7 @@ def half() -> torch.autocast:
 
 
 def first_stage() -> Work:
-    """Both phases together; the memory is that of sharpening, with the discriminator."""
+    """Both phases together; the memory is that of the texture, with the discriminator."""
     args = prestage_train.flags().presets["base"]
     steps = prestage_train.phase_steps(argparse.Namespace(**args, start_from=None))
     sizes = {name: args[name] for name in ("image_size", "patch", "widths", "blocks", "codebook_size")}
@@ -77,7 +77,7 @@ def first_stage() -> Work:
         known = drawing(model, x, z)
         seen = torch.cat([known[0]] * 3, 1)
         work = {"codec": count(lambda: model(x, z)[0].sum().backward()),
-                "sharpen": count(lambda: drawing(model, x, z))
+                "texture": count(lambda: drawing(model, x, z))
                 + count(lambda: model.texture(*known).sum().backward())
                 # real and drawn slices, then drawn ones again; the penalty is about twice the first, every few steps
                 + (3 + 4 / prestage_train.EVERY) * count(lambda: critic(seen, z).sum().backward())}  # fmt: skip
@@ -88,10 +88,10 @@ def first_stage() -> Work:
         x, z = slices(round(prestage_train.SHARE * B))
         known = drawing(model, x, z)
         seen = torch.cat([known[0]] * 3, 1)
-        sharpening = step_bytes(model.texture, known, {}, half) + 3 * step_bytes(critic, (seen, z), {}, half)
-        return max(codec, sharpening)
+        texture = step_bytes(model.texture, known, {}, half) + 3 * step_bytes(critic, (seen, z), {}, half)
+        return max(codec, texture)
 
-    operations = steps["codec"] * work["codec"] + prestage_train.SHARE * steps["sharpen"] * work["sharpen"]
+    operations = steps["codec"] * work["codec"] + prestage_train.SHARE * steps["texture"] * work["texture"]
     return Work(args["batch_size"] * operations, memory)
 
 

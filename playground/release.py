@@ -134,7 +134,7 @@ def training_row(path: Path) -> str:
 def training_runs(described: dict) -> list[dict]:
     """The records, see training_record, of the runs that made a file, each with its "step".
 
-    Two, where the file tells of a run that made its codec and of one that sharpened its decoder. Runs that sharpened it
+    Two, where the file tells of a run that made its codec and of one that trained its texture. Runs that trained one
     in between count for nothing: each began again with the codec.
     """
     codec = described

@@ -5,7 +5,7 @@
 Every slice is encoded with its own z, and that one latent is decoded with the right z, with a z a quarter of the brain
 further on, and with the z of another slice (a random permutation). Printed: the scores against the real slices of the
 first eight validation brains. The more a wrong z costs, the more the decoder leans on z; equal scores mean that the
-latent already says everything. Where the run's discriminator is there (model_ckpt/NAME/sharpen.pt), it judges every
+latent already says everything. Where the run's discriminator is there (model_ckpt/NAME/texture.pt), it judges every
 real validation slice with the right z and with that of another slice; 0.5 as the share of slices for which the right z
 gets the higher mean logit is what a coin would do, z ignored. The picture has slices of a brain as columns; its last
 two rows are what a wrong z changes against the right one, x5, mid-grey is nothing. Anterior is right.
@@ -49,7 +49,7 @@ def permuted(z: Tensor, seed: int) -> Tensor:
 
 
 def load_discriminator(checkpoint: Path) -> PatchDiscriminator:
-    """The discriminator of a checkpoint model_ckpt/NAME/sharpen.pt."""
+    """The discriminator of a checkpoint model_ckpt/NAME/texture.pt."""
     critic = PatchDiscriminator()
     fill_model(critic, load_checkpoint(checkpoint, SCRIPT)["critic"], checkpoint)
     return critic.eval().requires_grad_(False)
@@ -88,7 +88,7 @@ def main() -> None:
         scores = mean_scores([slice_scores(pictures, real, masks)])
         print(f"decoded with {name:10s}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
-    checkpoint = Path(model.description["path"]).with_name("sharpen.pt")
+    checkpoint = Path(model.description["path"]).with_name("texture.pt")
     if checkpoint.is_file():
         right, shuffled = judge(load_discriminator(checkpoint).to(device), model, data, args.seed)
         print(

@@ -50,6 +50,7 @@ def write_page(
         "samples": {
             "folder": str(folder),
             "cases": numbers[: result["brains"]],
+            "brains": len(brains),
             "slices": brains.shape[1],
             "digest": hashlib.blake2b(brains.numpy(), digest_size=8).hexdigest(),
         },
@@ -57,6 +58,7 @@ def write_page(
         "scorer": {key: description[key] for key in ("path", "digest", "data", "accuracy", "step")},
         "result": result,
         "nearest": pairs,
+        "nearest_real": measures["near_real"]["relative"].amin(1).sort().values[: len(pairs)].tolist(),
     }
     title = f"{result['brains']} brains of {folder} beside as many real ones ({held_out.split})"
     util.write_file(out / f"{name}.json", json.dumps(report, indent=2, allow_nan=False).encode())
@@ -150,12 +152,12 @@ outside. Inside are {inside} of {sum(map(len, rows.values()))} scores.
 
 *Bands hold the middle 95 % of brains.*
 
-The linear judge is trained on half of the brains of both kinds and judges the others; .5 means that it cannot tell. The
-relative distance of a slice is its distance to the nearest training brain over the mean of its distances to the
-next five: near 1 for a new brain, 0 for a copy. New real brains have 1 % of their slices below the limit, the 1st
-percentile of held-out slices, here {result["samples"]["copies_limit"]:.2f}; the samples have \
-{result["samples"]["copies_excess"]:.1%} more than that. The relative distances of the nearest samples are
-{nearest_of_all}.
+The linear judge is trained on half of the brains of both kinds and judges the others; .5 means that it cannot tell.
+Copies are looked for in {samples["brains"]} brains. The relative distance of a slice is its distance to the nearest
+training brain over the mean of its distances to the next five: near 1 for a new brain, 0 for a copy. New real brains
+have 1 % of their slices below the limit, the 1st percentile of held-out slices, here \
+{result["samples"]["copies_limit"]:.2f}; the samples have {result["samples"]["copies_excess"]:.1%} more than that. The
+relative distances of the nearest samples are {nearest_of_all}.
 
 ![Nearest pairs]({name}_nearest.png)
 

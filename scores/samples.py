@@ -8,6 +8,7 @@ would show. No network pretrained on photographs is needed. Every score is one e
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import util
 from dataset import Slices
-from heads.layout import list_slices, read_slice
+from heads.layout import list_slices, read_slice, slices_of_splits
 from scores import appearance
 from scores.metrics import (
     adjacent_ssim,
@@ -327,6 +328,8 @@ def score_samples(
 ) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """All scores of sampled brains uint8 [n, Z, S, S], beside those of as many held-out ones.
 
+    Where there are fewer held-out brains, only as many of the first are scored; but copies are looked for in all.
+
     Args:
         train, held_out: real slices of the samples' size.
         digest: of the scorer's weights.
@@ -344,7 +347,8 @@ def score_samples(
     positions, real = (whole_brains(data) for data in (train, held_out))
     n = min(len(brains), len(real))
     if n < len(brains):
-        print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them")
+        print(f"{n} of {len(brains)} brains are scored: there are no more held-out ones to set beside them; copies are "
+              "looked for in all")  # fmt: skip
     real = spread_evenly(real, n)
     known, salt = know(train, positions), f"{digest} {train.digest}"
     measures = {
@@ -367,7 +371,7 @@ def score_samples(
     result["drawn_brains"] = min(n, len(positions) // 2)
     result["allowed"] = allowed(measures["reference"], wanted, result["drawn_brains"], draws)
     small = torch.stack([thumbnails(train.images[at]) for at in positions]).cpu()
-    measures["near"] = nearest(brains[:n].cpu(), small)
+    measures["near"] = nearest(brains.cpu(), small)
     measures["near_real"] = nearest(held_out.images[real].cpu(), small)
     for name, near in (("samples", "near"), ("real", "near_real")):
         result[name] |= copy_scores(measures[near], measures["near_real"])
@@ -506,8 +510,9 @@ def copy_scores(near: dict[str, Tensor], near_real: dict[str, Tensor]) -> dict:
 def load_samples(run: str, limit: int | None = None) -> tuple[Tensor, list[int], Path]:
     """Whole brains uint8 [n, Z, S, S], their numbers, and the folder, of a second stage's run or a folder of slices.
 
-    Z is 1 + the largest z there. Brains that lack slices are left out, and a line says so; of the others the first
-    `limit` are taken. Raises UserError where fewer than two are left, or pictures differ in size.
+    Brains of all splits are taken, where there are splits. Z is 1 + the largest z there. Brains that lack slices are
+    left out, and a line says so; of the others the first `limit` are taken. Raises UserError where fewer than two are
+    left, or pictures differ in size.
     """
     folder = Path(run) if Path(run).is_dir() else Path(f"{run}_vis") / "samples"
     if not folder.is_dir() and is_path(run):
@@ -520,7 +525,8 @@ def load_samples(run: str, limit: int | None = None) -> tuple[Tensor, list[int],
     if limit == 1:
         raise UserError("--limit-brains 1: take more, since scores need two brains, and trust needs dozens")
     files: dict[int, dict[int, Path]] = {}
-    for number, z, path in list_slices(folder, "samples"):
+    found = sorted(itertools.chain(*slices_of_splits(folder).values()))
+    for number, z, path in found or list_slices(folder, "train"):  # which says what is missing
         files.setdefault(number, {})[z] = path
     Z = 1 + max(z for brain in files.values() for z in brain)
     whole = {number: brain for number, brain in files.items() if len(brain) == Z}

@@ -20,17 +20,17 @@ SCORES = {path.stem: json.loads(path.read_text()) for path in sorted(RELEASED.gl
 DECIMALS = {"ssim": 4, "brain_ssim": 4, "ms_ssim": 4, "psnr": 2}
 
 
-def front_matter() -> list[tuple[int, str, str]]:
-    """(depth, key, value) of each line between the card's first two `---`, which keep to a plain part of YAML."""
-    lines = CARD.split("---\n")[1].splitlines()
+def front_matter(card: str) -> list[tuple[int, str, str]]:
+    """(depth, key, value) of each line between a card's first two `---`, which keep to a plain part of YAML."""
+    lines = card.split("---\n")[1].splitlines()
     form = re.compile(r"((?:  )*)((?:- )?)(?:([\w-]+):(?: (\S.*))?|(\S+))$")
-    assert CARD.startswith("---\n") and all(form.match(line) for line in lines)
+    assert card.startswith("---\n") and all(form.match(line) for line in lines)
     found = (form.match(line).groups() for line in lines)
     return [(len(indent + dash) // 2, key or "", value or item or "") for indent, dash, key, value, item in found]
 
 
 def test_the_front_matter_names_licence_data_and_scores():
-    parsed = front_matter()
+    parsed = front_matter(CARD)
     top = {key: value for depth, key, value in parsed if depth == 0}
     assert top["license"] == "other" and top["license_link"].startswith("https://")
     assert {"license_name", "library_name", "tags", "datasets", "metrics", "model-index"} <= top.keys()

@@ -116,7 +116,7 @@ def test_held_out_heads_go_through_the_first_stage_of_the_samples(run_of, valida
     model, brains = run_of(VAE, "vae"), validate.whole_brains()
     z, x = torch.arange(32), dataset.to_float(brains[0])[:, None]
     prior = LatentDiffusion(latent_shape=model.latent_shape, widths=(8,), blocks=1)
-    own, released = checkpoints.run_weights("mine"), checkpoints.run_weights("released")
+    own, released = checkpoints.run_weights("mine"), Path("pretrained/made_here.safetensors")
     described = {"model_kwargs": {"latent_shape": list(model.latent_shape), "widths": [8], "blocks": 1}}
     save_second_stage(own, prior, model, described)
     expected = dataset.to_slices(model.decode(model.encode(x, z), z))

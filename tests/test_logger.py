@@ -188,11 +188,11 @@ def test_phases_are_marked_where_their_losses_begin():
     """In every panel the names of just the phases that it shows, and a line where one begins inside."""
     run = phased(20, 10)
     for x, unit in (("step", 1), ("seconds", 2)):
-        assert run.phases(x) == [("codec", 0), ("sharpen", 20 * unit)]
+        assert run.phases(x) == [("codec", 0), ("texture", 20 * unit)]
         shown = panels(draw_curves([run], x=x))
         said = {title: [text.get_text() for text in axis.texts] for title, axis in shown.items()}
-        assert said["Learning rate"] == ["codec", "sharpen"]
-        assert said["Reconstruction loss"] == ["codec"] and said["Blurred slices, real - drawn"] == ["sharpen"]
+        assert said["Learning rate"] == ["codec", "texture"]
+        assert said["Reconstruction loss"] == ["codec"] and said["Blurred slices, real - drawn"] == ["texture"]
         marks = [line.get_xdata()[0] for line in shown["Learning rate"].lines if line.get_linestyle() == ":"]
         assert marks == [20 * unit]
     other = Curves("log/other", {}, [line for line in run.lines if "train/codebook" in line])

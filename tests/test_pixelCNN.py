@@ -310,7 +310,7 @@ def test_other_codes_are_trained_and_sampled_by_the_same_commands(flags, first_s
         parts = line["validate/top_bits"] + line["validate/bottom_bits"]
         assert line["validate/bits"] == pytest.approx(parts, rel=1e-5)
     brain = sample_brain(model, 0, 0, 1.0, 0.9)
-    slices = load_slices(Path("pixelcnn_vis/samples"), "test", 64)
+    slices = load_slices(Path("pixelcnn_vis/samples"), "train", 64)
     assert np.array_equal(slices.images, decode_brain(inside, brain))
     with Image.open("pixelcnn_vis/samples/process.gif") as gif:
         assert gif.n_frames > 1

@@ -89,7 +89,7 @@ def test_the_phases_share_the_steps():
 
     def steps(count: int, gan_weight: float = 0.5, start_from: str | None = None) -> list[int]:
         phases = phase_steps(Namespace(steps=count, gan_weight=gan_weight, start_from=start_from))
-        assert list(phases) == ["codec", "sharpen"]
+        assert list(phases) == ["codec", "texture"]
         return list(phases.values())
 
     assert steps(1200) == [500, 700]
@@ -152,7 +152,7 @@ def test_a_run_stopped_after_every_step_is_the_same(train, straight, differences
         stops.append(int(stopped[1]) if stopped else 8)
     assert stops == [1, 2, 4, 5, 6, 7, 8]  # a phase that is finished goes over into the next
     assert differences(straight("vae"), "run", tmp_path, "run") == []
-    critic = state("run", "sharpen")["critic"]
+    critic = state("run", "texture")["critic"]
     torch.manual_seed(0)
     fresh = prestage_train.PatchDiscriminator().state_dict()
     assert len(differing(critic, fresh)) > 5  # it was trained
@@ -183,11 +183,11 @@ def test_a_finished_run_stays_as_it_is(train, finished, straight, differences, t
     assert differences(straight("vqvae"), "run", tmp_path, "run") == []
 
 
-def test_a_longer_codec_makes_sharpening_start_anew(train, finished):
+def test_a_longer_codec_makes_the_texture_start_anew(train, finished):
     """It is built on it: with more --steps the codec goes on, and what followed is forgotten."""
     out = train("--name", "run", "--steps", 10)
-    assert "resumed at step 3" in out and "phase sharpen starts anew" in out
-    assert [state("run", phase)["step"] for phase in ("codec", "sharpen")] == [4, 6]
+    assert "resumed at step 3" in out and "phase texture starts anew" in out
+    assert [state("run", phase)["step"] for phase in ("codec", "texture")] == [4, 6]
     steps = [line["step"] for line in read_log(Path("log/run"))]
     assert steps == sorted(steps) and steps[-1] == load_first_stage("run").description["step"] == 10
 
@@ -205,9 +205,9 @@ def test_a_tiny_run_reduces_the_loss(train, monkeypatch, model):
     assert len(ssim) == 3 and ssim[-1] > ssim[0] + 0.005 and brain[-1] > brain[0] + 0.005
 
 
-def test_sharpening_leaves_the_codec_as_it_is(finished):
+def test_the_texture_leaves_the_codec_as_it_is(finished):
     """To the last bit: codes, latents and faithful pictures. The texture draws what they leave out."""
-    codec, sharp, final = state("run", "codec")["ema"], state("run", "sharpen"), weights("run")
+    codec, sharp, final = state("run", "codec")["ema"], state("run", "texture"), weights("run")
     assert differing(codec, without(final, "texture.")) == [] and codec["latent_sd"].min() != 1
     assert differing(sharp["ema"], checkpoints.part_of(final, "texture.")) == []
     assert differing(sharp["ema"], sharp["model"]) != []  # what is used is the average
@@ -222,12 +222,12 @@ def test_sharpening_leaves_the_codec_as_it_is(finished):
 
 
 def test_texture_learned_later_is_the_same(train, run_main, heads_folder):
-    """A run of both phases, and a codec that is sharpened in a run of its own, draw alike."""
-    assert phase_steps(Namespace(steps=4, gan_weight=0.5, start_from=None)) == {"codec": 2, "sharpen": 2}
+    """A run of both phases, and a codec that gets its texture in a run of its own, draw alike."""
+    assert phase_steps(Namespace(steps=4, gan_weight=0.5, start_from=None)) == {"codec": 2, "texture": 2}
     train("--steps", 4)
     train("--steps", 2, "--gan-weight", 0, "--name", "codec")
-    sharpen = ["--start-from", "codec", "--preset", "demo", "--precision", "fp32", "--batch-size", 4]
-    status, _, errors = run_main(prestage_train, "--data", heads_folder, *sharpen, "--name", "later", "--steps", 2,
+    textured = ["--start-from", "codec", "--preset", "demo", "--precision", "fp32", "--batch-size", 4]
+    status, _, errors = run_main(prestage_train, "--data", heads_folder, *textured, "--name", "later", "--steps", 2,
                                  "--gan-weight", 0.5)  # fmt: skip
     assert status == 0, errors
     assert differing(weights("vqvae"), weights("later")) == []
@@ -257,10 +257,10 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
     kept, description = checkpoints.load_weights(path)
     kept["encoder.stem.1.bias"][0] = -0.0  # a digest sees the sign of nothing
     checkpoints.save_weights(path, kept, description)
-    sharpen = ["--data", heads_folder, "--start-from", "vqvae", "--preset", "demo", "--precision", "fp32"]
-    sharpen += ["--batch-size", 4, "--steps", 5, "--learning-rate", 0.01]
+    textured = ["--data", heads_folder, "--start-from", "vqvae", "--preset", "demo", "--precision", "fp32"]
+    textured += ["--batch-size", 4, "--steps", 5, "--learning-rate", 0.01]
     for name, more in (("straight", []), ("stopped", ONE_STEP), ("stopped", [])):
-        status, out, errors = run_main(prestage_train, *sharpen, "--name", name, *more)
+        status, out, errors = run_main(prestage_train, *textured, "--name", name, *more)
         assert status == 0, errors
     assert "resumed at step 1" in out and differences(Path(), "straight", Path(), "stopped") == []
     assert differing(weights("vqvae"), without(weights("straight"), "texture.")) == []
@@ -272,7 +272,7 @@ def test_a_finished_first_stage_gets_another_perceptual_decoder(train, run_main,
         (["--name", "new", "--gan-weight", 0], "--gan-weight above 0"),
         ([], "give it a --name"),
     ):
-        refused(prestage_train, *sharpen, *flags, names=[words])
+        refused(prestage_train, *textured, *flags, names=[words])
     assert not Path("log/new").exists()
 
 
@@ -306,7 +306,7 @@ def test_weights_follow_from_the_seed_alone(train, finished, monkeypatch):
     monkeypatch.setattr(training_run, "REPORTS", 4)
     train("--name", "often", "--steps", 8)
     train("--name", "other", "--steps", 3, "--seed", 1, "--gan-weight", 0)
-    for phase in ("codec", "sharpen"):
+    for phase in ("codec", "texture"):
         assert differing(state("run", phase)["model"], state("often", phase)["model"]) == []
     same = without(weights("run"), "texture.")
     assert "encoder.stem.1.weight" in differing(same, weights("other"))
@@ -365,7 +365,7 @@ def test_a_run_leaves_what_the_layout_promises(train, heads_folder):
     out = train("--model", "vae", "--name", "mine", "--steps", 6, "--kl-weight", 0.5)
     assert len(re.findall(r"^run mine: .*kl-weight 0.5.*widths 8 16", out, re.MULTILINE)) == 1
     assert re.search(r"^step 4 .*validate/ssim 0\.\d+", out, re.MULTILINE) and "\ntime: " in out
-    assert len(re.findall(r"^memory: about .* for a step", out, re.MULTILINE)) == 2  # codec, sharpening
+    assert len(re.findall(r"^memory: about .* for a step", out, re.MULTILINE)) == 2  # codec, texture
     model = load_first_stage("mine")
     assert model.description["step"] == 6 and model.description["kind"] == "vae" and model.latent_shape == (4, 6, 8)
     assert model.description["data"]["slices"] == 80 and model.description["preset"] == "demo"

@@ -1,6 +1,7 @@
 """Laws that pixelCNN.py and stable_diffusion.py promise alike of their runs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import FIRST_STAGE, Killed
 from PIL import Image
 
 import pixelCNN
+import prestage_train
 import stable_diffusion
 from dataset import list_slices, load_slices
 from logger import read_log
 from model_diffusion import LatentDiffusion
 from model_VAE import VAE
+from pictures import sheets
 from training.checkpoints import save_weights
 from training.stages import load_first_stage, load_second_stage, save_second_stage
 
@@ -40,6 +44,12 @@ def name(script) -> str:
 def load(name: str):
     """(prior, first stage) of a run."""
     return load_second_stage(name, pixelCNN.PRIORS | stable_diffusion.MODELS)
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    """{place in the folder: content} of all files but the signs of its owner."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name[0] != ".")
+    return {file.relative_to(folder): file.read_bytes() for file in files}
 
 
 def drawn(script, name: str, seed: int, i: int) -> np.ndarray:
@@ -93,12 +103,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(name, train, straight, di
 
 
 def test_sampling_writes_sheet_volume_and_slices_per_brain_and_the_gif(script, name, trained, run_main):
-    """In the form that dataset.py reads; each brain is the one that its number and the seed stand for."""
+    """In the form that training reads; each brain is the one that its number and the seed stand for."""
     status, out, errors = run_main(script, *SAMPLE[script], "--brains", 2, "--seed", 5)
     assert status == 0 and "training it first" not in out, errors
     samples = Path(f"{name}_vis/samples")
-    assert [slice_[:2] for slice_ in list_slices(samples, "test")] == [(i, z) for i in range(2) for z in range(20)]
-    slices = load_slices(samples, "test", 64).images.numpy().reshape(2, 20, 64, 64)
+    splits = ("train", "validate")  # of brains 0 and 1
+    slices = np.stack([load_slices(samples, split, 64).whole_brains()[0].numpy() for split in splits])
+    found = [list_slices(samples, split) for split in splits]
+    assert [slice_[:2] for files in found for slice_ in files] == [(i, z) for i in range(2) for z in range(20)]
     for i in range(2):
         assert np.array_equal(slices[i], drawn(script, name, 5, i))
         voxels = np.asanyarray(nibabel.load(samples / f"brain_{i:03d}.nii.gz").dataobj)
@@ -113,10 +125,50 @@ def test_sampling_writes_sheet_volume_and_slices_per_brain_and_the_gif(script, n
     assert (samples / "process.gif").stat().st_size < 3_000_000
 
 
+def test_a_killed_set_goes_on_with_the_brain_at_which_it_was(script, name, trained, run_main, monkeypatch):
+    """Killed within brain 0, within brain 1, and asked for more brains: the files are those of one go, to the byte."""
+    save_gif, fatal = sheets.save_gif, ""
+
+    def save_or_die(path: Path, *args, **kwargs) -> None:
+        if path.name == fatal:
+            raise Killed
+        save_gif(path, *args, **kwargs)
+
+    def draw(out: str, brains: int) -> tuple[list[int], str]:
+        """Which brains were drawn, and what was printed."""
+        status, said, errors = run_main(script, *SAMPLE[script], "--brains", brains, "--out", out)
+        assert status == 0, errors
+        return [int(number) for number in re.findall(r"^brain (\d+)(?:, .*)?, in ", said, re.MULTILINE)], said
+
+    monkeypatch.setattr(sheets, "save_gif", save_or_die)
+    assert draw("straight", 3)[0] == [0, 1, 2]
+    for brains, fatal, there in ((3, "brain_000_scroll.gif", []), (1, "", ["0"]), (3, "brain_001_scroll.gif", ["0"])):
+        if fatal:
+            with pytest.raises(Killed):
+                draw("stopped", brains)
+        else:
+            assert draw("stopped", brains)[0] == [0]
+        assert list(json.loads(Path("stopped/samples.json").read_text())["brains"]) == there
+    fatal = ""
+    numbers, said = draw("stopped", 3)
+    assert numbers == [1, 2] and "2 of 3 brains are to be drawn" in said and "brains to go: 1, about " in said
+    assert draw("stopped", 3)[0] == []
+    assert files_in(Path("stopped")) == files_in(Path("straight"))
+
+
+def test_samples_are_data_to_train_on(script, name, trained, run_main):
+    """A first stage learns from what a second stage drew, by the name of the folder alone."""
+    assert run_main(script, *SAMPLE[script], "--brains", 3, "--out", "synthetic")[0] == 0
+    status, out, errors = run_main(prestage_train, "--data", "synthetic", "--name", "again", *FIRST_STAGE, "--steps", 2)
+    assert status == 0 and "data: synthetic (--data, synthetic)" in out, errors
+    described = load_first_stage("again").description["data"]
+    assert described["cases"] == 2 and described["slices"] == 40
+
+
 def test_one_command_trains_first_if_nothing_was_trained_and_samples(script, name, train):
     out = train(*SAMPLE[script], "--out", "mine")
     assert "training it first" in out and "step 4 " in out
-    assert len(list_slices(Path("mine"), "test")) == 20 and not Path(f"{name}_vis/samples").exists()
+    assert len(list_slices(Path("mine"), "train")) == 20 and not Path(f"{name}_vis/samples").exists()
 
 
 def test_one_file_is_enough_to_sample(script, name, trained, run_main, monkeypatch):
@@ -132,10 +184,10 @@ def test_one_file_is_enough_to_sample(script, name, trained, run_main, monkeypat
     assert run_main(script, *flags, "--name", "model_ckpt/mine/model.safetensors", "--out", "named")[0] == 0
     status, out, _ = run_main(script, *flags)  # nothing was trained here
     assert status == 0 and "sampling the released weights" in out
-    here = {file.name: file.read_bytes() for file in (trained / "here").glob("[!.]*")}
-    assert len(here) == 20 + 7
+    here = files_in(trained / "here")
+    assert len(here) == 20 + 8
     for folder in ("mine_vis/samples", "named", f"{name}_vis/samples"):
-        assert here == {file.name: file.read_bytes() for file in Path(folder).glob("[!.]*")}
+        assert here == files_in(Path(folder))
 
 
 def test_what_does_not_fit_is_one_line(script, name, trained, refused, heads_folder, first_stage, tiny_sizes):

@@ -282,6 +282,11 @@ def weights_to_sample(flags: Flags, args: argparse.Namespace, typed: dict, relea
     return None
 
 
-def describe_samples(flags: Flags, weights: Path, args: argparse.Namespace) -> dict:
-    """What decides how sampled brain i looks: the digest of the weights, and the settings of sampling."""
-    return {"weights": file_digest(weights), "settings": {name: vars(args)[name] for name in sorted(flags.sampling)}}
+def describe_samples(flags: Flags, weights: Path, args: argparse.Namespace, description: dict, **more: str) -> dict:
+    """What decides how sampled brain i looks: script, digest of the weights, settings of sampling, and whatever more.
+
+    description: of the weights; it says on which data they were trained. Where these lay on a disk is left out.
+    """
+    settings = {name: vars(args)[name] for name in sorted(flags.sampling)}
+    data = {name: value for name, value in description.get("data", {}).items() if name != "folder"}
+    return {"script": flags.script, "weights": file_digest(weights), "settings": settings, "data": data, **more}

@@ -42,8 +42,9 @@ def load_first_stage(
 
 
 def weights_here() -> list[Path]:
-    """The files of weights of all runs here, and those that are released."""
-    return sorted(Path("model_ckpt").glob("*/model.safetensors")) + sorted(RELEASED.glob("*.safetensors"))
+    """The files of weights of all runs here, those of a release made here, and those that are released."""
+    runs, made = Path("model_ckpt").glob("*/model.safetensors"), Path(RELEASED.name).glob("*.safetensors")
+    return [*sorted(runs), *sorted(made), *sorted(RELEASED.glob("*.safetensors"))]
 
 
 def find_encoder(decoder: Autoencoder) -> Autoencoder | None:

@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+import dataset
 import util
 from heads.layout import list_slices, read_png
+from heads.people import PEOPLE_TABLE
 from heads.phantom import phantom_case
 from pictures import sheets, volume
 from util import UserError
@@ -81,7 +85,8 @@ def test_equal_slices_give_equal_files_whatever_the_time(head, tmp_path, monkeyp
     for folder, time in (("a", 1e9), ("b", 2e9)):
         monkeypatch.setattr("time.time", lambda time=time: time)
         volume.write_brain(tmp_path / folder, 0, slices, "a head")
-        files.append({file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()})
+        written = (file for file in (tmp_path / folder).rglob("*") if file.is_file())
+        files.append({file.name: file.read_bytes() for file in written})
     assert files[0] == files[1] and len(files[0]) == 36
     assert len(gzip.decompress(files[0]["brain_000.nii.gz"])) == 352 + slices.size
 
@@ -187,15 +192,37 @@ def test_write_brain_returns_what_it_wrote(head, count, seen, tmp_path):
     files = volume.write_brain(tmp_path / "new", 12, slices, "a head", masks)
     endings = [".png", "_scroll.gif", "_reslices.png", ".nii.gz"] + seen * ["_seg.nii.gz"]
     assert [file.name for file in files] == [f"brain_012{ending}" for ending in endings]
-    written = set(files)
+    expected = set()
     for kind, voxels, nifti in (("case", slices, files[3]), ("seg", masks, files[-1]))[: 1 + seen]:
-        found = list_slices(tmp_path / "new", "test", kind)
+        found = list_slices(tmp_path / "new", "train", kind)
         assert [place[:2] for place in found] == [(12, z) for z in range(count)]
         assert np.array_equal(np.stack([read_png(path) for *_, path in found]), voxels)
-        assert np.array_equal(volume.read_slices(nifti), voxels)
+        steady = volume.steady(slices, masks) if seen and kind == "case" else voxels
+        assert np.array_equal(volume.read_slices(nifti), steady)
         assert np.array_equal(nibabel.load(nifti).affine, volume.affine_of(slices))
-        written |= {path for *_, path in found}
-    assert written == set((tmp_path / "new").iterdir())
+        expected |= {*volume.files_of_brain(tmp_path / "new", 12, count, kind)}
+    assert expected == {path for path in (tmp_path / "new").rglob("*") if path.is_file()} > set(files)
+
+
+def test_a_steady_head_is_equally_bright_along_z(head):
+    """A planted flicker is gone, from grey matter, which is looked at, and from white, and no pixel is brighter.
+
+    Slices without grey matter follow their neighbours; a head without any stays as it is.
+    """
+    masks, factors = phantom_case(0, 1)[1].copy(), np.random.default_rng(0).uniform(0.6, 1, len(head))
+    flickering, masks[:2] = (head * factors[:, None, None]).round().astype(np.uint8), 0
+
+    def levels(slices: np.ndarray, tissue: int) -> np.ndarray:
+        seen = [z for z in range(len(slices)) if (masks[z] == tissue).sum() >= 100]
+        return np.array([np.median(slices[z][masks[z] == tissue]) for z in seen])
+
+    before, after = volume.steady(head, masks), volume.steady(flickering, masks)
+    assert after.dtype == np.uint8 and (after <= flickering).all()
+    assert np.ptp(levels(flickering, 170)) > 20 and np.ptp(levels(after, 170)) <= 1
+    planted, left = (levels(a, 255) / levels(b, 255) for a, b in ((flickering, head), (after, before)))
+    assert planted.max() / planted.min() > 1.4 and left.max() / left.min() < 1.06
+    assert after[0].max() / flickering[0].max() == pytest.approx(after[2].max() / flickering[2].max(), abs=0.01)
+    assert np.array_equal(volume.steady(flickering, np.zeros_like(masks)), flickering)
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):
@@ -206,15 +233,15 @@ def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):
         volume.Samples(out, {"weights": "a", "seed": 0}).add(i, slices, f"brain {i}", "a head", {"age": str(60 + i)})
         util.disown()
     assert json.loads((out / "samples.json").read_text())["brains"] == {"0": {"age": "60"}, "1": {"age": "61"}}
-    before = {path: path.read_bytes() for path in sorted(out.iterdir())}
-    assert len(before) == 2 * (4 + 32) + 1 + 1  # and the lock
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    assert len(before) == 2 * (4 + 32) + 2 + 1  # and the lock
     for n, other in enumerate("bc", 1):
         with pytest.raises(UserError, match="brains of other weights or settings; choose another --out"):
             volume.Samples(out, {"weights": other, "seed": 0})
         free = volume.samples_folder("folder/run.safetensors", {"weights": other, "seed": 0})
         assert free == out.with_name(f"samples_{n}")
         volume.Samples(free, {"weights": other, "seed": 0}).add(3, slices, "brain 3", "a head")
-    assert {path: path.read_bytes() for path in sorted(out.iterdir())} == before
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
 
 
 def test_no_file_of_anybody_is_touched(head, tmp_path):
@@ -235,7 +262,83 @@ def test_no_file_of_anybody_is_touched(head, tmp_path):
         volume.Samples(Path("."), {"weights": "a"})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"made_by": 3, "brains": {}}', '{"made_by": {}, "brains": [1]}'])
+@pytest.fixture
+def people_drawn(head, tmp_path) -> Path:
+    """A folder of three new brains of 20 slices of 64 px, two of which are somebody; one is in validate."""
+    masks = phantom_case(0, 1)[1][:20, ::4, ::4].copy()
+    samples = volume.Samples(tmp_path / "drawn", {"weights": "a"})
+    for i, person in enumerate([{"age": "64", "sex": "F", "cdr": "0.5"}, {"age": "20"}, {}]):
+        samples.add(i, np.roll(small(head, 64, 20), i, axis=2), f"brain {i}", "a head", person, masks)
+    util.disown()
+    return tmp_path / "drawn"
+
+
+def test_samples_are_a_data_folder_and_say_that_they_are_synthetic(people_drawn, head, capsys):
+    """Splits by number, masks, and a table of these people alone, whatever lies above."""
+    report, problems = dataset.check_folder(people_drawn)
+    assert problems == [] and report[0].startswith("synthetic")
+    dataset.find_data(str(people_drawn))
+    assert "synthetic)" in capsys.readouterr().out
+    train, held_out = (dataset.load_slices(people_drawn, split, 64, masks=True) for split in ("train", "validate"))
+    assert train.case.unique().tolist() == [0, 2] and held_out.case.unique().tolist() == [1]
+    assert np.array_equal(held_out.images, np.roll(small(head, 64, 20), 1, axis=2))
+    known = [data.people(("age", "sex", "cdr"))[::20].tolist() for data in (train, held_out)]
+    assert np.array_equal(known[0], [[64, 0, 0.5], [np.nan] * 3], equal_nan=True)
+    assert np.array_equal(known[1], [[20, np.nan, np.nan]], equal_nan=True)
+    (people_drawn / PEOPLE_TABLE).rename(people_drawn.parent / PEOPLE_TABLE)
+    assert dataset.people_table(people_drawn) is None
+    dataset.write_subset(people_drawn, 1, people_drawn.parent / "fewer")
+    assert dataset.check_folder(people_drawn.parent / "fewer")[0][0].startswith("synthetic")
+    numbers = {split: {i for i in range(200) if volume.split_of(i) == split} for split in ("train", "validate")}
+    assert numbers["validate"] == set(range(1, 200, 10)) and len(numbers["train"]) == 180
+
+
+def test_a_brain_is_missing_unless_it_is_recorded_with_all_its_files(people_drawn):
+    """Of masks, all or none: without a scorer there are none."""
+
+    def missing(count: int) -> list[int]:
+        try:
+            return list(volume.Samples(people_drawn, {"weights": "a"}).missing(range(count), 20, 64))
+        finally:
+            util.disown()
+
+    assert missing(3) == [] and missing(5) == [3, 4]
+    for kind, n in (("case", 0), ("case", 9), ("seg", 0), ("seg", 9)):
+        file = volume.files_of_brain(people_drawn, 1, 20, kind)[n]
+        file.rename(people_drawn / ".aside")
+        assert missing(3) == [1], file
+        (people_drawn / ".aside").rename(file)
+    for file in volume.files_of_brain(people_drawn, 2, 20, "seg"):
+        file.unlink()
+    assert missing(3) == []
+    record = json.loads((people_drawn / volume.RECORD).read_text())
+    del record["brains"]["0"]
+    (people_drawn / volume.RECORD).write_text(json.dumps(record))
+    assert missing(3) == [0]
+
+
+@pytest.mark.parametrize("size, count", [(64, 32), (64, 20), (128, 32), (256, 32)])
+def test_the_need_of_disk_is_said_within_a_factor_of_two(head, size, count, tmp_path, monkeypatch, capsys):
+    """Before the first brain; a disk with less is refused then."""
+    masks, out = small(phantom_case(0, 1)[1], size, count), tmp_path / "new"
+    samples = volume.Samples(out, {"weights": "a"})
+    assert next(samples.missing(range(3), count, size)) == 0
+    said = re.match(r"3 of 3 brains are to be drawn, about ([\d,]+) MB in .*new, where ", capsys.readouterr().out)
+    samples.add(0, small(head, size, count), "brain 0", "a head", masks=masks)
+    files = [file for kind in volume.VOLUMES for file in volume.files_of_brain(out, 0, count, kind)]
+    taken = sum(file.stat().st_size for file in files)
+    assert 0.5 < int(said[1]) * 1e6 / (3 * taken) < 2
+    free = shutil.disk_usage(out)._replace(free=2 * taken)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(UserError, match=r"^5 of 6 .* MB in .*new, where \d+ MB are free; free some space"):
+        next(samples.missing(range(6), count, size))
+
+
+WRONG = ["", "[]", "{}", '{"made_by": 3, "brains": {}}', '{"made_by": {}, "brains": [1]}',
+         '{"made_by": {}, "brains": {"one": {}}}', '{"made_by": {}, "brains": {"1": {"age": 64}}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_a_record_that_is_none_is_refused_in_words(tmp_path, text):
     (tmp_path / volume.RECORD).write_text(text)
     with pytest.raises(UserError, match="no record of samples"):

@@ -68,10 +68,11 @@ def test_a_second_stage_is_released_with_any_decoder_of_its_latents(phantom_fold
     """Rounded but for its codes, and without an encoder; what does not fit is said in one line."""
     for script, flags, words in (
         (prestage_train, [*TINY, "--patch", 4, "--codebook-size", 16, "--steps", 2], "weights"),
-        (prestage_train, ["--start-from", "vqvae", "--name", "sharper", "--gan-weight", 0.5, "--steps", 1], "weights"),
+        (prestage_train, ["--start-from", "vqvae", "--name", "textured", "--gan-weight", 0.5, "--steps", 1], "weights"),
         (stable_diffusion, [*TINY, "--steps", 1], "weights"),
         (release, ["vqvae", "first.safetensors"], "| `first.safetensors` |"),
-        (release, ["diffusion", "second.safetensors", "--first-stage", "sharper", "--without-encoder"], "two decoders"),
+        (release, ["diffusion", "second.safetensors", "--first-stage", "textured",
+                    "--without-encoder"], "two decoders"),
         (release, ["diffusion", "x.safetensors", "--first-stage", RELEASED / "vqvae_f8.safetensors"], "other latents"),
         (release, ["second.safetensors", "x.safetensors"], "has no encoder"),
     ):

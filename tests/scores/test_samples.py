@@ -296,6 +296,8 @@ def test_the_command_scores_samples_of_a_run_and_writes_a_page(run_main, drawn):
             low, high = report["result"][part][f"{name}_interval"]
             assert low <= report["result"][part][name] + 1e-9 and report["result"][part][name] <= high + 1e-9
     assert report["result"]["brains"] == 3 and "3 of 4 brains are scored" in out
+    assert report["samples"]["brains"] == 4 and 3 in {pair["case"] for pair in report["nearest"]}  # copies: of all
+    assert not (folder / "README.md").exists()  # a card is of samples alone
     assert report["scorer"]["path"] == "net.safetensors" and len(report["nearest"]) == 8
     page = (folder / "samples_validate.md").read_text()
     for picture in re.findall(r"\]\((\S+\.png)\)", page):

@@ -192,9 +192,11 @@ def test_flags_of_one_start_and_of_sampling_are_neither_recorded_nor_inherited()
     assert recorded().keys().isdisjoint({"colour", "sample", "brains", "out", "device", "minutes"})
     assert recorded()["steps"] == 6 and start(flags=flags).colour == "grey"
     util.write_file(Path("weights"), b"w")
-    described = describe_samples(flags, Path("weights"), args)
+    described = describe_samples(flags, Path("weights"), args, {"data": {"folder": "/home/me", "cases": 3}}, scorer="s")
     assert described["settings"] == {"colour": "blue", "precision": "auto", "seed": 0}
-    assert described != describe_samples(flags, Path("weights"), start(flags=flags))
+    assert described["data"] == {"cases": 3} and described["scorer"] == "s"
+    other = describe_samples(flags, Path("weights"), start(flags=flags), {"data": {"cases": 3}}, scorer="s")
+    assert {name for name in described if described[name] != other[name]} == {"settings"}
 
 
 def test_all_that_decides_how_a_brain_looks_is_in_the_record_of_samples():
