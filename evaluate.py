@@ -4,6 +4,7 @@
     python evaluate.py --reconstruction vqvae --no-floors   # without k-means, block KLT and AVIF, which take minutes
     python evaluate.py --samples diffusion                  # samples of a second stage's run: NAME_vis/samples
     python evaluate.py --samples FOLDER                     # any data folder, or one of case_NNN_slice_Z.nii.png
+    python evaluate.py --utility FOLDER                     # new brains with masks, as those of --sample
     python evaluate.py --train-scorer                       # the network that reads samples, on your own data
 
 Reconstructions. SSIM over the whole picture and over the tissue mask, beside their price in bits, and beside codecs
@@ -12,6 +13,10 @@ without a network (scores/ledger.py). Writes DIR/reconstruction_SPLIT.json and .
 Samples. Every score is computed in the same way of the sampled brains, of as many held-out people, of these after they
 went through the first stage, and of draws of training people, which say what is allowed (scores/samples.py). Writes
 DIR/samples_SPLIT.md, a page with its pictures, and .json; and scores and copies into README.md of a folder of samples.
+
+Utility. A small network learns to find tissue from new brains, from as many real ones, and from both, and is tested on
+real brains: nine trainings, half an hour on a CPU core (scores/utility.py). Writes DIR/utility_SPLIT.md and .json. The
+same command goes on after an interruption.
 
 Brackets hold 95 % intervals, by bootstrap over brains: the slices of one brain are no independent observations.
 """
@@ -36,6 +41,7 @@ from scores.page import sample_table, write_page
 from scores.samples import load_samples
 from scores.scorer import COMMAND, NAME, STEPS, find_scorer, train_scorer
 from scores.scorer import RELEASED as RELEASED_SCORER
+from scores.utility import HEADS, load_heads, utility_table, write_utility
 from training.checkpoints import RELEASED, file_digest, find_weights, load_weights, run_weights
 from training.stages import allow_brains, find_encoder, load_first_stage, load_second_stage, weights_here
 from util import UserError
@@ -48,9 +54,12 @@ def flags() -> argparse.ArgumentParser:
     add("--reconstruction", metavar="RUN", default="vqvae",
         help="first stage: run name, folder or weights file (default: %(default)s)")  # fmt: skip
     add("--samples", metavar="RUN", help="score new brains instead: a second stage's run, or a folder of slices")
+    add("--utility", type=Path, metavar="FOLDER", help="train a segmentation network on a folder of new brains with "
+        "masks instead, and on real ones, and compare them")  # fmt: skip
     add("--train-scorer", type=util.positive_int, nargs="?", const=STEPS, metavar="STEPS", help="train the scorer of "
         f"samples instead, {STEPS} steps, half an hour on a CPU core; the same command resumes")  # fmt: skip
-    add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all")
+    add("--limit-brains", type=util.positive_int, metavar="N", help="of the samples, the first N; default: all, "
+        f"for --utility at most {HEADS}")  # fmt: skip
     add("--scorer", metavar="RUN", help="reads the samples: run or file; default: the run scorer, else the released "
         "one; with --train-scorer the name of the run to train")  # fmt: skip
     util.add_decoder_flag(parser, "fidelity", "fidelity")
@@ -152,8 +161,6 @@ def ages_of_samples(folder: Path, record: dict, numbers: list[int]) -> Tensor | 
 def evaluate_samples(args: argparse.Namespace) -> None:
     """The command with --samples."""
     began = time.monotonic()
-    if args.split == "train":
-        raise UserError("--split train: samples are set beside held-out brains; choose validate (or, once, test)")
     brains, numbers, samples = load_samples(args.samples, args.limit_brains)
     folder = find_data(args.data)
     splits = tuple(load_slices(folder, split, brains.shape[-1]) for split in ("train", args.split))
@@ -177,10 +184,23 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     print(f"page: {out}/samples_{args.split}.md, and .json and .png beside it; {time.monotonic() - began:.0f} s")
 
 
+def evaluate_utility(args: argparse.Namespace) -> None:
+    """The command with --utility."""
+    began, out = time.monotonic(), args.out or args.utility
+    splits = load_heads(args.utility, find_data(args.data), args.split)
+    report = write_utility(args.utility, splits, out, args.limit_brains or HEADS, util.pick_device(args.device))
+    print(utility_table(report))
+    print(f"page: {out}/utility_{args.split}.md, and .json beside it; {util.duration(time.monotonic() - began)}")
+
+
 def main() -> None:
     args = flags().parse_args()
+    if args.split == "train" and (args.samples or args.utility):
+        raise UserError("--split train: samples are set beside held-out brains; choose validate (or, once, test)")
     if args.train_scorer:
         train_scorer(find_data(args.data), args.device, name=args.scorer or NAME, steps=args.train_scorer)
+    elif args.utility:
+        evaluate_utility(args)
     elif args.samples:
         evaluate_samples(args)
     else:

@@ -46,6 +46,8 @@ from training.checkpoints import cached, is_path
 from util import UserError
 
 ROOT = Path(__file__).parents[1]
+CODE = ("util.py", "module.py", "dataset.py", "scores/metrics.py", "scores/appearance.py", "scores/samples.py",
+        "scores/scorer.py")  # which can run in `measure`; not the page's words  # fmt: skip
 DRAWS = 60  # of real people, whose scores say what is allowed
 NEAR_IN_AGE = 10  # a draw takes one of so many people nearest in age to a sample
 POWER = 2.8  # sds of the draws: a difference so large is seen at 5 % in four of five sets of brains (1.96 + .84)
@@ -411,11 +413,10 @@ def measure_real(data: Slices, positions: Tensor, scorer: Scorer, known: Known, 
     return cached(name, lambda: measure(data.images[positions].cpu(), scorer, data.split, known))
 
 
-def digest_of_code(root: Path = ROOT) -> str:
-    """16 hexadecimal digits of PyTorch's version and of all files of the project whose code can run in `measure`."""
-    scores = [f"scores/{name}.py" for name in ("metrics", "appearance", "samples", "scorer")]  # not the page's words
+def digest_of_code(root: Path = ROOT, files: tuple[str, ...] = CODE) -> str:
+    """16 hexadecimal digits of PyTorch's version and of files of the project; by default of those that `measure`."""
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=8)
-    for name in ("util.py", "module.py", "dataset.py", *scores):
+    for name in files:
         digest.update((root / name).read_bytes())
     return digest.hexdigest()
 

@@ -285,6 +285,19 @@ def save_scorer(run: Run, model_kwargs: dict, held_out: Slices) -> None:
         print(f"{where}: Dice {dice}; error of area {area}; of z {score['z_error']:.2f} slices")
 
 
+def overlaps(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(common, sizes), pixels float32 [B, 3] of CSF, grey, white in slices: common to what is read and the mask; the
+    mean of both areas. Dice of slices is sum(common) / sum(sizes).
+
+    Args:
+        logits: [B, 4, S, S], as of Scorer.
+        masks: uint8 [B, S, S].
+    """
+    true, read = tissue_shares(masks), logits.argmax(1)
+    found = torch.stack([read == n for n in (1, 2, 3)], 1).float()
+    return (true * found).sum((2, 3)), (true.sum((2, 3)) + found.sum((2, 3))) / 2
+
+
 @torch.no_grad()
 def accuracy(scorer: Scorer, data: Slices, reduce: int = 1) -> dict[str, float]:
     """How well a scorer reads a split at 256 px with masks.
@@ -298,11 +311,10 @@ def accuracy(scorer: Scorer, data: Slices, reduce: int = 1) -> dict[str, float]:
     for index in util.progress(torch.arange(len(data)).split(32), f"accuracy at {SIZE // reduce} px", unit="batch"):
         x, z, _ = data.batch(index)
         logits, whole, _ = scorer(F.avg_pool2d(x, reduce))
-        true = tissue_shares(data.masks[index])
-        found = torch.stack([logits.argmax(1) == n for n in (1, 2, 3)], 1).float()
-        overlap += (true * found).sum((0, 2, 3))
-        sizes += torch.stack([true.sum((0, 2, 3)), found.sum((0, 2, 3))]).mean(0)
-        area_error += (logits.softmax(1)[:, 1:].sum((2, 3)) - true.sum((2, 3))).abs().sum(0)
+        common, mean_sizes = overlaps(logits, data.masks[index])
+        overlap, sizes = overlap + common.sum(0), sizes + mean_sizes.sum(0)
+        true_areas = tissue_shares(data.masks[index]).sum((2, 3))
+        area_error += (logits.softmax(1)[:, 1:].sum((2, 3)) - true_areas).abs().sum(0)
         z_error += float((expected_z(whole) - z).abs().sum())
     true_areas = torch.stack([(data.masks == value).sum() for value in MASK_VALUES[1:]])
     result = {f"dice_{name}": float(value) for name, value in zip(TISSUES, overlap / sizes)}
