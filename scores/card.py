@@ -31,7 +31,7 @@ def write_card(folder: Path) -> None:
         return
     try:
         files = {split: folder / f"samples_{split}.json" for split in ("validate", "test")}
-        found = [scores(json.loads(file.read_text()), split) for split, file in files.items() if file.is_file()]
+        found = {split: json.loads(file.read_text()) for split, file in files.items() if file.is_file()}
         text = card(folder, record, found)
     except (LookupError, TypeError, ValueError, AttributeError):
         words = f"{folder}: {RECORD} or a samples_*.json is not as it was written"
@@ -40,8 +40,8 @@ def write_card(folder: Path) -> None:
     print(f"what they are, for those you share them with: {folder}/README.md")
 
 
-def card(folder: Path, record: dict, found: list[str]) -> str:
-    """The text, of read_record and of what scores() says."""
+def card(folder: Path, record: dict, reports: dict[str, dict]) -> str:
+    """The text, of read_record and of the reports of scores.page.write_page by split."""
     made_by, brains, splits, rows = record["made_by"], record["brains"], [], []
     for split, files in slices_of_splits(folder).items():
         if files:
@@ -55,6 +55,8 @@ def card(folder: Path, record: dict, found: list[str]) -> str:
         origin = f"Of each brain some slices were given, and a model drew the others; `{RECORD}` says which were given."
         what = "--complete GIVEN"
     typed = [f"--{flag.replace('_', '-')} {value}" for flag, value in made_by["settings"].items() if value is not None]
+    learned = made_by["data"].get("digest", "unknown")
+    found = [scores(report, split, learned) for split, report in reports.items()]
     return Template(WORDS.read_text()).substitute(
         n=len(brains),
         origin=origin,
@@ -66,7 +68,7 @@ def card(folder: Path, record: dict, found: list[str]) -> str:
         command=" ".join([f"python {made_by['script']} {what} --name WEIGHTS", *typed, "--out FOLDER"]),
         weights=made_by["weights"],
         cases=made_by["data"].get("cases", "unknown"),
-        data=made_by["data"].get("digest", "unknown"),
+        data=learned,
         seed=made_by["settings"]["seed"],
         commit=record["commit"],
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -93,8 +95,11 @@ def people(folder: Path, asked: dict, given: bool, n: int) -> str:
     )
 
 
-def scores(report: dict, split: str) -> str:
-    """What evaluate.py found, from its report: scores beside held-out people of a split, and how near training is."""
+def scores(report: dict, split: str, learned: str) -> str:
+    """What evaluate.py found, from its report: scores beside held-out people of a split, and how near training is.
+
+    learned: the digest of the slices that the weights learned from.
+    """
     result, near, searched = report["result"], report["nearest"], report["samples"]["brains"]
     rows = [row for group in sample_rows(result).values() for row in group]
     copies = [
@@ -106,6 +111,10 @@ def scores(report: dict, split: str) -> str:
          *("-" if value is None else f"{value:.3f}" for value in (pair["distance"], pair["relative_distance"], person))]
         for pair, person in zip_longest(near, report["nearest_real"][: len(near)])
     ]  # fmt: skip
+    same = "the very ones that the weights learned from"
+    if report["data"]["train"]["digest"] != learned:
+        same = "not exactly those that the weights learned from, so copies of others may be among them"
+    near_one = round(result["samples"]["copied_brains"] * searched)
     inside = sum(row[-1] == "inside" for row in rows)
     return f"""## Scores beside people of {split}
 
@@ -116,8 +125,8 @@ of real people. [The page of scores](samples_{split}.md) says how to read them.
 
 ## Copies, beside people of {split}
 
-{searched} brains were compared with all {result["training_brains"]} training brains, as held-out people were. \
-{round(result["samples"]["copied_brains"] * searched)} of them are nearer to one than any held-out person is.
+{searched} brains were compared with {result["training_brains"]} training brains, as held-out people were. These \
+training brains are {same}. {near_one} of the new brains are nearer to one of them than any held-out person is.
 
 {markdown_table(["share", "new brains", "held-out people"], copies)}
 

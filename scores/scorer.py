@@ -34,6 +34,7 @@ NAME, STEPS = "scorer", 2000  # of the run that trains one
 RELEASED = checkpoints.RELEASED / "scorer.safetensors"
 TISSUES = ("csf", "grey", "white")
 SIZE = 256  # px and mm, the side of the pictures it reads: a pixel is 1 mm^2
+SPECKS = 0.01  # of a drawn head's pixels may lie outside the box; else one brain of a set has masks and the next none
 WEIGHTS = {"tissue": 1.0, "z": 0.1, "areas": 0.3}  # of the losses
 
 
@@ -162,12 +163,13 @@ def read_masks(scorer: Scorer, slices: np.ndarray) -> np.ndarray | None:
     """Masks uint8 [Z, S, S], with MASK_VALUES, of all slices uint8 [Z, S, S] of a head, as the scorer reads them.
 
     None, and a printed line that says so, where the scorer cannot read them: it knows another number of slices, or the
-    head lies partly outside its box.
+    head lies partly outside its box, by more than a few specks.
     """
     top, left, height, width = (side * slices.shape[1] // SIZE for side in scorer.box)
-    outside = slices.max(0) > DARK
+    head = slices.max(0) > DARK
+    outside = head.copy()
     outside[top : top + height, left : left + width] = False
-    if len(slices) != scorer.slices_per_brain or outside.any():
+    if len(slices) != scorer.slices_per_brain or outside.sum() > SPECKS * head.sum():
         print(f"no masks: the scorer reads heads of {scorer.slices_per_brain} slices that lie in its box")
         return None
     return np.array(MASK_VALUES, np.uint8)[read_slices(scorer, torch.from_numpy(slices))["tissue"].numpy()]

@@ -1,5 +1,7 @@
 """Laws of people.py: the table, and whom samples are of."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,20 @@ def test_a_table_of_another_kind_is_one_line(people_folder, text):
     with pytest.raises(UserError, match=f"{PEOPLE_TABLE}.*ID, Age, M/F, CDR.*train without") as error:
         heads.people.read_people(people_folder / PEOPLE_TABLE)
     assert "\n" not in str(error.value)
+
+
+def known(people: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """The people without the numbers that are NaN."""
+    return {case: {name: n for name, n in person.items() if not math.isnan(n)} for case, person in people.items()}
+
+
+def test_a_table_that_is_written_reads_as_what_was_written(people_folder):
+    """What is not known stays unknown, and whatever else is said of a person is left out."""
+    people = known(heads.people.read_people(people_folder / PEOPLE_TABLE))
+    texts = {case: heads.people.in_letters(person) | {"given": "0, 4"} for case, person in people.items()}
+    heads.people.write_people(people_folder / "again.csv", {**texts, 0: {}})
+    again = heads.people.read_people(people_folder / "again.csv")
+    assert list(again) == [0, 1, 2, 3] and known(again) == {0: {}, **people}
 
 
 def test_a_further_condition_is_one_row_of_one_table(people_folder, monkeypatch):

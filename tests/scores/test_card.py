@@ -140,8 +140,8 @@ def test_scores_and_copies_are_on_the_card_after_evaluation(run_main, tmp_path):
     assert status == 0, errors
     card, report = (folder / "README.md").read_text(), json.loads((folder / "samples_validate.json").read_text())
     assert sample_table(report) in card and "Nobody scored them" not in card
-    assert "4 brains were compared with all 5 training brains" in card and "3 brains stand beside" in card
-    assert "1 of them are nearer to one than any held-out person" in card
+    assert "4 brains were compared with 5 training brains" in card and "3 brains stand beside" in card
+    assert "1 of the new brains are nearer to one of them than any held-out person" in card
     copies = [with_interval(report["result"][part], "copies", ".2%") for part in ("samples", "real")]
     assert f"| {copies[0]} | {copies[1]} |" in card
     pairs = report["nearest"]
@@ -155,6 +155,13 @@ def test_scores_and_copies_are_on_the_card_after_evaluation(run_main, tmp_path):
     before = (folder / "README.md").read_bytes()
     write_card(folder)
     assert (folder / "README.md").read_bytes() == before
+    others, own = "not exactly those that the weights learned from", "the very ones that the weights learned from"
+    record = json.loads((folder / volume.RECORD).read_text())
+    record["made_by"]["data"]["digest"] = report["data"]["train"]["digest"]
+    (folder / volume.RECORD).write_text(json.dumps(record))
+    assert others in card and own not in card
+    write_card(folder)
+    assert others not in (folder / "README.md").read_text() and own in (folder / "README.md").read_text()
     (folder / "samples_validate.json").write_text('{"result": {}}')
     with pytest.raises(UserError, match="is not as it was written; delete the latter"):
         write_card(folder)

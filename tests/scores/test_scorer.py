@@ -71,6 +71,10 @@ def test_masks_are_left_out_where_the_scorer_does_not_fit(validate, capsys):
     for wrong in ({"slices_per_brain": 20}, {"slices_per_brain": 4, "box": (64, 64, 128, 128)}):
         assert read_masks(Scorer(**SIZES, **wrong), brain) is None
         assert capsys.readouterr().out.startswith("no masks: the scorer reads heads of")
+    specks = brain.copy()
+    specks[0, 0, :9] = 255
+    masks = read_masks(Scorer(**SIZES, slices_per_brain=4), specks)
+    assert masks is not None and not masks[:, 0].any()
 
 
 def test_training_sees_the_masks_of_sharp_blurred_and_small_pictures(validate):
