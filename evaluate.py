@@ -187,7 +187,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
 def evaluate_utility(args: argparse.Namespace) -> None:
     """The command with --utility."""
     began, out = time.monotonic(), args.out or args.utility
-    splits = load_heads(args.utility, find_data(args.data), args.split)
+    splits = load_heads(args.utility, args.data, args.split)
     report = write_utility(args.utility, splits, out, args.limit_brains or HEADS, util.pick_device(args.device))
     print(utility_table(report))
     print(f"page: {out}/utility_{args.split}.md, and .json beside it; {util.duration(time.monotonic() - began)}")

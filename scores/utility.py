@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import util
-from dataset import CACHE, Slices, load_slices, to_float
+from dataset import CACHE, Slices, find_data, load_slices, to_float
 from heads.layout import MASK_VALUES, list_slices, read_slice, release_folder
 from scores.metrics import with_interval
 from scores.page import markdown_table
@@ -35,7 +35,7 @@ HEADS, SEEDS = 64, 3  # of each kind, at most; trainings on each set
 STEPS, BATCH, RATE = 400, 16, 3e-3
 CODE = ("util.py", "module.py", "dataset.py", "training/optimizer.py", "training/run.py", "scores/scorer.py",
         "scores/utility.py")  # which trains and tests  # fmt: skip
-DRAW = "python stable_diffusion.py --name pretrained/stable_diffusion.safetensors --sample --brains 64 --out NEW"
+DRAW = "python stable_diffusion.py --sample --brains 64 --out NEW"
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
@@ -59,8 +59,8 @@ def load_labelled(folder: Path, split: str, advice: str) -> Slices:
     return data
 
 
-def load_heads(samples: Path, folder: Path, split: str) -> tuple[Slices, Slices, Slices]:
-    """(synthetic, real, held-out) slices with masks, of a folder of samples and of a data folder.
+def load_heads(samples: Path, data: str | None, split: str) -> tuple[Slices, Slices, Slices]:
+    """(synthetic, real, held-out) slices with masks, of a folder of samples and of the data folder of --data.
 
     A folder of samples holds bare slices or has the release's layout, of which `train` is taken. Raises UserError as
     load_labelled, and where the samples are the data themselves.
@@ -68,6 +68,7 @@ def load_heads(samples: Path, folder: Path, split: str) -> tuple[Slices, Slices,
     if not samples.is_dir():
         raise UserError(f"--utility {samples}: there is no such folder; mend the path, or draw heads with: {DRAW}")
     synthetic = load_labelled(release_folder(samples), "train", f"draw others with: {DRAW}")
+    folder = find_data(data)
     need = "give data that have some with --data"
     real, held_out = (load_labelled(folder, name, need) for name in ("train", split))
     if synthetic.digest in (real.digest, held_out.digest):

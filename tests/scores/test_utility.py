@@ -44,7 +44,7 @@ def folder(pristine, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def splits(folder) -> tuple[Slices, Slices, Slices]:
-    return utility.load_heads(Path("bare"), Path("oasis"), "validate")
+    return utility.load_heads(Path("bare"), "oasis", "validate")
 
 
 @pytest.fixture
