@@ -59,11 +59,13 @@ def steady(slices: np.ndarray, masks: np.ndarray) -> np.ndarray:
     Each slice is scaled to its own maximum, as in the release, so brightness flickers along z. Grey matter has one
     brightness in a head. Slices with little of it, by masks uint8 [N, S, S], are darkened as their neighbours are.
     """
-    grey = masks == MASK_VALUES[2]
-    known = np.flatnonzero(grey.sum((1, 2)) >= GREY_LEAST)
-    if not len(known):
+    known = {}
+    for z, grey in enumerate(masks == MASK_VALUES[2]):
+        if grey.sum() >= GREY_LEAST and (median := np.median(slices[z][grey])) > 0:  # nothing is made black
+            known[z] = median
+    if not known:
         return slices
-    medians = np.interp(np.arange(len(slices)), known, [np.median(slices[z][grey[z]]) for z in known])
+    medians = np.interp(np.arange(len(slices)), [*known], [*known.values()])
     return (slices * (medians.min() / medians)[:, None, None]).round().astype(np.uint8)
 
 

@@ -223,6 +223,9 @@ def test_a_steady_head_is_equally_bright_along_z(head):
     assert planted.max() / planted.min() > 1.4 and left.max() / left.min() < 1.06
     assert after[0].max() / flickering[0].max() == pytest.approx(after[2].max() / flickering[2].max(), abs=0.01)
     assert np.array_equal(volume.steady(flickering, np.zeros_like(masks)), flickering)
+    dark = flickering.copy()
+    dark[5][masks[5] == 170] = 0  # its grey matter is black, that of the others stays as it is
+    assert np.array_equal(np.delete(volume.steady(dark, masks), 5, 0), np.delete(after, 5, 0))
 
 
 def test_a_folder_of_samples_is_never_a_mixture(head, tmp_path):
