@@ -140,7 +140,8 @@ The column "real people" says what is allowed. {result["draws"]} times, {result[
 samples' ages took the place of the samples, and were compared with all other training people; it holds the middle 90 %
 of what they scored. A true difference of "least difference" from their middle would be seen, at the level of 5 %, in
 four of five such sets; a smaller one may be there although the verdict is "inside". Of real people one score in ten is
-outside. Inside are {inside} of {sum(map(len, rows.values()))} scores.
+outside. The range of the error of z is that of held-out people, as the scorer has learned z from the training people.
+Inside are {inside} of {sum(map(len, rows.values()))} scores.
 
 ![Scores]({name}.png)
 

@@ -298,8 +298,8 @@ SAMPLE_SCORES = {
                                          entry(row, column))
        for row, where in enumerate(("in", "outside")) for column, lag in enumerate(appearance.LAGS)},
     "symmetry": Score("left half of the brain against right", "r", "head", "symmetry", mean),
-    "density": Score("density", "", "people", "trained", manifold("density")),
-    "coverage": Score("coverage", "", "people", "trained", manifold("coverage")),
+    "density": Score("density", "", "people", "random", manifold("density")),
+    "coverage": Score("coverage", "", "people", "random", manifold("coverage")),
     "diversity": Score("MS-SSIM of different brains at 64 px", "", "people", "thumbnails", pairs),
     "spread_first": Score("spread along components 1 to 10 of heads, over people's", "", "people", "thumbnails",
                           spread_along(slice(0, 10))),
@@ -340,8 +340,8 @@ def score_samples(
     Returns (scores, measures). Scores: {"brains", "training_brains", "drawn_brains", "draws"; "samples", "real",
     "through": {score: value, score_interval}; "allowed": {score: {"low", "middle", "high", "least"}}}. Measures, of
     which the pictures are drawn: "samples", "real", "through", "reference", "near", "near_real". Scores of equal age
-    are there where ages are
-    known. Raises UserError where slices per brain differ, or a split has fewer than two whole brains.
+    are there where ages are known. Raises UserError where slices per brain differ, or a split has fewer than two
+    whole brains.
     """
     check_slices(brains.shape[1], (train, held_out), scorer)
     positions, real = (whole_brains(data) for data in (train, held_out))
@@ -370,6 +370,9 @@ def score_samples(
     wanted = measures["samples"].get("people", measures["real"].get("people"))
     result["drawn_brains"] = min(n, len(positions) // 2)
     result["allowed"] = allowed(measures["reference"], wanted, result["drawn_brains"], draws)
+    # a scorer knows z of its training people by heart; what to expect of others, held-out people show
+    unseen = statistics_of(measures["real"], measures["reference"])["z_error"]
+    result["allowed"]["z_error"] = allowed_unseen(unseen, result["drawn_brains"], draws)
     small = torch.stack([thumbnails(train.images[at]) for at in positions]).cpu()
     measures["near"] = nearest(brains.cpu(), small)
     measures["near_real"] = nearest(held_out.images[real].cpu(), small)
@@ -457,14 +460,20 @@ def allowed(people: dict[str, Tensor], like: Tensor | None, count: int, draws: i
         some, rest = ({name: part[i] for name, part in people.items()} for i in (chosen, others))
         for name, (statistic, size) in statistics_of(some, rest).items():
             values.setdefault(name, []).append(statistic(torch.arange(size)))
-    result = {}
-    for name, drawn in values.items():
-        drawn = torch.tensor(drawn, dtype=torch.float64)
-        if drawn.isnan().any():
-            continue
-        low, middle, high = drawn.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-        result[name] = {"low": low, "middle": middle, "high": high, "least": POWER * float(drawn.std())}
-    return result
+    return {name: middle_ninety(drawn) for name, drawn in values.items() if not any(map(math.isnan, drawn))}
+
+
+def allowed_unseen(statistic: Statistic, count: int, draws: int, seed: int = 0) -> dict[str, float]:
+    """As allowed, of one score of held-out people: `draws` sets of `count` of them, drawn with replacement."""
+    generator, (score, n) = torch.Generator().manual_seed(seed), statistic
+    return middle_ninety([score(torch.randint(n, (count,), generator=generator)) for _ in range(draws)])
+
+
+def middle_ninety(drawn: list[float]) -> dict[str, float]:
+    """{"low", "middle", "high", "least"} of what draws of people scored; see allowed."""
+    drawn = torch.tensor(drawn, dtype=torch.float64)
+    low, middle, high = drawn.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return {"low": low, "middle": middle, "high": high, "least": POWER * float(drawn.std())}
 
 
 def draw_people(

@@ -91,6 +91,18 @@ def test_what_is_allowed_are_the_scores_of_draws_of_people():
     assert range_["least"] == pytest.approx((1.96 + 0.84) * sd, rel=0.15)
 
 
+def test_the_error_of_z_is_allowed_what_people_have_whom_the_scorer_never_saw(heads, real, scorer):
+    """Not what training people have, whom it knows by heart: there the range would keep real people out."""
+    result, measures = score_samples(heads[10:16], *real, scorer, "0", 40, draws=60)
+    ranges = {}
+    for name in ("real", "reference"):
+        statistic = samples.statistics_of(measures[name], measures["reference"])["z_error"]
+        ranges[name] = samples.allowed_unseen(statistic, result["drawn_brains"], 60)
+    assert result["allowed"]["z_error"] == ranges["real"] != ranges["reference"]
+    errors = measures["real"]["z_error"].mean(1)
+    assert errors.min() <= ranges["real"]["low"] < ranges["real"]["middle"] < ranges["real"]["high"] <= errors.max()
+
+
 def test_people_are_drawn_at_the_ages_of_the_samples():
     ages = torch.arange(20.0, 90, 0.5)
     people = torch.stack([*(torch.zeros_like(ages),) * 3, ages], 1)
