@@ -31,6 +31,7 @@ from dataset import Slices, find_data, load_slices, move, people_table, random_m
 from heads.layout import MASK_VALUES, has_splits, list_slices, read_slice
 from heads.people import (
     CONDITIONS,
+    as_heard,
     count_people,
     describe_people,
     draw_person,
@@ -224,7 +225,8 @@ def draw_brains(
     asked = person_of(sampling.person, model.description)
     for i in brains:
         person = draw_person(asked, model.description, sampling.seed, i)
-        way = list(sample_latents(model, sampling, range(i, i + 1), [person]))
+        heard = as_heard(person, model.description, sampling.seed, i)
+        way = list(sample_latents(model, sampling, range(i, i + 1), [heard]))
         check_finite(way[-1], i)
         kept = [way[step - 1] for step in steps_kept(len(way))]
         yield decode_brain(first_stage, way[-1], sampling.seed, i), person, kept

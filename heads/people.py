@@ -23,12 +23,14 @@ class Condition(NamedTuple):
     help: in a few words, for the flag that asks for it.
     values: {how it is written: its number}, or None for any number.
     scale: a difference that matters. Networks embed number / scale, and people are counted in steps of it.
+    blur: sd of what is added to the number before a network that draws hears it; see as_heard.
     """
 
     column: str
     help: str
     values: dict[str, float] | None = None
     scale: float = 1.0
+    blur: float = 0.0
 
     def read(self, text: str) -> float:
         """The number of a text, NaN of an empty one. Raises ValueError for one that is neither known nor a number."""
@@ -49,7 +51,7 @@ class Condition(NamedTuple):
 # Another row, such as one for the column Hand, is all that the models and scripts need to learn more of people. Ages
 # are embedded in decades: the sines of single years would tell every person of a small data set from all others.
 CONDITIONS = {
-    "age": Condition("Age", "age in years", scale=10),
+    "age": Condition("Age", "age in years", scale=10, blur=7),
     "sex": Condition("M/F", "sex", {"F": 0.0, "M": 1.0}),
     "cdr": Condition("CDR", "Clinical Dementia Rating", {"0": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0}),
 }
@@ -152,6 +154,23 @@ def draw_person(asked: dict[str, float], description: dict, seed: int, brain: in
             further = int(torch.randint(max(1, int(CONDITIONS[name].scale)), (), generator=generator))
             person[name] = min(max(value + further, least), most)
     return person | asked
+
+
+def as_heard(person: dict[str, float], description: dict, seed: int, brain: int) -> dict[str, float]:
+    """What the network hears of a person whose brain it draws: numbers plus N(0, blur^2), within those of training.
+
+    Of two people of one age, one has the brain of an older person and the other that of a younger. A network that has
+    heard the exact ages of a few hundred people draws brains of one age too much alike; ages that are not exact give
+    back what is missing (noise on conditions: Ho et al. 2022, "Cascaded diffusion models", section 4). What is added is
+    a function of (seed, brain), so one brain at several ages stays one person.
+    """
+    generator, heard = brain_generator(seed, brain, "heard"), dict(person)
+    for name, condition in CONDITIONS.items():
+        if condition.blur and name in person:
+            least, most = description["people"][name]
+            number = person[name] + condition.blur * float(torch.randn((), generator=generator))
+            heard[name] = min(max(number, least), most)
+    return heard
 
 
 def in_numbers(person: dict[str, float], conditions: tuple[str, ...]) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import util
 from dataset import find_data, load_slices, people_table
 from heads.layout import write_slices
-from heads.people import read_people
+from heads.people import as_heard, read_people
 from pictures import sheets
 from pictures.page import page
 from pictures.volume import to_series
@@ -116,7 +116,7 @@ def main() -> None:
     one_head = {years: sample(0, {"age": years}) for years in AGES if youngest <= years <= oldest}
     persons, areas = [people[int(data.case[row[0]])] for row in whole], {"real": [], "sampled": []}
     for n, (row, person) in enumerate(zip(whole, persons, strict=True)):
-        slices = sample(1 + n, person)
+        slices = sample(1 + n, as_heard(person, model.description, args.seed, 1 + n))
         areas["real"].append(area(data.images[row].cpu().numpy()))
         areas["sampled"].append(area(slices))
         if args.heads_to:

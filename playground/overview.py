@@ -20,7 +20,7 @@ from torch import Tensor
 
 import util
 from dataset import Slices, find_data, load_slices, to_uint8
-from heads.people import draw_person
+from heads.people import as_heard, draw_person
 from model_diffusion import LatentDiffusion, sampling_times
 from model_VAE import VQVAE
 from parts.autoencoder import Autoencoder
@@ -64,7 +64,7 @@ def stage_one(model: VQVAE, data: Slices) -> dict[str, Tensor]:
 def stage_two(prior: LatentDiffusion, decoder: Autoencoder, seed: int) -> dict[str, Tensor]:
     """{title: picture} of the middle slice of a new brain, decoded on its way from noise."""
     sampling, person = Sampling(seed=seed), draw_person({}, prior.description, seed, 0)
-    way = list(sample_latents(prior, sampling, range(1), [person]))
+    way = list(sample_latents(prior, sampling, range(1), [as_heard(person, prior.description, seed, 0)]))
     alpha, sigma = prior.alpha, prior.sigma
     snr = 20 * (alpha / sigma).log10()[sampling_times(alpha, sigma, sampling.steps)]
     shown = [prior.slices_per_brain // 2]

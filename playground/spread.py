@@ -21,7 +21,7 @@ from torch import Tensor
 
 import util
 from dataset import find_data, load_slices
-from heads.people import draw_person
+from heads.people import as_heard, draw_person
 from model_diffusion import LatentDiffusion
 from parts.gaussian_prior import Noisy
 from pictures import sheets
@@ -142,7 +142,8 @@ def main() -> None:
     # how far samples spread
     samples = []
     for i in range(args.brains):
-        *_, latent = sample_latents(model, Sampling(), range(i, i + 1), [draw_person({}, model.description, 0, i)])
+        heard = as_heard(draw_person({}, model.description, 0, i), model.description, 0, i)
+        *_, latent = sample_latents(model, Sampling(), range(i, i + 1), [heard])
         samples.append(latent)
     sampled, held_out = (along(group).var(0) for group in (torch.stack(samples), new))
     spread = [float((sampled[a:b].sum() / held_out[a:b].sum()).sqrt()) for a, b in GROUPS]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import heads.people
-from heads.people import CONDITIONS, PEOPLE_TABLE, Condition, count_people, describe_people, draw_person
+from heads.people import CONDITIONS, PEOPLE_TABLE, Condition, as_heard, count_people, describe_people, draw_person
 from util import UserError
 
 
@@ -57,6 +57,23 @@ def test_people_are_counted_by_kind_and_decade():
     assert count_people(people, ["age", "sex", "cdr"]) == COUNTS
     assert describe_people(people, ["age", "sex", "cdr"]) == {"age": [24, 79], "sex": [0, 1], "cdr": [0.5]}
     assert count_people(torch.zeros(3, 0), []) == [{"count": 3}]
+
+
+def test_a_network_hears_an_age_that_is_not_exact():
+    """By the same years at every age; the person stays as asked for, and what is no age is heard as it is."""
+
+    def heard(age: float, brains: int = 400) -> torch.Tensor:
+        seen = {"people": {"age": [0, 100]}}
+        people = [as_heard({"age": age, "sex": 1.0}, seen, 0, brain) for brain in range(brains)]
+        assert all(person["sex"] == 1 for person in people)
+        return torch.tensor([person["age"] for person in people])
+
+    assert heard(50).mean() == pytest.approx(50, abs=1) and heard(50).std() == pytest.approx(7, rel=0.1)
+    torch.testing.assert_close(heard(60, 20), heard(50, 20) + 10)
+    asked = {"age": 74.0}
+    near_the_end = [as_heard(asked, SEEN, 0, brain)["age"] for brain in range(50)]
+    assert asked == {"age": 74.0} and max(near_the_end) == 75 and min(near_the_end) < 70
+    assert as_heard({"sex": 0.0}, SEEN, 0, 0) == {"sex": 0.0} and as_heard({}, {}, 0, 0) == {}
 
 
 def test_people_are_drawn_as_often_as_they_are_in_training():
