@@ -5,9 +5,9 @@
     python dataset.py FOLDER --take 100 --into NEW    writes a folder with fewer training brains
     python dataset.py --import SOURCE FOLDER          writes volumes, or an archive of slices, in that layout
 
-heads/layout.py says how slices lie on disk, heads/imports.py what can be imported. The table
-oasis_cross-sectional.csv, in FOLDER or one folder up, says who case_NNN is: row OAS1_0NNN_MR1. This file alone knows
-the pixel range.
+heads/layout.py says how slices lie on disk, heads/imports.py what can be imported, heads/checkup.py what is checked.
+The table oasis_cross-sectional.csv, in FOLDER or one folder up, says who case_NNN is: row OAS1_0NNN_MR1. This file
+alone knows the pixel range.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import util
 from heads import imports, layout
-from heads.layout import (
-    MASK_VALUES,
-    MOST_SLICES,
-    SPLITS,
-    has_splits,
-    list_slices,
-    other_names,
-    read_slice,
-    slices_of_splits,
-    write_slices,
-)
+from heads.checkup import check_folder
+from heads.layout import MASK_VALUES, MOST_SLICES, SPLITS, has_splits, list_slices, read_slice, write_slices
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
 from pictures import sheets, volume
@@ -447,166 +436,7 @@ def move(
     return F.grid_sample(x + 1, grid, mode=mode, align_corners=False) - 1  # outside is black, which is -1
 
 
-# ------------------------------------------------------------------------------------------------------- the check-up
-
-
-def check_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Reads every file once. Returns (report lines, problems); no problems means the folder can be trained on."""
-    report, problems, files_of, seen_pictures = [], [], slices_of_splits(folder), {}
-    if is_synthetic(folder):
-        report.append(f"synthetic: drawn by a model, in whole or in part, as {folder / volume.RECORD} says")
-    per_brain = _slices_of_most(files_of)
-    if per_brain:
-        report.append(f"most brains have {per_brain} slices, z = 0..{per_brain - 1}")
-    for split, files in files_of.items():
-        problems += _some(f"{split}: files whose names are not case_NNN_slice_Z.nii.png", other_names(folder, split))
-        if not files:
-            (problems if split != "test" else report).append(f"{split}: no images")
-            continue
-        cases = sorted({case for case, _, _ in files})
-        seen = Counter((case, z) for case, z, _ in files)
-        missing = [f"case {c} slice {z}" for c in cases for z in range(per_brain) if (c, z) not in seen]
-        extra = [f"case {c} slice {z}" for (c, z), n in sorted(seen.items()) if n > 1 or z >= per_brain]
-        looks = Looks(files, f"reading {split}", seen_pictures)
-        report.append(
-            f"{split}: {len(files)} images of {len(cases)} brains, {dict(looks.sizes)}, 8-bit grey, "
-            f"{len(files) / len(cases):.1f} slices per brain"
-        )
-        if looks.read:
-            report.append("  " + looks.brightness())
-            problems += [f"{split}: {problem}" for problem in looks.problems()]
-        problems += _some(f"{split}: missing", missing)
-        problems += _some(f"{split}: double or out of 0..{per_brain - 1}", extra)
-        problems += _some(f"{split}: unreadable", looks.unreadable)
-        problems += _some(f"{split}: identical pictures", looks.copies)
-        report_masks, problem_masks = _check_masks(folder, split, files)
-        report += report_masks
-        problems += problem_masks
-    for a, b in itertools.combinations(files_of, 2):
-        both = {case for case, _, _ in files_of[a]} & {case for case, _, _ in files_of[b]}
-        problems += _some(f"cases in both {a} and {b}", [str(case) for case in sorted(both)])
-    if table := people_table(folder):
-        try:
-            report.append(f"people: {table} tells of {len(read_people(table))}")
-        except UserError as error:
-            problems.append(str(error))
-    return report, problems
-
-
-class Looks:
-    """What pictures look like, of files (case, z, path), read one by one, so that memory stays small.
-
-    Attributes: read, how many could be; sizes {"WxH": how many}; grey [256], how many pixels have each grey level;
-    maxima [256], how many pictures have each as their brightest; labels, whether all pictures hold mask values alone;
-    unreadable and copies, a line on each. `seen` is kept from split to split: copies across splits are the worst.
-    """
-
-    def __init__(self, files: list[tuple[int, int, Path]], title: str, seen: dict[bytes, Path] | None = None):
-        self.sizes, self.unreadable, self.copies, self.wrong = Counter(), [], [], []
-        self.grey, self.maxima, self.read = np.zeros(256, np.int64), np.zeros(256, np.int64), 0
-        for _, _, path in util.progress(files, title, unit="slices"):
-            try:
-                image = read_slice(path)
-            except UserError as error:
-                self.unreadable.append(str(error).split(";")[0])
-                continue
-            self.read += 1
-            count = np.bincount(image.ravel(), minlength=256)
-            self.sizes[f"{image.shape[1]}x{image.shape[0]}"] += 1
-            self.grey += count
-            self.maxima[count.nonzero()[0].max(initial=0)] += 1
-            if count.sum() > count[list(MASK_VALUES)].sum():
-                self.wrong.append(path.name)
-            if seen is not None:
-                kept = seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), path)
-                if kept is not path:
-                    place = kept.name if kept.parent == path.parent else f"{kept.parent.name}/{kept.name}"
-                    self.copies.append(f"{path.name} = {place}")
-
-    def brightness(self) -> str:
-        """A line of numbers."""
-        level = np.arange(256)
-        mean = float((self.grey * level).sum() / self.grey.sum())
-        sd = float((self.grey * (level - mean) ** 2).sum() / self.grey.sum()) ** 0.5
-        return (
-            f"brightness: mean {mean:.1f}, sd {sd:.1f}, black {self.grey[0] / self.grey.sum():.0%}, "
-            f"maximum 255 in {self.maxima[255] / self.read:.0%} of the slices"
-        )
-
-    def problems(self) -> list[str]:
-        """What is wrong with images; as many grey levels as 8 bits have, and black exactly black, are right."""
-        found, brightest = [], int(self.maxima.nonzero()[0].max())
-        if black := int(self.maxima[0]):
-            found.append(f"{black} images are entirely black")
-        if brightest and not self.wrong:
-            found.append("the images hold only 0, 85, 170, 255; these are masks under the images' names")
-        elif 0 < brightest < 64:
-            found.append(f"no pixel is brighter than {brightest} of 255: were grey levels scaled to 0..{brightest}?")
-        if self.grey[1:5].sum() > 0.1 * self.grey.sum():
-            found.append(f"{self.grey[1:5].sum() / self.grey.sum():.0%} of the pixels have grey 1 to 4, as after JPEG "
-                         "compression: the background should be exactly 0")  # fmt: skip
-        width, _, height = next(iter(self.sizes)).partition("x")
-        if len(self.sizes) > 1 or width != height:
-            found.append(f"images should be squares of one size, not {dict(self.sizes)}")
-        return found
-
-
-def _slices_of_most(files_of: dict[str, list[tuple[int, int, Path]]]) -> int:
-    """The number of slices, 1 + the largest z, of most brains of all splits; of two equally frequent the larger."""
-    last = {(split, case): z for split, files in files_of.items() for case, z, _ in files}  # files are sorted by z
-    counts = Counter(min(z + 1, MOST_SLICES) for z in last.values())
-    return max(counts, key=lambda n: (counts[n], n), default=0)
-
-
-def _check_masks(folder: Path, split: str, files: list) -> tuple[list[str], list[str]]:
-    try:
-        seg_files = list_slices(folder, split, "seg")
-    except UserError:
-        return [f"  {split}: no masks (brain scores need them, training does not)"], []
-    looks = Looks(seg_files, f"reading masks of {split}")
-    orphans = [f"case {c} slice {z}" for c, z in sorted({f[:2] for f in files} ^ {f[:2] for f in seg_files})]
-    brain = looks.grey[1:].sum() / max(1, looks.grey.sum())
-    names = other_names(folder, split, "seg")
-    return (
-        [f"  masks: {len(seg_files)}, brain is {brain:.0%} of the picture"],
-        _some(f"{split}: unreadable masks", looks.unreadable)
-        + _some(f"{split}: masks with values other than {', '.join(map(str, MASK_VALUES))}", looks.wrong)
-        + _some(f"{split}: image without mask or mask without image", orphans)
-        + _some(f"{split}: files whose names are not seg_NNN_slice_Z.nii.png", names)
-        + ([f"{split}: all masks are empty"] if looks.read and not brain else []),
-    )
-
-
-def _some(what: str, items: list[str]) -> list[str]:
-    """One line for any number of findings."""
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return [f"{what} ({len(items)}): {', '.join(items[:4])}{more}"] if items else []
-
-
-def contact_sheet(folder: Path) -> Image.Image:
-    """A row for each of up to six brains, spread over the splits, with about seven z; anterior is to the right."""
-    files_of = slices_of_splits(folder)
-    per_brain = max(1, _slices_of_most(files_of))
-    rows, names, wanted = [], [], range(0, per_brain, math.ceil(per_brain / 7))
-    for split, files in files_of.items():
-        at = {(case, z): path for case, z, path in files}
-        cases = sorted({case for case, _ in at})
-        for case in sorted({*cases[:1], *cases[len(cases) // 2 :][:1]}):
-            row = [read_slice(at[case, z]) if (case, z) in at else None for z in wanted]
-            shape = next((image.shape for image in row if image is not None), None)
-            if shape is None:
-                continue
-            rows.append(np.stack([np.zeros(shape, np.uint8) if image is None else image for image in row]))
-            names.append(f"{split} {case}")
-    if not rows:
-        raise UserError("there is no slice to show")
-    captions = [f"z = {z}" for _ in rows for z in wanted]
-    return sheets.sheet(
-        sheets.heads(rows),
-        title=f"{folder.name}: brains down, slice index z across; anterior is right, grey 0..255",
-        row_names=names,
-        captions=captions,
-    )
+# -------------------------------------------------------------------------------------------------- the command line
 
 
 def main() -> None:
@@ -667,10 +497,12 @@ def main() -> None:
         write_subset(folder, args.take, args.into)
         folder = args.into
     print(f"check-up of {folder}{' (the phantom)' if is_phantom(folder) else ''}: reading every file ...", flush=True)
-    report, problems = check_folder(folder)
+    report, problems = check_folder(folder, people_table(folder))
+    if is_synthetic(folder):
+        report.insert(0, f"synthetic: drawn by a model, in whole or in part, as {folder / volume.RECORD} says")
     print("\n".join(report))
     try:
-        sheets.save_picture(args.out, contact_sheet(folder))
+        sheets.save_picture(args.out, sheets.contact_sheet(folder))
         print(f"contact sheet: {args.out}")
     except (UserError, ValueError) as error:
         problems.append(f"no contact sheet: {error}")

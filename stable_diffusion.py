@@ -27,21 +27,10 @@ import torch
 from torch import Tensor
 
 import util
-from dataset import Slices, find_data, load_slices, move, people_table, random_moves, to_float, to_slices, to_uint8
+from dataset import Slices, find_data, load_slices, people_table, to_float, to_slices, to_uint8
 from heads.layout import MASK_VALUES, has_splits, list_slices, read_slice
-from heads.people import (
-    CONDITIONS,
-    as_heard,
-    count_people,
-    describe_people,
-    draw_person,
-    in_letters,
-    in_numbers,
-    person_of,
-    read_people,
-    words_for,
-)
-from model_diffusion import MOVES, RECIPES, SAMPLERS, Denoise, LatentDiffusion, guide, sample_dpm, sampling_times
+from heads.people import CONDITIONS, as_heard, draw_person, in_letters, in_numbers, person_of, read_people, words_for
+from model_diffusion import RECIPES, SAMPLERS, Denoise, LatentDiffusion, guide, sample_dpm, sampling_times
 from parts import calibration
 from parts.autoencoder import Autoencoder
 from parts.completion import complete
@@ -52,6 +41,7 @@ from scores.card import write_card
 from scores.metrics import adjacent_ssim
 from scores.scorer import find_scorer, read_masks
 from training.checkpoints import RELEASED, cached, digest_of, load_weights, run_weights
+from training.latents import TrainingLatents
 from training.run import Run
 from training.settings import LESS_MEMORY, Flags, describe_samples, open_run, weights_to_sample
 from training.stages import (
@@ -376,105 +366,6 @@ def complete_folder(args: argparse.Namespace, declared: Flags, weights: Path) ->
         samples.add(case, brain, name, how, in_letters(person) | {"given": kept}, read_masks(scorer, brain))
     write_card(samples.out)
     write_index(samples.out)
-
-
-# ---------------------------------------------------------------------------------------------------- data of training
-
-
-@torch.no_grad()
-def encode_all(first_stage: Autoencoder, data: Slices, precision: str, moves: Tensor | None = None) -> Tensor:
-    """Latents float32 [N, C, h, w] of a whole split, kept on the device; of slices moved by moves [N, 4].
-
-    They are kept in data/cache too, in half precision, to which they are rounded: a run that goes on does not encode
-    again.
-    """
-    device = first_stage.latent_mean.device
-    made_of = f"{first_stage.description['digest']} {data.digest} {util.autocast_dtype(device, precision)}".encode()
-    key = hashlib.blake2b(made_of + (b"" if moves is None else moves.numpy().tobytes()), digest_size=8).hexdigest()
-
-    def encode() -> dict[str, Tensor]:
-        latents = []
-        for index in util.progress(torch.arange(len(data)).split(64), f"encode {data.split}", unit="batch"):
-            x, z, _ = data.batch(index, device)
-            if moves is not None:
-                x = move(x, moves[index], mode="bicubic").clamp(-1, 1)
-            with util.autocast(device, precision):
-                latents.append(first_stage.encode(x, z).half())
-        return {"latents": torch.cat(latents)}
-
-    name = f"{data.split}_latents_{data.images.shape[-1]}px_{key}"
-    return cached(name, encode)["latents"].to(device).float()
-
-
-def head_moves(data: Slices, copies: int, seed: int) -> list[Tensor]:
-    """How far each of so many copies of a split is moved, float32 [N, 4] as in dataset.move, a head as a whole."""
-    cases, case = data.case.unique(return_inverse=True)
-    generators = (torch.Generator().manual_seed(util.mix_seed(seed, "moves", copy)) for copy in range(copies))
-    return [random_moves(len(cases), generator)[case] for generator in generators]
-
-
-def window_starts(data: Slices, slices: int) -> Tensor:
-    """Positions int64 [n] where training windows of `slices` neighbouring slices begin, in data ordered by case and z.
-
-    A window that would reach beyond an end of its brain is moved inwards; so the slices at the ends are seen as often
-    as all others. Raises UserError when windows are asked for and a brain lacks slices.
-    """
-    if slices == 1:
-        return torch.arange(len(data))
-    data.check_whole_cases(f"--slices {slices}")
-    Z = data.slices_per_brain
-    offset = torch.arange(1 - slices, Z).clamp(0, Z - slices)
-    return (torch.arange(0, len(data), Z)[:, None] + offset).flatten()
-
-
-class TrainingLatents:
-    """The training set as latents: every slice once as it is, and once more for each time that heads are moved.
-
-    Attributes: latents [N, C, h, w], z [N], people [N, K] as numbers, whole [n, Z] (where whole brains lie), starts
-    {slices of a window: where windows begin in all copies}, moves [copies N, 4], projections [copies N / Z, modes] or
-    None.
-    """
-
-    def __init__(self, data: Slices, first_stage: Autoencoder, conditions: list[str], args: argparse.Namespace):
-        device = first_stage.latent_mean.device
-        self.latents = encode_all(first_stage, data, args.precision)
-        self.z, self.people = data.z.to(device), data.people(conditions).to(device)
-        self.whole, self.Z = data.whole_cases().to(device), data.slices_per_brain
-        self.starts = {slices: window_starts(data, slices) for slices in (1, args.slices)}
-        self.moves = torch.zeros(len(self.z), MOVES, device=device)
-        self.projections = None
-        first = torch.from_numpy(np.unique(data.case.numpy(), return_index=True)[1])
-        self.described = {"people": describe_people(self.people, conditions),
-                          "people_counts": count_people(self.people[first], conditions)}  # fmt: skip
-
-    def add_moved(self, data: Slices, first_stage: Autoencoder, args: argparse.Namespace) -> None:
-        """Encodes every head args.moved_heads times more."""
-        moves, N = head_moves(data, args.moved_heads, args.seed), len(self.z)
-        moved = [encode_all(first_stage, data, args.precision, by) for by in moves]
-        self.latents = torch.cat([self.latents, *moved])
-        self.moves = torch.cat([self.moves, *(by.to(self.moves.device) for by in moves)])
-        for slices, starts in self.starts.items():
-            self.starts[slices] = torch.cat([starts + copy * N for copy in range(1 + args.moved_heads)])
-
-    def project(self, model: LatentDiffusion) -> None:
-        """What a prior with modes sees of the brain around every window."""
-        if len(model.gaussian.modes):
-            brains = self.latents.unflatten(0, (-1, self.Z)).split(16)
-            self.projections = torch.cat([model.gaussian.project(part) for part in brains])
-
-    def batch(self, windows: Tensor, slices: int) -> dict[str, Tensor]:
-        """The arguments of LatentDiffusion.forward for some windows, int64 [n] positions in starts[slices]."""
-        first = self.starts[slices][windows].to(self.latents.device)
-        index = (first[:, None] + torch.arange(slices, device=first.device)).flatten()
-        slice_ = index % len(self.z)  # copies of the split follow each other
-        return {
-            "latent": self.latents[index],
-            "z": self.z[slice_],
-            "slices": slices,
-            "people": self.people[slice_],
-            "moves": self.moves[index],
-            "projections": None if self.projections is None else self.projections[first // self.Z],
-        }
 
 
 # ------------------------------------------------------------------------------------------------------------ training

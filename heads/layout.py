@@ -10,6 +10,7 @@ any split. Slices in another layout need one more entry of LAYOUTS, and its read
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,16 @@ def slices_of_splits(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
         except UserError:
             files[split] = []
     return files
+
+
+def slices_of_most_brains(files_of: dict[str, list[tuple[int, int, Path]]]) -> int:
+    """The number of slices, 1 + the largest z, of most brains of all splits; of two equally frequent the larger.
+
+    files_of: as slices_of_splits gives it. Returns 0 where there is no slice.
+    """
+    last = {(split, case): z for split, files in files_of.items() for case, z, _ in files}  # files are sorted by z
+    counts = Counter(min(z + 1, MOST_SLICES) for z in last.values())
+    return max(counts, key=lambda n: (counts[n], n), default=0)
 
 
 def other_names(folder: Path, split: str, kind: str = "case") -> list[str]:

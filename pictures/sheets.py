@@ -5,14 +5,15 @@ that, and plots are at most 10.5 inches wide with letters of 9 points or more.
 """
 
 import io
+import math
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from heads.layout import content_box
-from util import write_file
+from heads.layout import content_box, read_slice, slices_of_most_brains, slices_of_splits
+from util import UserError, write_file
 
 PAGE = 840  # pixels, the width of a page on GitHub
 LETTERS = 11  # pixels, the size of a sheet's letters on such a page
@@ -105,6 +106,35 @@ def brain_sheet(slices: np.ndarray, title: str) -> Image.Image:
     rows = heads([slices[first : first + 8] for first in range(0, len(slices), 8)])
     zoom = max(1, 128 // slices.shape[1])
     return sheet(rows, title=title, captions=[f"z = {z}" for z in range(len(slices))], zoom=zoom)
+
+
+def contact_sheet(folder: Path) -> Image.Image:
+    """A row for each of up to six brains of a data folder, over its splits, with about seven z; anterior is right.
+
+    Raises UserError where there is no slice.
+    """
+    files_of = slices_of_splits(folder)
+    per_brain = max(1, slices_of_most_brains(files_of))
+    rows, names, wanted = [], [], range(0, per_brain, math.ceil(per_brain / 7))
+    for split, files in files_of.items():
+        at = {(case, z): path for case, z, path in files}
+        cases = sorted({case for case, _ in at})
+        for case in sorted({*cases[:1], *cases[len(cases) // 2 :][:1]}):
+            row = [read_slice(at[case, z]) if (case, z) in at else None for z in wanted]
+            shape = next((image.shape for image in row if image is not None), None)
+            if shape is None:
+                continue
+            rows.append(np.stack([np.zeros(shape, np.uint8) if image is None else image for image in row]))
+            names.append(f"{split} {case}")
+    if not rows:
+        raise UserError("there is no slice to show")
+    captions = [f"z = {z}" for _ in rows for z in wanted]
+    return sheet(
+        heads(rows),
+        title=f"{folder.name}: brains down, slice index z across; anterior is right, grey 0..255",
+        row_names=names,
+        captions=captions,
+    )
 
 
 def save_picture(path: Path, picture) -> None:

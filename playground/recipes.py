@@ -33,7 +33,8 @@ from pictures import sheets
 from scores.page import markdown_table
 from scores.samples import SAMPLE_SCORES, score_samples
 from scores.scorer import find_scorer
-from stable_diffusion import MODELS, Sampling, draw_brains, encode_all
+from stable_diffusion import MODELS, Sampling, draw_brains
+from training.latents import encode_all
 from training.stages import load_second_stage
 
 NOISE = torch.arange(-4.0, 5.0)  # ln(sigma / alpha) where x_0 is compared; 0 is as much noise as latent

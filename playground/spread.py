@@ -25,7 +25,8 @@ from heads.people import as_heard, draw_person
 from model_diffusion import LatentDiffusion
 from parts.gaussian_prior import Noisy
 from pictures import sheets
-from stable_diffusion import MODELS, BrainNoise, Sampling, denoiser, encode_all, sample_latents
+from stable_diffusion import MODELS, BrainNoise, Sampling, denoiser, sample_latents
+from training.latents import encode_all
 from training.stages import load_first_stage, load_second_stage
 from util import UserError
 

@@ -1,4 +1,4 @@
-"""Laws of dataset.py: the pixel range, the cache, augmentation, the phantom on disk, and the check-up of a folder."""
+"""Laws of dataset.py: the pixel range, the cache, augmentation, the phantom on disk, and its commands."""
 
 import os
 import shutil
@@ -11,23 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from planted import part, plant, save
 
 import dataset
 import util
-from dataset import check_folder, load_slices, move, people_table, random_moves, to_float, to_slices, to_uint8
+from dataset import load_slices, move, people_table, random_moves, to_float, to_slices, to_uint8
+from heads.checkup import check_folder
 from heads.layout import read_png, write_slices
 from heads.people import PEOPLE_TABLE, read_people
 from heads.phantom import phantom_case
 from pictures.volume import write_brain
 from util import UserError
-
-
-def part(folder: Path, split: str, kind: str = "") -> Path:
-    return folder / f"keras_png_slices_{kind}{split}"
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    Image.fromarray(pixels).save(path)
 
 
 def test_every_grey_level_survives_the_way_to_float_and_back():
@@ -149,7 +143,7 @@ def test_brains_of_any_number_of_slices_go_to_disk_and_back(slices, tmp_path):
     small = load_slices(tmp_path / "phantom", "validate", 64)
     write_brain(tmp_path / "new", 2, small.whole_brains()[0].numpy(), "a phantom")
     assert load_slices(tmp_path / "new", "train", 64).digest == small.digest
-    report, problems = check_folder(tmp_path / "phantom")
+    report, problems = check_folder(tmp_path / "phantom", None)
     assert problems == [] and f"most brains have {slices} slices" in report[0]
 
 
@@ -243,144 +237,6 @@ def test_augmentation_never_mirrors_and_moves_only_a_little():
         assert (at - torch.tensor([r, c])).mean(0).abs().max() < 0.5  # no preferred direction
 
 
-def test_the_check_up_finds_nothing_in_sound_folders(phantom_folder, noise_folder, tmp_path):
-    """Nor in a folder of bare slices, as samples are written."""
-    for folder in (phantom_folder, noise_folder):
-        report, problems = check_folder(folder)
-        assert problems == [] and len(report) >= 6
-    assert sum("32.0 slices per brain" in line for line in report) == 3
-    bare = Path(shutil.copytree(part(phantom_folder, "test"), tmp_path / "samples"))
-    report, problems = check_folder(bare)
-    assert problems == [] and "32 images of 1 brains" in "\n".join(report)
-    (bare / "case_005_slice_3.nii.png").unlink()
-    assert "case 5 slice 3" in "\n".join(check_folder(bare)[1])
-
-
-def test_the_check_up_expects_what_most_brains_have(tmp_path):
-    """Where most have 20 slices, a brain of 19 lacks one and a brain of 21 has one too many, whatever its split."""
-    rng = np.random.default_rng(0)
-    for case, (split, slices) in enumerate([("train", 20), ("train", 21), ("validate", 20), ("test", 19)], 1):
-        write_slices(part(tmp_path, split), case, rng.integers(0, 256, (slices, 16, 16), np.uint8))
-    save(part(tmp_path, "validate") / "case_3_slice_4.nii.png", np.eye(16, dtype=np.uint8))
-    report, problems = check_folder(tmp_path)
-    assert report[0] == "most brains have 20 slices, z = 0..19"
-    assert problems == [
-        "train: double or out of 0..19 (1): case 2 slice 20",
-        "validate: double or out of 0..19 (1): case 3 slice 4",
-        "test: missing (1): case 4 slice 19",
-    ]
-
-
-def plant(folder: Path, defect: str) -> str:
-    """Damages the folder; returns what the check-up, or training, has to say of it."""
-    train, validate, test = (part(folder, split) for split in ("train", "validate", "test"))
-    masks, masks_of_test = part(folder, "train", "seg_"), part(folder, "test", "seg_")
-    number_7, number_8, number_9 = (train / f"case_001_slice_{z}.nii.png" for z in (7, 8, 9))
-    match defect:
-        case "missing slice":
-            number_7.unlink()
-            return "case 1 slice 7"
-        case "extra slice":
-            save(train / "case_001_slice_32.nii.png", np.eye(64, dtype=np.uint8))
-            return "case 1 slice 32"
-        case "duplicate picture":
-            shutil.copy(number_7, number_8)
-            return "case_001_slice_8.nii.png = case_001_slice_7.nii.png"
-        case "truncated PNG":
-            path = validate / "case_002_slice_3.nii.png"
-            path.write_bytes(path.read_bytes()[:-500])
-            return "case_002_slice_3.nii.png"
-        case "16 bits":
-            save(number_9, np.full((64, 64), 300, np.uint16))
-            return "case_001_slice_9.nii.png is 16-bit"
-        case "colour":
-            save(number_9, np.full((64, 64, 3), 30, np.uint8))
-            return "case_001_slice_9.nii.png is colour"
-        case "case in two splits":
-            for path in test.iterdir():
-                save(train / path.name, 255 - read_png(path))
-            for path in masks_of_test.iterdir():
-                shutil.copy(path, masks)
-            return "cases in both train and test (1): 3"
-        case "masks as images" | "swapped":
-            for path in masks.iterdir():
-                shutil.copy(path, train / path.name.replace("seg", "case"))
-            return "these are the masks" if defect == "swapped" else "masks under the images' names"
-        case "images as masks":
-            for path in train.iterdir():
-                shutil.copy(path, masks / path.name.replace("case", "seg"))
-            return "masks with values other than 0, 85"
-        case "wrong size":
-            save(test / "case_003_slice_0.nii.png", np.ones((64, 60), np.uint8))
-            return "60x64"
-        case "black picture":
-            save(test / "case_003_slice_0.nii.png", np.zeros((64, 64), np.uint8))
-            return "1 images are entirely black"
-        case "missing mask":
-            (masks_of_test / "seg_003_slice_0.nii.png").unlink()
-            return "case 3 slice 0"
-        case "grey of 0 and 1":
-            for path in train.iterdir():
-                save(path, (read_png(path) > 128).astype(np.uint8))
-            return "no pixel is brighter than 1 of 255"
-        case "JPEG's background":
-            for path in train.iterdir():
-                save(path, np.where(read_png(path) < 128, read_png(path) % 4, read_png(path)).astype(np.uint8))
-            return "of the pixels have grey 1 to 4"
-        case "other names":
-            number_7.rename(train / "case_001_slice_7.png")
-            number_8.rename(train / "case_001_slice_8.nii.PNG")
-            return "case_NNN_slice_Z.nii.png (2): case_001_slice_7.png, case_001_slice_8.nii.PNG"
-        case "empty masks":
-            for path in masks_of_test.iterdir():
-                save(path, np.zeros((64, 64), np.uint8))
-            return "test: all masks are empty"
-        case "damaged table":
-            (folder / PEOPLE_TABLE).write_text("ID,M/F\nOAS1_0001_MR1,F\n")
-            return "has no columns ID"
-        case "no training images":
-            shutil.rmtree(train)
-            return "train: no images"
-        case "missing folder":
-            shutil.rmtree(folder)
-            return "noise is no folder"
-        case "empty folder":
-            shutil.rmtree(folder)
-            folder.mkdir()
-            return "noise has no case_NNN"
-        case "odd number":
-            number_7.rename(train / "case_001_slice_77777.nii.png")
-            return "numbered up to 77777"
-        case "wrong size in training":
-            save(number_7, np.ones((50, 64), np.uint8))
-            return "case_001_slice_7.nii.png is 64x50"
-
-
-DEFECTS = ["missing slice", "extra slice", "duplicate picture", "truncated PNG", "16 bits", "colour"]
-DEFECTS += ["case in two splits", "masks as images", "images as masks", "wrong size", "black picture", "missing mask"]
-DEFECTS += ["grey of 0 and 1", "JPEG's background", "other names", "empty masks", "damaged table"]
-DEFECTS += ["no training images"]
-FAULTS = ["missing folder", "empty folder", "truncated PNG", "16 bits", "colour", "odd number"]
-FAULTS += ["wrong size in training", "swapped"]
-
-
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_the_check_up_finds_a_planted_defect(noise_folder, defect):
-    finding = plant(noise_folder, defect)
-    assert finding in "\n".join(check_folder(noise_folder)[1])
-
-
-def test_one_defect_hides_no_other(noise_folder):
-    """A damaged file in the same split must not switch off the search for copies or for wrong masks."""
-    findings = [plant(noise_folder, defect) for defect in ("16 bits", "duplicate picture")]
-    findings += ["seg_001_slice_0.nii.png", "seg_001_slice_1.nii.png"]
-    other_values, cut_off = (part(noise_folder, "train", "seg_") / name for name in findings[2:])
-    save(other_values, np.full((64, 64), 7, np.uint8))
-    cut_off.write_bytes(cut_off.read_bytes()[:100])
-    problems = "\n".join(check_folder(noise_folder)[1])
-    assert [finding for finding in findings if finding not in problems] == []
-
-
 def test_the_check_up_reports_by_exit_status_and_contact_sheet(run_main, run_script, noise_folder, tmp_path):
     status, out, _ = run_main(dataset, noise_folder)
     assert status == 0 and "all is well" in out and (tmp_path / "check_vis/contact_sheet.png").is_file()
@@ -424,6 +280,10 @@ def test_a_subset_has_fewer_training_brains_and_all_else(run_main, refused, peop
     refused(dataset, people_folder, "--take", 1, names=["--into"])
     refused(dataset, new / "keras_png_slices_train", "--take", 1, "--into", "many", names=["give the one that has"])
     assert sorted(new.rglob("*")) == before and not (tmp_path / "many").exists()
+
+
+FAULTS = ["missing folder", "empty folder", "truncated PNG", "16 bits", "colour", "odd number"]
+FAULTS += ["wrong size in training", "swapped"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -23,6 +23,7 @@ from scores.metrics import adjacent_ssim
 from stable_diffusion import BrainNoise, Sampling, decode_brain, draw_brains, sample_latents
 from training import checkpoints
 from training import run as training_run
+from training.latents import TrainingLatents, head_moves
 from training.stages import load_first_stage, load_second_stage
 
 CPU = Namespace(device=torch.device("cpu"), autocast=lambda: util.autocast(torch.device("cpu"), "fp32"))
@@ -147,17 +148,6 @@ def test_shown_slices_are_those_of_the_whole_brain(first_stage):
     assert not np.array_equal(whole, decode_brain(codes, latent, 5, 2))
 
 
-def test_windows_are_neighbouring_slices_of_one_case(heads_folder):
-    """Of any length up to a brain; every slice is seen nearly as often as any other."""
-    data = load_slices(heads_folder, "train", 64)
-    assert torch.equal(stable_diffusion.window_starts(data, 1), torch.arange(80))
-    for slices in (2, 8, 13, 20):
-        index = stable_diffusion.window_starts(data, slices)[:, None] + torch.arange(slices)
-        assert (data.case[index] == data.case[index[:, :1]]).all() and (data.z[index].diff(dim=1) == 1).all()
-        seen = torch.bincount(index.flatten(), minlength=80)
-        assert seen.min() >= slices and seen.max() < 3 * slices
-
-
 def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder, first_stage, monkeypatch):
     """Once as it is, and as often as asked for in another place: what is said of it is what was done to it.
 
@@ -189,25 +179,8 @@ def test_training_sees_every_head_moved_as_a_whole_and_told(train, heads_folder,
                 whole = model.gaussian.project(brain[None])  # of which this is a window
                 assert torch.allclose(whole, projections, rtol=1e-3, atol=1e-2)
     assert len(found) == 8 and len({head[1:] for head in found}) == 5  # 4 heads as they are, and 4 that were moved
-    one, two = (stable_diffusion.head_moves(data, copies, seed=0) for copies in (1, 2))
+    one, two = (head_moves(data, copies, seed=0) for copies in (1, 2))
     assert torch.equal(one[0], two[0]) and {tuple(m) for m in one[0].tolist()} < {head[1:] for head in found}
-
-
-def test_latents_are_encoded_once_for_each_first_stage_and_each_move(heads_folder, first_stage, monkeypatch):
-    """A later start reads them, bit for bit; half precision is near enough."""
-    data, codes = load_slices(heads_folder, "train", 64), load_first_stage(first_stage)
-    (moves,) = stable_diffusion.head_moves(data, 1, seed=0)
-    first = [stable_diffusion.encode_all(codes, data, "fp32", by) for by in (None, moves)]
-    x, z, _ = data.batch(torch.arange(8))
-    assert torch.allclose(first[0][:8], codes.encode(x, z), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(*first, atol=0.1)
-    with monkeypatch.context() as patch:
-        patch.setattr(codes, "encode", None)
-        again = [stable_diffusion.encode_all(codes, data, "fp32", by) for by in (None, moves)]
-        assert all(map(torch.equal, first, again))
-        codes.description["digest"] = "another"
-        with pytest.raises(TypeError):
-            stable_diffusion.encode_all(codes, data, "fp32")
 
 
 def test_training_leads_below_the_loss_of_the_gaussian_prior(train, heads_folder):
@@ -216,7 +189,7 @@ def test_training_leads_below_the_loss_of_the_gaussian_prior(train, heads_folder
     assert "validate/loss" in read_log(Path("log/diffusion"))[-1]
     model, first_stage = load("diffusion")
     args = Namespace(precision="fp32", slices=2)
-    known = stable_diffusion.TrainingLatents(load_slices(heads_folder, "train", 64), first_stage, [], args)
+    known = TrainingLatents(load_slices(heads_folder, "train", 64), first_stage, [], args)
     t = torch.linspace(0, model.T - 1, 16).long().repeat_interleave(len(known.z))
     batch = [part.repeat(16, *[1] * (part.ndim - 1)) for part in (known.latents, known.z)]
     noise = model.gaussian.correlate(torch.randn_like(batch[0]), batch[1], model.slices_per_brain)

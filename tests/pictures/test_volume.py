@@ -276,10 +276,10 @@ def people_drawn(head, tmp_path) -> Path:
     return tmp_path / "drawn"
 
 
-def test_samples_are_a_data_folder_and_say_that_they_are_synthetic(people_drawn, head, capsys):
+def test_samples_are_a_data_folder_and_say_that_they_are_synthetic(people_drawn, head, run_main, capsys):
     """Splits by number, masks, and a table of these people alone, whatever lies above."""
-    report, problems = dataset.check_folder(people_drawn)
-    assert problems == [] and report[0].startswith("synthetic")
+    status, out, _ = run_main(dataset, people_drawn)
+    assert status == 0 and "\nsynthetic: drawn by a model" in out and out.endswith("all is well\n")
     dataset.find_data(str(people_drawn))
     assert "synthetic)" in capsys.readouterr().out
     train, held_out = (dataset.load_slices(people_drawn, split, 64, masks=True) for split in ("train", "validate"))
@@ -291,7 +291,7 @@ def test_samples_are_a_data_folder_and_say_that_they_are_synthetic(people_drawn,
     (people_drawn / PEOPLE_TABLE).rename(people_drawn.parent / PEOPLE_TABLE)
     assert dataset.people_table(people_drawn) is None
     dataset.write_subset(people_drawn, 1, people_drawn.parent / "fewer")
-    assert dataset.check_folder(people_drawn.parent / "fewer")[0][0].startswith("synthetic")
+    assert dataset.is_synthetic(people_drawn.parent / "fewer")
     numbers = {split: {i for i in range(200) if volume.split_of(i) == split} for split in ("train", "validate")}
     assert numbers["validate"] == set(range(1, 200, 10)) and len(numbers["train"]) == 180
 
