@@ -380,17 +380,24 @@ class LatentDiffusion(nn.Module):
         return z, people
 
     def denoise(
-        self, x: Tensor, t: int, z: Tensor, slices: int | None = None, people: Tensor | None = None
+        self,
+        x: Tensor,
+        t: int,
+        z: Tensor,
+        slices: int | None = None,
+        people: Tensor | None = None,
+        away: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """The model's (x_0, noise), float32 [B, C, h, w] each, of x_t = x [B, C, h, w] at step t and z [B].
 
         Every `slices` of the batch are contiguous slices of one brain; default: all are of one. `people` as in UNet.
+        With `away` above 1, x_0 lies so many times as far from the Gaussian prior's guess as the network's own.
         """
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         slices = slices or len(x)
         seen, guess, base, scale = self.prior_of(Noisy(x, alpha, sigma, z, slices, people))
-        x0 = base + scale * self.unet(seen, guess, t, z, slices, people).float()
+        x0 = base + away * scale * self.unet(seen, guess, t, z, slices, people).float()
         return x0, (x - alpha * x0) / sigma
 
     def calibrated(self, denoise: Denoise, z: Tensor) -> Denoise:

@@ -59,6 +59,7 @@ MODELS = {LatentDiffusion.kind: LatentDiffusion}
 BLOCKS = 2  # residual blocks a level of the UNet
 ALONE = 0.6  # of the steps, in which slices are seen one by one before windows of neighbours
 MODES = 24  # of the Gaussian prior, or a quarter of the brains where these are few
+AWAY = 1.3  # times as far from the Gaussian prior's guess as the network's own are the guesses of calibrated samples
 CALIBRATION_BRAINS = 64  # drawn after training at most, or a quarter of the whole training brains;
 CALIBRATION_LEAST = 8  # with fewer of these nothing says what power heads have
 FRAMES = 24  # of process.gif
@@ -136,13 +137,18 @@ class BrainNoise:
         return torch.cat([self.model.gaussian.correlate(noise, z, Z) for noise in white])
 
 
-def denoiser(model: LatentDiffusion, people: Tensor, z: Tensor, sampling: Sampling) -> Denoise:
-    """(x_t, t) -> (x_0, noise) of whole brains, x_t [n Z, C, h, w], for people [n, K] and z [n Z], NaN if unknown."""
+def denoiser(
+    model: LatentDiffusion, people: Tensor, z: Tensor, sampling: Sampling, away: float = 1.0
+) -> Denoise:
+    """(x_t, t) -> (x_0, noise) of whole brains, x_t [n Z, C, h, w], for people [n, K] and z [n Z], NaN if unknown.
+
+    away: as in LatentDiffusion.denoise.
+    """
     people = people.repeat_interleave(model.slices_per_brain, 0)
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         with util.autocast(x.device, sampling.precision):
-            return model.denoise(x, t, z, model.slices_per_brain, people)
+            return model.denoise(x, t, z, model.slices_per_brain, people, away)
 
     return denoise
 
@@ -164,10 +170,11 @@ def sample_latents(
     device = model.alpha.device
     z = torch.arange(model.slices_per_brain, device=device).repeat(len(brains))
     known = torch.stack([in_numbers(person, model.conditions) for person in people]).to(device)
-    denoise = denoiser(model, known, z, sampling)
+    away = AWAY if model.calibration.measured else 1.0  # by itself it makes heads too rich in detail
+    denoise = denoiser(model, known, z, sampling, away)
     if sampling.guidance != 1:
         nothing = denoiser(model, torch.full_like(known, torch.nan), torch.full(z.shape, torch.nan, device=device),
-                           sampling)  # fmt: skip
+                           sampling, away)  # fmt: skip
         denoise = guide(denoise, nothing, sampling.guidance)
     if model.calibration.measured:
         denoise = model.calibrated(denoise, z)
@@ -515,8 +522,9 @@ def calibrate(model: LatentDiffusion, description: dict, run: Run, known: int) -
     times = sampling_times(model.alpha, model.sigma, calibration.LEVELS)
     model.calibration.reset((model.sigma / model.alpha)[times].log())
     sampling = Sampling(seed=seed, precision=run.args.precision)
-    one_by_one = [denoiser(model, person[None], z[:Z], sampling) for person in people]
-    key = f"{digest_of(model.state_dict())}_{seed}_{brains}_{util.autocast_dtype(run.device, run.args.precision)}"
+    one_by_one = [denoiser(model, person[None], z[:Z], sampling, AWAY) for person in people]
+    dtype = util.autocast_dtype(run.device, run.args.precision)
+    key = f"{digest_of(model.state_dict())}_{AWAY}_{seed}_{brains}_{dtype}"
 
     def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         def guess() -> dict[str, Tensor]:

@@ -163,6 +163,9 @@ def test_training_begins_at_the_gaussian_denoiser():
     x0, _ = model.denoise(x, 300, z)
     assert torch.allclose(x0 - best, sigma * (v / (alpha**2 * v + sigma**2)).sqrt(), atol=1e-5)
     assert torch.allclose(x0[:, :, :2], mean[:, :, :2])
+    farther, noise = model.denoise(x, 300, z, away=1.5)
+    assert torch.allclose(farther - best, 1.5 * (x0 - best), atol=1e-5)
+    assert torch.allclose(alpha * farther + sigma * noise, x, atol=1e-5)  # the noise is that of the same x_0
 
 
 def test_networks_of_release_1_predict_v_from_the_guess_by_the_modes(awaken):

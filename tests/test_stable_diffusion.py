@@ -239,6 +239,17 @@ def test_a_run_stopped_before_its_calibration_is_calibrated_by_the_same_command(
         train("--steps", 5)
 
 
+def test_samples_go_away_from_the_gaussian_prior_once_they_are_calibrated(awaken, monkeypatch):
+    """As calibration was measured with that; before it, and where training looks on, guesses are the network's own."""
+    model, seen = awaken(tiny_prior(T=50)), set()
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *args: seen.add(args[-1]) or denoise(*args))
+    for level, expected in ((0.0, 1.0), (0.1, stable_diffusion.AWAY)):
+        model.calibration.weight.fill_(level), seen.clear()
+        list(stable_diffusion.sample_latents(model, Sampling(steps=2), range(1), [{}]))
+        assert seen == {expected}
+
+
 def test_a_calibration_that_was_stopped_goes_on(trained, train, monkeypatch):
     """At the level of noise that it was at, to the same end."""
     levels = []
