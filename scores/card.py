@@ -89,9 +89,11 @@ def people(folder: Path, asked: dict, given: bool, n: int) -> str:
         cells += [f"not known: {n - len(known)}"] * (n > len(known))
         rows.append([condition.help, "-" if asked.get(name) is None else str(asked[name]), ", ".join(cells)])
     rest = "were drawn as often as they were in training; the IDs have the form of OASIS, but name nobody"
+    years = CONDITIONS["age"].blur
+    noise = "" if given else f" The network heard ages with noise of {years:g} years (sd), as brains of one age differ."
     return (
         markdown_table(["", "asked for", f"of {n} people"], rows) + f"\n\n`{PEOPLE_TABLE}` has them one by one. Where "
-        f"nothing was asked for, people {'are those of the given slices, as far as known' if given else rest}."
+        f"nothing was asked for, people {'are those of the given slices, as far as known' if given else rest}.{noise}"
     )
 
 

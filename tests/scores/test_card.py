@@ -80,6 +80,7 @@ def test_the_card_names_people_splits_seed_digest_and_the_command(tmp_path):
         "| age in years | - | 20 to 71, median 64, not known: 1 |",
         "| sex | F | F: 2, M: 1, not known: 1 |",
         "| Clinical Dementia Rating | - | 0.5: 1, not known: 3 |",
+        "heard ages with noise of 7 years",
         "64 x 64 pixels",
         "The seed is 5",
         util.commit_of_code(),
@@ -113,7 +114,7 @@ def test_who_is_not_known_is_not_told(tmp_path):
     assert not Path("new/oasis_cross-sectional.csv").exists()
     Path("new").rename("pixelcnn")
     card = (draw(stable_diffusion, ({"given": "0 4 8", "sex": "F"},), given="d") / "README.md").read_text()
-    assert "a model drew every slice" not in card and "some slices were given" in card
+    assert "a model drew every slice" not in card and "some slices were given" in card and "with noise" not in card
     args, _ = stable_diffusion.flags().parse(command_of(card)[2:])
     assert args.complete == Path("GIVEN") and "brains" not in card.split("```")[1]
 
