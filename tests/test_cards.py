@@ -29,6 +29,17 @@ def front_matter(card: str) -> list[tuple[int, str, str]]:
     return [(len(indent + dash) // 2, key or "", value or item or "") for indent, dash, key, value, item in found]
 
 
+def test_a_release_made_again_is_compared_with_what_the_cards_say():
+    """Of every first stage and of the scorer; `make release` prints these figures beside its own."""
+    expected = json.loads((RELEASED / "expected" / "full.json").read_text())
+    for name, saved in SCORES.items():
+        assert expected[f"{name}, SSIM"] == saved["result"]["ssim"], name
+        assert expected[f"{name}, brain SSIM"] == saved["result"]["brain_ssim"], name
+    for tissue in ("csf", "grey", "white"):
+        assert expected[f"scorer, {tissue}, Dice"] == DESCRIBED["scorer"]["accuracy"]["validate"][f"dice_{tissue}"]
+    assert {"stable_diffusion, loss", "samples at 64 px, judge", "vqvae_f8 under pixelcnn, bits"} <= expected.keys()
+
+
 def test_the_front_matter_names_licence_data_and_scores():
     parsed = front_matter(CARD)
     top = {key: value for depth, key, value in parsed if depth == 0}
