@@ -26,7 +26,7 @@ from module import (
     zero,
 )
 from parts.calibration import Calibration
-from parts.gaussian_prior import KINDS, GaussianPrior, Noisy
+from parts.gaussian_prior import GaussianPrior, Noisy
 
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) -> (x_0, noise)
 Draw = Callable[[], Tensor]  # fresh noise of the shape of x_t
@@ -244,7 +244,6 @@ class LatentDiffusion(nn.Module):
         conditions: numbers that are known of people, keys of CONDITIONS. Training hides each from a share
             drop_conditions of the brains, all of them from as many, and all of them and z from a share drop_z.
         moved: whether training shows moved heads too, and tells the UNet how far they were moved.
-        release_1: its networks see a guess by the modes alone, and their output is v = alpha noise - sigma x_0.
         T: number of steps of the forward process.
     Raises ValueError for an unknown recipe or condition.
     """
@@ -265,7 +264,6 @@ class LatentDiffusion(nn.Module):
         conditions: tuple[str, ...] = (),
         drop_conditions: float = 0.1,
         moved: bool = False,
-        release_1: bool = False,
         T: int = 1000,
     ):
         super().__init__()
@@ -276,9 +274,8 @@ class LatentDiffusion(nn.Module):
                 raise ValueError(f"conditions must be among {tuple(CONDITIONS)}, not {name}")
         self.latent_shape, self.recipe, self.T = tuple(latent_shape), RECIPES[recipe], T
         self.slices, self.slices_per_brain, self.drop_z = slices, slices_per_brain, drop_z
-        self.conditions, self.drop_conditions, self.release_1 = tuple(conditions), drop_conditions, release_1
-        kinds = latent_shape[0] if release_1 else KINDS  # there, a channel is a kind
-        self.gaussian = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions), kinds)
+        self.conditions, self.drop_conditions = tuple(conditions), drop_conditions
+        self.gaussian = GaussianPrior(self.latent_shape, modes, slices_per_brain, len(self.conditions))
         self.calibration = Calibration(self.latent_shape, slices_per_brain)
         self.unet = UNet(
             latent_shape[0],
@@ -351,18 +348,10 @@ class LatentDiffusion(nn.Module):
         if self.training:
             z, people = self.hide(z, people, slices)
         x = alpha * latent + sigma * noise
-        seen, guess, base, scale = self.prior_of(Noisy(x, alpha, sigma, z, slices, people, products))
-        x0 = base + scale * self.unet(seen, guess, t, z, slices, people, moves).float()
+        guess, sd, seen = self.gaussian(Noisy(x, alpha, sigma, z, slices, people, products))
+        x0 = guess + sd * self.unet(seen, guess, t, z, slices, people, moves).float()
         loss = ((x0 - latent).square() * self.channel_weight).mean((1, 2, 3))
         return loss * WEIGHTS[self.recipe.weight](self.alpha[t], self.sigma[t]).float()
-
-    def prior_of(self, given: Noisy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(seen, guess, base, scale) [B, C, h, w]: what the UNet is given, and E[x_0 | x_t] = base + scale output."""
-        if self.release_1:
-            x, alpha, sigma, *_ = given
-            return x, self.gaussian.of_modes(given), alpha * x, (-sigma).expand_as(x)
-        guess, sd, seen = self.gaussian(given)
-        return seen, guess, guess, sd
 
     def hide(self, z: Tensor, people: Tensor | None, slices: int) -> tuple[Tensor, Tensor | None]:
         """z and people with NaN where training hides them, at random and alike in all slices of a brain."""
@@ -396,8 +385,8 @@ class LatentDiffusion(nn.Module):
         t = torch.full((len(x),), t, device=x.device)
         alpha, sigma = self._levels(t)
         slices = slices or len(x)
-        seen, guess, base, scale = self.prior_of(Noisy(x, alpha, sigma, z, slices, people))
-        x0 = base + away * scale * self.unet(seen, guess, t, z, slices, people).float()
+        guess, sd, seen = self.gaussian(Noisy(x, alpha, sigma, z, slices, people))
+        x0 = guess + away * sd * self.unet(seen, guess, t, z, slices, people).float()
         return x0, (x - alpha * x0) / sigma
 
     def calibrated(self, denoise: Denoise, z: Tensor) -> Denoise:

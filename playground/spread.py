@@ -71,7 +71,7 @@ def guesses(model: LatentDiffusion, brains: Tensor, people: Tensor, t: int) -> d
     alpha, sigma = (level[t].float().expand(n * Z, 1, 1, 1) for level in (model.alpha, model.sigma))
     x = alpha * brains.flatten(0, 1) + sigma * BrainNoise(model, 0, range(n))()
     known = people.repeat_interleave(Z, 0)
-    _, prior, _, _ = model.prior_of(Noisy(x, alpha, sigma, z.repeat(n), Z, known))
+    prior, _, _ = model.gaussian(Noisy(x, alpha, sigma, z.repeat(n), Z, known))
     network = [denoiser(model, person[None], z, Sampling())(part, t)[0] for person, part in zip(people, x.split(Z))]
     return {"prior": prior.view_as(brains), "network": torch.stack(network)}
 

@@ -7,7 +7,6 @@ import torch
 
 import model_diffusion as md
 from heads.people import CONDITIONS, Condition
-from parts.gaussian_prior import Noisy
 
 MEAN, SD = 3.0, 0.5  # of the Gaussian data; far outside [-1, 1], where a clipping sampler would be found out
 
@@ -166,18 +165,6 @@ def test_training_begins_at_the_gaussian_denoiser():
     farther, noise = model.denoise(x, 300, z, away=1.5)
     assert torch.allclose(farther - best, 1.5 * (x0 - best), atol=1e-5)
     assert torch.allclose(alpha * farther + sigma * noise, x, atol=1e-5)  # the noise is that of the same x_0
-
-
-def test_networks_of_release_1_predict_v_from_the_guess_by_the_modes(awaken):
-    model = awaken(tiny_model(slices=4, modes=2, release_1=True)).eval()
-    model.gaussian.fit(torch.randn(9, 32, 4, 6, 7), torch.empty(9, 0))
-    latent, noise, z, t = torch.randn(32, 4, 6, 7), torch.randn(32, 4, 6, 7), torch.arange(32), torch.full((32,), 500)
-    alpha, sigma = model._levels(t)
-    x = alpha * latent + sigma * noise
-    v = model.unet(x, model.gaussian.of_modes(Noisy(x, alpha, sigma, z, 32)), t, z, 32)
-    assert torch.allclose(model.denoise(x, 500, z)[0], alpha * x - sigma * v, atol=1e-5)
-    expected = (v - (alpha * noise - sigma * latent)).square().mean((1, 2, 3))
-    assert torch.allclose(model(latent, z, t, noise, 32), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["flow", "edm"])

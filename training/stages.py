@@ -162,16 +162,7 @@ def in_words_of_today(weights: dict[str, Tensor], description: dict) -> tuple[di
     if "channel_multipliers" in kwargs:
         channels, multipliers = kwargs.pop("channels"), kwargs.pop("channel_multipliers")
         kwargs["widths"] = tuple(channels * m for m in multipliers)
-    if "schedule" in kwargs:
-        chosen = tuple(kwargs.pop(name) for name in ("schedule", "prediction", "weighting", "times"))
-        kwargs["recipe"] = "v" if chosen == ("cosine", "v", "plain", "uniform") else "unknown"
-        kwargs["release_1"] = True
-        named = {"slice_correlation": "gaussian.correlation"}
-        weights = {named.get(name, name.replace("linear.", "gaussian.")): tensor for name, tensor in weights.items()}
-        mean = weights["gaussian.mean"]
-        channel = torch.arange(mean.shape[1])[:, None, None].expand(mean.shape[1:])
-        weights |= {"gaussian.variance": torch.ones_like(mean), "gaussian.kind": channel}
-    gone = {"slice_noise": "matched", "quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
+    gone = {"quantizer_options": {"ema": True, "sphere": False, "rotation": False}}
     kwargs = {name: value for name, value in kwargs.items() if name != "quantizer" and gone.get(name) != value}
     if "grain" in kwargs or any(name.startswith("perceptual.") for name in weights):
         # the perceptual decoder of release 1, which was another: what it decoded is decoded by the fidelity decoder
