@@ -1,6 +1,7 @@
 """The optimisers: Adam, and for the matrices of a network, if asked, Muon."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +10,27 @@ from torch import Tensor, nn
 NEWTON_SCHULZ, TIMES = (3.4445, -4.7750, 2.0315), 5
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """U V^T, about, of a matrix U S V^T [m, n], by a polynomial of its singular values (Jordan et al. 2024, "Muon").
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """U V^T, about, of matrices U S V^T [k, m, n], by a polynomial of singular values (Jordan et al. 2024, "Muon").
 
     p(s) = s q(s^2), so all five polynomials act on the small Gram matrix X X^T, and their product meets the matrix
     once: for the matrices of convolutions, several times as wide as high, a third of the work. In float32, since
     processors without bfloat16 take many times longer for it.
     """
     a, b, c = NEWTON_SCHULZ
-    X = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    squared = X @ X.T  # has the squares of the singular values; its trace is their sum
-    size = squared.trace().clamp(min=1e-20)
+    high = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if high else matrices
+    squared = X @ X.mT  # has the squares of the singular values; its trace is their sum
+    size = squared.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-20)[:, None, None]
     squared, product = squared / size, None
     for n in range(TIMES):
-        q = torch.addmm(squared, squared, squared, beta=b, alpha=c)
-        q.diagonal().add_(a)
+        q = torch.baddbmm(squared, squared, squared, beta=b, alpha=c)
+        q.diagonal(dim1=1, dim2=2).add_(a)
         product = q if product is None else q @ product
         if n < TIMES - 1:
             squared = q @ squared @ q
     X = product @ X / size.sqrt()
-    return X if matrix.shape[0] <= matrix.shape[1] else X.T
+    return X.mT if high else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,17 +53,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One step down the gradients there are."""
         for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape are stepped together: a GPU would wait for each of many
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                average = state["momentum"]
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"]).flatten(1)
-                step = orthogonalize(ahead).reshape(weight.shape)
-                weight.add_(step, alpha=-group["lr"] * math.sqrt(max(ahead.shape)))
+                if weight.grad is not None:
+                    alike[weight.flatten(1).shape].append(weight)
+            for shape, weights in alike.items():
+                ahead = torch.stack([self._ahead(weight, group["momentum"]).flatten(1) for weight in weights])
+                for weight, step in zip(weights, orthogonalize(ahead)):
+                    weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * math.sqrt(max(shape)))
+
+    def _ahead(self, weight: Tensor, momentum: float) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        average = state["momentum"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(average, momentum)
 
 
 def new_optimizers(

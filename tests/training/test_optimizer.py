@@ -16,11 +16,12 @@ def test_all_singular_values_come_near_1_and_the_directions_stay(shape):
     U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, -3, min(shape))
     for size in (1e-6, 1, 1e6):
-        found = U.T @ orthogonalize(size * (U * values) @ Vh) @ Vh.T
+        found = U.T @ orthogonalize((size * (U * values) @ Vh)[None])[0] @ Vh.T
         strong = values > 0.02 * values.norm()
         assert ((found.diagonal()[strong] > 0.67) & (found.diagonal()[strong] < 1.21)).all()
         assert (found - found.diagonal().diag()).abs().max() < 0.02 and (found.diagonal() > 0).all()
-    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+    nothing = torch.zeros(3, *shape)
+    assert torch.equal(orthogonalize(nothing), nothing)
 
 
 def test_a_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
@@ -39,6 +40,22 @@ def test_a_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
         optimizer.step()
         alone = 0.01 / min(weight.flatten(1).shape) ** 0.5  # where a gradient has one direction, so has the step
         assert -1.21 * alone < (weight.detach() - start).mean() < -0.67 * alone
+
+
+def test_matrices_of_one_shape_are_stepped_as_if_each_were_alone():
+    """Whatever stands beside them, and in whatever order."""
+    torch.manual_seed(0)
+    shapes = [(8, 6, 3, 3), (8, 54), (8, 6, 3, 3), (54, 8)]
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = copy.deepcopy(together)
+    optimizers = [Muon([weight], lr=0.1) for weight in alone] + [Muon(together, lr=0.1)]
+    for _ in range(3):
+        for weight, other in zip(together, alone):
+            weight.grad = other.grad = torch.randn_like(weight)
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, other in zip(together, alone):
+        assert torch.allclose(weight, other, atol=1e-5)
 
 
 def test_a_network_learns_and_goes_on_exactly_from_its_state():
