@@ -236,7 +236,7 @@ class Slices:
         left and right differ in real brains.
         """
         index = index.to(self.images.device)
-        x = to_float(self.images[index].to(device, non_blocking=True))[:, None]
+        x = to_float(self.images[index].to(device))[:, None]
         if moves is not None:
             x = move(x, moves)
         return x, self.z[index.cpu()].to(device), self.case[index.cpu()].to(device)

@@ -318,6 +318,10 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 is asked for where 10 bits of mantissa would change codes
+        # sums in one order, so that a resumed run ends exactly as an uninterrupted one
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     elif device.type != "cpu":
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
     return device

@@ -49,7 +49,7 @@ def kinds_of_place(latents: Tensor, count: int) -> Tensor:
     variance = difference.square().sum((0, 1)).flatten()
     slow = torch.einsum("qa,nachw->nqchw", cosines(COSINES, latents.shape[1]).to(latents), difference)
     order = (slow.square().sum((0, 1)).flatten() / variance.clamp(min=1e-12)).argsort()
-    before = variance[order].double().cumsum(0) - variance[order]
+    before = variance[order].double().cpu().cumsum(0).to(variance.device) - variance[order]  # a GPU sums in any order
     kind = torch.empty_like(order)
     kind[order] = (before / variance.double().sum().clamp(min=1e-12) * count).long().clamp(max=count - 1)
     return kind.view(latents.shape[2:])

@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
+    """Tests are of the CPU, where results are exact, but for those of the mark gpu, which run by themselves."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config.addinivalue_line("markers", "slow: needs more than 15 seconds; pytest -m 'not slow' leaves it out")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; pytest -m gpu runs these alone")
 
