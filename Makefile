@@ -48,7 +48,6 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
-	$(VENV)/bin/python -m pytest -m gpu tests/test_gpu.py
 
 report: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r playground/requirements-report.txt
