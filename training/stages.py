@@ -132,7 +132,7 @@ def load_second_stage(
         weights, described = parts["first_stage"]
         first_stage = build_first_stage(described, weights, path, decoder)
         first_stage.slices_per_brain = max(first_stage.slices_per_brain, prior.slices_per_brain)
-    return prior.to(device), first_stage.to(device)
+    return prior.to(device, memory_format=torch.channels_last), first_stage.to(device)  # as build_first_stage
 
 
 @contextlib.contextmanager
