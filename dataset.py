@@ -370,7 +370,7 @@ def tidy_cache() -> None:
         if size > CACHE_GB * 1e9 and time.time() - path.stat().st_mtime > 24 * 3600:
             size -= path.stat().st_size
             path.unlink()
-    print(f"cache: {CACHE}, {size / 1e9:.1f} GB; above {CACHE_GB} GB what was not used for longest goes")
+            print(f"cache: {path} was removed, unused for longest, as {CACHE} is above {CACHE_GB} GB")
 
 
 def _factor(image: np.ndarray, size: int, path: Path) -> int:

@@ -175,7 +175,8 @@ def read_log(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl; a last one cut off by a crash is left out. Raises UserError if there is no file."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl; give the log folder of a run, such as log/vqvae")
+        what = f"{folder} has no metrics.jsonl" if folder.is_dir() else f"there is no folder {folder}"
+        raise UserError(f"{what}; give the log folder of a run, such as log/vqvae")
     try:
         lines = path.read_text().splitlines()
         records = [json.loads(line) for line in lines[:-1]] + [

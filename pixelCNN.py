@@ -8,7 +8,7 @@ are predicted digit by digit.
 
 Training stops when the validation likelihood no longer improves, and keeps the best weights. It writes model_ckpt/NAME
 (the weights carry their first stage), log/NAME and NAME_vis; sampling writes, into NAME_vis/samples or --out DIR, per
-brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and 32 PNG slices (volume.py), process.gif, a
+brain a 4x8 sheet, a GIF through z, reslices, a NIfTI volume and PNG slices (pictures/volume.py), process.gif, a
 slice that appears code by code, samples.json, what they come from, README.md, a card that says so in words, and
 index.html, a page that shows them in three planes. The folder is a data folder, as that of stable_diffusion.py.
 """

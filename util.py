@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """An argument parser whose errors are one line."""
-    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_decoder_flag(parser: argparse.ArgumentParser, default: str | None, usual: str) -> None:
@@ -128,7 +128,7 @@ def command(main: Callable[[], None], less_memory: str = "close other programs")
         advice = "free some space and run the same command again" if full else "check that path and its permissions"
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'while writing'}; {advice}"))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; give the same command again to go on", file=sys.stderr)
         sys.exit(130)
     finally:
         disown()

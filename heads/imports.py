@@ -33,7 +33,7 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 from PIL import Image
 
 import util
-from heads.layout import MASK_VALUES, RELEASE, SPLITS, read_png, write_slices
+from heads.layout import MASK_VALUES, RELEASE, SPLITS, has_splits, read_png, write_slices
 from heads.people import PEOPLE_TABLE
 from util import UserError
 
@@ -520,6 +520,8 @@ def import_brains(source: Path, folder: Path, cut: Cut, everyone: bool = False, 
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; name a new folder for the import")
+    if not has_splits(source) and has_splits(above := source.resolve().parent):
+        raise UserError(f"{source} is one split; give the folder above it, {above}")
     places = list_places(source)
     form = recognise(source, places)
     if not form.volumes and cut != Cut(32, None):

@@ -183,6 +183,13 @@ def test_a_finished_run_stays_as_it_is(train, finished, straight, differences, t
     assert differences(straight("vqvae"), "run", tmp_path, "run") == []
 
 
+def test_fewer_steps_than_are_done_are_refused(train, finished, straight, differences, tmp_path, capsys):
+    """In one line, and run.json still says how many were done."""
+    train("--name", "run", "--steps", 4, status=2)
+    assert differences(straight("vqvae"), "run", tmp_path, "run") == []
+    assert json.loads(Path("log/run/run.json").read_text())["settings"]["steps"] == 8
+
+
 def test_a_longer_codec_makes_the_texture_start_anew(train, finished):
     """It is built on it: with more --steps the codec goes on, and what followed is forgotten."""
     out = train("--name", "run", "--steps", 10)

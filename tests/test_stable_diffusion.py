@@ -228,6 +228,9 @@ def test_a_run_stopped_before_its_calibration_is_calibrated_by_the_same_command(
         patch.setattr(stable_diffusion, "calibrate", lambda *args: False)
         train("--name", "late")
     assert not any(weights("late")["prior.calibration.weight"].flatten() != 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(stable_diffusion, "CALIBRATION_LEAST", 4)
+        assert "is not calibrated yet" in train("--name", "late", "--sample", "--sample-steps", 1)
     train("--name", "late")
     calibrated = weights("late")
     assert all(torch.equal(tensor, calibrated[name]) for name, tensor in weights().items())
@@ -352,7 +355,8 @@ def test_a_model_learns_of_people_what_the_table_tells(people_run, train, run_ma
         (["none", "--cdr", 0.5], ["--cdr 0.5", "without"]),
         (["people", "--cdr", 3], ["--cdr"]),
     ):
-        refused(stable_diffusion, *sample, *flags, names=words)
+        refused(stable_diffusion, *sample, *flags, "--out", "new", names=words)
+    assert not Path("new").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- completion

@@ -171,8 +171,11 @@ class Run:
             self.done = int(state["step"])
             if self.done < 0:
                 raise ValueError(self.done)
-        if self.done < self.total:
-            print(f"resumed at step {self.before + self.done}")
+        if self.done > self.total:
+            asked = f"{self.checkpoint} has done {self.done} steps, and {self.total} are asked for"
+            raise UserError(f"{asked}; ask for more --steps, or choose another {self.naming}")
+        done = self.before + self.done
+        print(f"all {done} steps are done" if self.done == self.total else f"resumed at step {done}")
 
     @contextlib.contextmanager
     def _own_version(self) -> Iterator[None]:

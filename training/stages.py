@@ -66,7 +66,13 @@ def find_encoder(decoder: Autoencoder) -> Autoencoder | None:
 
 
 def allow_brains(first_stage: Autoencoder, *data: Slices) -> None:
-    """Lets a first stage take all z of these data, also where it was trained on brains of fewer slices."""
+    """Lets a first stage take all z of these data, also where it was trained on brains of fewer slices.
+
+    Says so where the first of the data, the training split, is not what the first stage was trained on.
+    """
+    known = first_stage.description.get("data", {})
+    if known.get("digest") not in (None, data[0].digest):
+        print(f"the first stage was trained on other slices, {known['slices']} of {known['cases']} brains")
     first_stage.slices_per_brain = max(first_stage.slices_per_brain, *(part.slices_per_brain for part in data))
 
 

@@ -473,6 +473,13 @@ def test_flags_that_do_not_fit_are_refused(refused, flags, words, tmp_path):
     assert os.listdir() == ["in"]
 
 
+def test_one_split_is_not_the_whole(noise_folder):
+    """Its masks, the other splits and the table of people lie beside it."""
+    for split in noise_folder.glob("keras_png_slices_*"):
+        with pytest.raises(UserError, match="is one split; give the folder above it"):
+            bring(split)
+
+
 def test_slices_that_are_given_cannot_be_chosen(noise_folder):
     with pytest.raises(UserError, match="whose slices are given; leave out --slices"):
         bring(noise_folder, cut=Cut(20, None))

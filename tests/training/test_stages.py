@@ -1,5 +1,7 @@
 """Laws of training/stages.py: files of both stages against memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,14 @@ import util
 from model_diffusion import LatentDiffusion
 from model_VAE import MODELS, VQVAE
 from training import checkpoints
-from training.stages import find_encoder, latent_digest, load_first_stage, load_second_stage, save_second_stage
+from training.stages import (
+    allow_brains,
+    find_encoder,
+    latent_digest,
+    load_first_stage,
+    load_second_stage,
+    save_second_stage,
+)
 
 VARIANTS = {
     "vae": {},
@@ -48,6 +57,16 @@ def trained(described, awaken):
 def path(trained, described, tmp_path):
     checkpoints.save_weights(tmp_path / "model.safetensors", trained.state_dict(), described)
     return tmp_path / "model.safetensors"
+
+
+def test_other_slices_than_the_first_stage_learned_from_are_named(trained, capsys):
+    def said(digest: str) -> str:
+        data = SimpleNamespace(digest=digest, slices_per_brain=4)
+        allow_brains(trained, data, SimpleNamespace(digest="held out", slices_per_brain=4))
+        return capsys.readouterr().out
+
+    trained.description = {"data": {"digest": "a", "slices": 40, "cases": 10}}
+    assert said("a") == "" and "other slices, 40 of 10 brains" in said("b")
 
 
 def test_a_saved_model_gives_identical_outputs(trained, path):
