@@ -10,9 +10,11 @@ import pytest
 
 from playground import release
 from scores.scorer import TISSUES
+from scores.utility import utility_table
 from training.checkpoints import RELEASED, load_weights
 
 ROOT = RELEASED.parent
+REPORT = (ROOT / "report.md").read_text()
 CARD = (RELEASED / "README.md").read_text()
 FILES = sorted(RELEASED.glob("*.safetensors"))
 DESCRIBED = {path.stem: load_weights(path)[1] for path in FILES}
@@ -38,6 +40,10 @@ def test_a_release_made_again_is_compared_with_what_the_cards_say():
     for tissue in ("csf", "grey", "white"):
         assert expected[f"scorer, {tissue}, Dice"] == DESCRIBED["scorer"]["accuracy"]["validate"][f"dice_{tissue}"]
     assert {"stable_diffusion, loss", "samples at 64 px, judge", "vqvae_f8 under pixelcnn, bits"} <= expected.keys()
+
+
+def test_the_use_of_new_brains_is_what_was_measured():
+    assert utility_table(json.loads((ROOT / "figures" / "utility_validate.json").read_text())) in REPORT
 
 
 def test_the_front_matter_names_licence_data_and_scores():
@@ -158,7 +164,7 @@ def test_tables_of_readme_and_report_have_the_saved_scores(name):
     price = f"{bits:,.0f} bits" if bits else f"{result['numbers']:,} numbers"
     cells = [f"{result[score]:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
              for score, places in DECIMALS.items() for low, high in [result[f"{score}_interval"]]]  # fmt: skip
-    report, readme = ((ROOT / page).read_text() for page in ("report.md", "README.md"))
+    report, readme = REPORT, (ROOT / "README.md").read_text()
     (row,) = re.findall(rf"^\| \*\*`{name}`\*\*.*", report, re.MULTILINE)
     assert row.endswith(f"| {price} | {' | '.join(cells)} |")
     (row,) = re.findall(rf"^\| `{name}` \| [\d,-].*", report.partition("| file | zero-order")[2], re.MULTILINE)
