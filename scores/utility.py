@@ -35,7 +35,7 @@ HEADS, SEEDS = 64, 3  # of each kind, at most; trainings on each set
 STEPS, BATCH, RATE = 400, 16, 3e-3
 CODE = ("util.py", "module.py", "dataset.py", "training/optimizer.py", "training/run.py", "scores/scorer.py",
         "scores/utility.py")  # which trains and tests  # fmt: skip
-DRAW = "python stable_diffusion.py --sample --brains 64 --out NEW"
+DRAW = "python stable_diffusion.py --sample --brains 71 --out NEW"  # HEADS of them are in train
 
 
 # --------------------------------------------------------------------------------------------------------------- heads

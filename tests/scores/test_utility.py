@@ -163,15 +163,15 @@ def test_ratios_are_of_the_same_heads():
 def test_what_cannot_be_compared_is_one_line_and_status_2(refused, folder):
     flags = ("--data", "oasis", "--device", "cpu")
     assert stable_diffusion.flags().parse(utility.DRAW.split()[2:])[1]["sample"]  # the advice can be followed
-    refused(evaluate, "--utility", "nowhere", *flags, names=["nowhere", "no such folder", "--sample --brains 64"])
+    refused(evaluate, "--utility", "nowhere", *flags, names=["nowhere", "no such folder", "--sample --brains 71"])
     refused(evaluate, "--utility", "bare", "--split", "train", *flags, names=["--split train", "validate"])
     refused(evaluate, "--utility", "oasis", *flags, names=["slices of oasis", "new heads"])
     small, _ = phantom_case(0, 1, Z)
     dataset.write_slices(Path("small"), 1, np.ascontiguousarray(small[:, ::4, ::4]))
-    refused(evaluate, "--utility", "small", *flags, names=["64 px", "256 px", "--sample --brains 64"])
+    refused(evaluate, "--utility", "small", *flags, names=["64 px", "256 px", "--sample --brains 71"])
     for path in Path("bare").glob("seg_*"):
         path.unlink()
-    refused(evaluate, "--utility", "bare", *flags, names=["bare: train has no masks", "--sample --brains 64"])
+    refused(evaluate, "--utility", "bare", *flags, names=["bare: train has no masks", "--sample --brains 71"])
     for path in Path("new").glob("*/*_slice_2.nii.png"):
         path.unlink()
     refused(evaluate, "--utility", "new", *flags, names=["no brain with all 4 slices"])
