@@ -260,7 +260,7 @@ def load_sampling(args: argparse.Namespace, weights: Path) -> tuple[LatentDiffus
     sampling = Sampling(seed=args.seed, sampler=args.sampler, steps=args.sample_steps, guidance=args.guidance,
                         precision=args.precision, **{name: getattr(args, name) for name in CONDITIONS})  # fmt: skip
     person_of(sampling.person, model.description)  # refuses what the model never saw, before a folder is made
-    if not model.calibration.measured and model.description["data"]["cases"] >= CALIBRATION_LEAST:
+    if not model.calibration.measured and model.description.get("data", {}).get("cases", 0) >= CALIBRATION_LEAST:
         print(f"{weights} is not calibrated yet, as it is at the end of training; the command that trains goes on")
     return model, first_stage, sampling
 

@@ -70,9 +70,8 @@ def allow_brains(first_stage: Autoencoder, *data: Slices) -> None:
 
     Says so where the first of the data, the training split, is not what the first stage was trained on.
     """
-    known = first_stage.description.get("data", {})
-    if known.get("digest") not in (None, data[0].digest):
-        print(f"the first stage was trained on other slices, {known['slices']} of {known['cases']} brains")
+    if first_stage.description.get("data", {}).get("digest") not in (None, data[0].digest):
+        print("the first stage was trained on other slices than these")
     first_stage.slices_per_brain = max(first_stage.slices_per_brain, *(part.slices_per_brain for part in data))
 
 
